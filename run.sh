@@ -1,0 +1,126 @@
+#!/usr/bin/env bash
+# bash run.sh config/kron_mlp.py [--key=value ...]
+#
+# Makes .venv if need be, checks the configuration, prepares its data set, trains on every GPU (or in one CPU
+# process), and prints a sample. Safe to repeat, from any folder; relative paths in settings start at this one.
+# Flags before the config go to torchrun, written --name=value:
+#   bash run.sh --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 --rdzv_backend=c10d config/gpt2_kron_mlp.py
+# --dry_run=True and --eval_only=True end without a sample; --help lists every setting.
+# Leaves with the exit code of what failed: 2 for a mistake in the configuration, before anything is installed.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=venv.sh
+source "$root/venv.sh"
+
+configure() { # configurator.py needs no package, so that a mistake is told before .venv is made
+    "$checker" "$root/configurator.py" "$@"
+}
+
+needs_preparing() { # needs_preparing FOLDER: no data yet, or a text there changed since
+    local folder=$1
+    [ -f "$folder/prepare.py" ] || return 1
+    [ -f "$folder/train.bin" ] && [ -f "$folder/val.bin" ] || return 0
+    [ -n "$(find "$folder" -maxdepth 1 -name '*.txt' -cnewer "$folder/train.bin")" ]
+}
+
+prepare() { # prepare FOLDER DRY_RUN: runs the data set's prepare.py when its files are missing or stale
+    local folder=$1 dry_run=$2
+    needs_preparing "$folder" || return 0
+    if grep -Eq '^ *(import|from) datasets' "$folder/prepare.py"; then
+        if [ "$dry_run" = True ]; then
+            return                           # a dry run starts no download
+        fi
+        make_venv data
+    fi
+    "$python" "$folder/prepare.py"
+}
+
+gpu_count() { # as torch counts them, which heeds CUDA_VISIBLE_DEVICES
+    if has_gpu; then
+        "$python" -c 'import torch; print(torch.cuda.device_count())'
+    else
+        echo 0
+    fi
+}
+
+interrupt() { # interrupt SIGNAL: passes it to the trainer, which saves and leaves
+    stopped=1
+    caught=1
+    if [ -n "$child" ]; then
+        kill -s "$1" "$child" 2>/dev/null || true
+    fi
+}
+
+run_child() { # run_child COMMAND...: in a process group of its own, so that a Ctrl-C reaches it once, through us
+    trap 'interrupt INT' INT
+    trap 'interrupt TERM' TERM HUP
+    set -m
+    "$@" &
+    child=$!
+    set +m
+    caught=1
+    while [ "$caught" = 1 ]; do              # a signal ends `wait` early
+        caught=0
+        code=0
+        wait "$child" || code=$?
+    done
+    trap - INT TERM HUP
+    return "$code"
+}
+
+checker=$python
+"$checker" -c '' 2>/dev/null || checker=$(find_python) || exit
+
+flags=()
+single_node=1
+while [[ ${1:-} == --* && ${1:-} != --help ]]; do
+    case $1 in
+        --nnodes=1 | --nnodes=1:1) ;;
+        --nnodes=*) single_node=0 ;;
+    esac
+    flags+=("$1")
+    shift
+done
+if [ $# = 0 ]; then
+    echo 'usage: bash run.sh [torchrun flags] config/kron_mlp.py [--key=value ...]' >&2
+    exit 2
+fi
+if [ -f "$1" ] && [ "$PWD" != "$root" ] && [[ $1 != /* ]]; then
+    set -- "$PWD/$1" "${@:2}"                # a config beside the user goes before one of ours
+fi
+cd "$root"
+
+settings=$(configure --get=dataset --get=data_dir --get=out_dir --get=device --get=dry_run --get=eval_only "$@")
+case " $* " in
+    *' --help '*)
+        printf '%s\n' "$settings"
+        exit 0 ;;
+esac
+{ read -r dataset; read -r data_dir; read -r out_dir; read -r device; read -r dry_run; read -r eval_only; } \
+    <<<"$settings"
+
+make_venv
+prepare "$data_dir/$dataset" "$dry_run"
+
+gpus=0
+case $device in auto | cuda) gpus=$(gpu_count) ;; esac
+launch=("$python")
+if [ ${#flags[@]} -gt 0 ] || [ "$gpus" -gt 1 ]; then
+    launch=("$python" -m torch.distributed.run)
+    case " ${flags[*]-} " in *' --nproc'*) ;; *) launch+=(--nproc_per_node="$((gpus > 1 ? gpus : 1))") ;; esac
+    case " ${flags[*]-} " in
+        *' --nnodes'* | *' --rdzv'* | *' --master'* | *' --standalone '*) ;;
+        *) launch+=(--standalone) ;;
+    esac
+    launch+=(${flags[@]+"${flags[@]}"})
+fi
+
+stopped=0
+child=''
+run_child "${launch[@]}" train.py "$@" || exit
+if [ "$stopped" = 1 ] || [ "$dry_run" = True ] || [ "$eval_only" = True ] || [ "$single_node" = 0 ]; then
+    exit 0
+fi
+sample=(--out_dir="$out_dir" --num_samples=1 --max_new_tokens=300)
+case $device in auto) ;; *) sample+=(--device="$device") ;; esac
+run_child "$python" sample.py "${sample[@]}"

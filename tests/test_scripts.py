@@ -1,0 +1,371 @@
+"""run.sh, test.sh and venv.sh, in a folder where pip, torch, pytest, the trainer and the GPUs are stand-ins.
+
+The stand-ins append what they were asked to calls.txt, so that each test asserts what happened, and in which order.
+"""
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+NOTE = """
+import os, shlex, sys, time
+from pathlib import Path
+root = Path(__file__).resolve().parent
+while not (root / 'calls.txt').exists():
+    root = root.parent
+def note(*words):
+    with open(root / 'calls.txt', 'a') as file:
+        file.write(shlex.join(words) + '\\n')
+"""
+
+STUBS = {
+    'config/small.py': "dataset = 'text'\nout_dir = 'out/small'\nmax_iters = 10\nwarmup_iters = 2\n",
+    'data/text/input.txt': 'to be or not to be',
+    'data/text/prepare.py': NOTE + """
+note('prepare')
+for name in ('train.bin', 'val.bin'):
+    Path(__file__).with_name(name).write_bytes(b'..')
+""",
+    'data/hub/prepare.py': NOTE + """
+note('prepare')
+if not Path(root, 'anything').exists(): sys.exit(0)
+import datasets
+""",
+    'train.py': NOTE + """
+import signal
+note('train', *sys.argv[1:])
+stop = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: stop.append(number))
+print('training', flush=True)
+end = time.time() + float(os.environ.get('STUB_SECONDS', '0'))
+while time.time() < end and not stop:
+    time.sleep(0.02)
+if stop:
+    time.sleep(0.3)
+    note('saved', *(signal.Signals(number).name for number in stop))
+sys.exit(int(os.environ.get('STUB_CODE', '0')))
+""",
+    'sample.py': NOTE + "note('sample', *sys.argv[1:])\n",
+    'pip/__init__.py': "__path__ = __import__('pkgutil').extend_path(__path__, 'pip')\n",     # for its TOML reader
+    'pip/__main__.py': NOTE + """
+import signal
+if '--version' in sys.argv:
+    sys.exit(0)
+note('pip', *[word for word in sys.argv[2:] if not word.startswith('-q')])
+time.sleep(float(os.environ.get('STUB_SECONDS', '0')))
+if os.environ.get('STUB_KILL'):
+    os.kill(os.getppid(), signal.SIGKILL)
+sys.exit(int(os.environ.get('STUB_CODE', '0')))
+""",
+    'venv.py': NOTE + """
+if __name__ == '__main__':
+    note('venv')
+    folder = Path(sys.argv[1], 'bin')
+    folder.mkdir()
+    (folder / 'python').symlink_to(sys.executable)
+""",
+    'torch/__init__.py': 'class cuda:\n    device_count = staticmethod(lambda: 4)\n',
+    'torch/distributed/__init__.py': '',
+    'torch/distributed/run.py': NOTE + "note('torchrun', *sys.argv[1:])\n",
+    'pytest/__init__.py': '',
+    'pytest/__main__.py': NOTE + "note('pytest', os.environ['OMP_NUM_THREADS'], *sys.argv[1:])\nsys.exit(5)\n",
+}
+TORCH_CAP = 'torch>=2.11,<2.14'
+
+
+class Clone:
+    """A copy of the scripts among stand-ins; `calls()` empties and returns what those wrote down."""
+
+    def __init__(self, folder, run_program, start_program):
+        self.folder, self.run_program, self.start_program = folder, run_program, start_program
+        for name in ('run.sh', 'test.sh', 'venv.sh', 'pyproject.toml', 'configurator.py', 'variants.py'):
+            folder.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, folder)
+        for name, text in {**STUBS, 'calls.txt': ''}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        self.tools = folder.parent / 'tools'
+        self.tools.mkdir()
+        (self.tools / 'python3').symlink_to(os.path.realpath(sys.executable))
+        self.gpus(0)
+
+    def gpus(self, count):
+        lines = ''.join(f'echo "GPU {i}: a stand-in"\n' for i in range(count))
+        (self.tools / 'nvidia-smi').write_text(f'#!/bin/sh\n{lines or "exit 9"}\n')
+        (self.tools / 'nvidia-smi').chmod(0o755)
+
+    def environment(self, changes):
+        return {'PATH': f'{self.tools}{os.pathsep}{os.environ["PATH"]}', 'PYTHONPATH': self.folder,
+                'TORCH_INDEX_URL': None, 'OMP_NUM_THREADS': None, **changes}
+
+    def run(self, *arguments, script='run.sh', code=0, cwd=None, **changes):
+        return self.run_program(self.folder / script, *arguments, cwd=cwd or self.folder.parent, timeout=60, code=code,
+                                env=self.environment(changes))
+
+    def start(self, *arguments, **changes):
+        return self.start_program(self.folder / 'run.sh', *arguments, cwd=self.folder.parent,
+                                  env=self.environment(changes))
+
+    def calls(self):
+        lines = (self.folder / 'calls.txt').read_text().splitlines()
+        (self.folder / 'calls.txt').write_text('')
+        return lines
+
+    def ready(self, *extras):
+        """Make .venv as the scripts leave it."""
+        binaries = self.folder / '.venv' / 'bin'
+        binaries.mkdir(parents=True)
+        (binaries / 'python').symlink_to(os.path.realpath(sys.executable))
+        for extra in extras:
+            shutil.copy(self.folder / 'pyproject.toml', self.folder / '.venv' / f'.stamp-{extra}')
+        return self
+
+
+@pytest.fixture
+def clone(tmp_path, run_program, start_program):
+    return Clone(tmp_path / 'a clone', run_program, start_program)
+
+
+def names(calls):
+    return [line.split()[0] for line in calls]
+
+
+# ----------------------------------------------------------------------------------------------------
+# .venv
+
+def test_a_clean_clone_installs_prepares_trains_and_samples_and_then_only_trains_and_samples(clone):
+    clone.run('config/small.py')
+    calls = clone.calls()
+    assert names(calls) == ['venv', 'pip', 'prepare', 'train', 'sample']
+    packages = shlex.split(calls[1])
+    assert {'torch>=2.11', 'numpy', 'tiktoken', 'safetensors', TORCH_CAP} <= set(packages)
+    assert 'datasets' not in packages and 'pytest' not in packages and '--extra-index-url' not in packages
+    assert calls[3:] == ['train config/small.py', 'sample --out_dir=out/small --num_samples=1 --max_new_tokens=300']
+    clone.run('config/small.py')
+    assert names(clone.calls()) == ['train', 'sample']
+
+
+def test_a_changed_pyproject_is_installed_again_into_the_same_venv(clone):
+    clone.ready('base')
+    with open(clone.folder / 'pyproject.toml', 'a') as file:
+        file.write('# changed\n')
+    clone.run('config/small.py')
+    assert names(clone.calls())[0] == 'pip'
+    clone.run('config/small.py')
+    assert names(clone.calls())[0] == 'train'
+
+
+def test_a_killed_install_is_made_afresh(clone):
+    clone.run('config/small.py', STUB_KILL=1, code=-signal.SIGKILL)
+    assert not list(clone.folder.glob('.venv/.stamp-*'))
+    (clone.folder / '.venv' / 'half').write_text('')
+    clone.calls()
+    clone.run('config/small.py')
+    assert names(clone.calls())[:2] == ['venv', 'pip']
+    assert not (clone.folder / '.venv' / 'half').exists()
+
+
+def test_a_killed_extra_spoils_the_venv_for_run_sh_too(clone):
+    clone.ready('base')
+    clone.run(script='test.sh', STUB_KILL=1, code=-signal.SIGKILL)
+    clone.calls()
+    clone.run('config/small.py')
+    assert names(clone.calls())[:2] == ['venv', 'pip']
+
+
+def test_a_failed_install_is_told_and_tried_again_without_starting_afresh(clone):
+    clone.ready()
+    done = clone.run('config/small.py', STUB_CODE=1, code=1)
+    assert 'could not be installed' in done.stderr and names(clone.calls()) == ['pip']
+    clone.run('config/small.py')
+    assert names(clone.calls())[:2] == ['pip', 'prepare']
+
+
+def test_a_venv_whose_python_is_gone_is_made_afresh(clone):
+    clone.ready('base')
+    link = clone.folder / '.venv' / 'bin' / 'python'
+    link.unlink()
+    link.symlink_to('/nowhere/python3')
+    clone.run('config/small.py')
+    assert names(clone.calls())[:2] == ['venv', 'pip']
+
+
+def test_two_runs_at_once_install_once(clone):
+    runs = [clone.start('config/small.py', STUB_SECONDS=1) for _ in range(2)]
+    texts = [run.communicate(timeout=60)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], texts
+    calls = names(clone.calls())
+    assert [calls.count(name) for name in ('venv', 'pip', 'train', 'sample')] == [1, 1, 2, 2]
+    assert sum('waiting' in text for text in texts) == 1
+
+
+def test_torch_comes_from_the_index_that_is_named(clone):
+    clone.run('config/small.py', TORCH_INDEX_URL='file:///torch')
+    assert '--extra-index-url file:///torch' in clone.calls()[1]
+
+
+def test_a_machine_with_a_gpu_takes_the_newest_torch(clone):
+    clone.gpus(1)
+    clone.run('config/small.py')
+    assert TORCH_CAP not in shlex.split(clone.calls()[1])
+
+
+def test_without_a_usable_python_one_line_says_what_to_install(clone):
+    for name in ('bash', 'dirname', 'cmp'):
+        (clone.tools / name).symlink_to(shutil.which(name))
+    (clone.tools / 'python3').unlink()
+    (clone.tools / 'python3.12').write_text('#!/bin/sh\nexit 1\n')      # a version manager's shim for no version
+    (clone.tools / 'python3.12').chmod(0o755)
+    for script in ('run.sh', 'test.sh'):
+        done = clone.run('config/small.py', script=script, PATH=clone.tools, code=2)
+        assert done.stderr.count('\n') == 1 and 'Python 3.10' in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------
+# run.sh
+
+@pytest.mark.parametrize('arguments, word', [
+    (['config/small.py', '--max_itrs=5'], 'max_iters'),
+    (['config/small.py', '--n_head=5'], 'n_embd'),
+    (['config/nowhere.py'], 'config/nowhere.py'),
+    (['--nproc_per_node=2'], 'usage'),
+    ([], 'usage'),
+])
+def test_a_mistake_is_one_line_and_exit_2_before_anything_is_made(clone, arguments, word):
+    done = clone.run(*arguments, code=2)
+    assert done.stdout == '' and done.stderr.count('\n') == 1 and word in done.stderr
+    assert clone.calls() == [] and not (clone.folder / '.venv').exists()
+
+
+def test_help_is_passed_on(clone):
+    assert '--n_embd' in clone.run('--help').stdout
+    assert '--n_embd' in clone.run('config/small.py', '--help').stdout
+    assert clone.calls() == []
+
+
+@pytest.mark.parametrize('argument', ['--dry_run=True', '--eval_only=True'])
+def test_some_runs_end_without_a_sample(clone, argument):
+    clone.ready('base').run('config/small.py', argument)
+    assert names(clone.calls()) == ['prepare', 'train']
+
+
+def test_the_exit_code_of_the_trainer_is_passed_on_and_no_sample_taken(clone):
+    clone.ready('base').run('config/small.py', STUB_CODE=3, code=3)
+    assert names(clone.calls()) == ['prepare', 'train']
+
+
+def test_settings_reach_trainer_and_sample_whole(clone):
+    clone.ready('base').run('config/small.py', '--out_dir=out/a b', '--device=cpu', '--linear=h.*=kron(8,8); h.0.*=dense')
+    train, sample = map(shlex.split, clone.calls()[1:])
+    assert train[1:] == ['config/small.py', '--out_dir=out/a b', '--device=cpu', '--linear=h.*=kron(8,8); h.0.*=dense']
+    assert sample[1:] == ['--out_dir=out/a b', '--num_samples=1', '--max_new_tokens=300', '--device=cpu']
+
+
+def test_a_config_beside_the_user_is_found(clone, tmp_path):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'own.py').write_text(STUBS['config/small.py'])
+    clone.ready('base').run('own.py', cwd=tmp_path / 'mine')
+    assert clone.calls()[1] == f'train {tmp_path}/mine/own.py'
+
+
+def test_a_new_text_beside_the_data_is_prepared_even_when_its_date_is_old(clone):
+    clone.ready('base').run('config/small.py')
+    clone.calls()
+    old = clone.folder.parent / 'old.txt'
+    old.write_text('canonical')
+    os.utime(old, (1e9, 1e9))
+    time.sleep(0.05)
+    shutil.move(old, clone.folder / 'data' / 'text' / 'input.txt')
+    clone.run('config/small.py')
+    assert names(clone.calls())[0] == 'prepare'
+    clone.run('config/small.py')
+    assert names(clone.calls())[0] == 'train'
+
+
+def test_a_data_set_that_imports_datasets_gets_it_installed_first_but_not_for_a_dry_run(clone):
+    clone.ready('base').run('config/small.py', '--dataset=hub', '--dry_run=True')
+    assert names(clone.calls()) == ['train']
+    clone.run('config/small.py', '--dataset=hub')
+    calls = clone.calls()
+    assert names(calls) == ['pip', 'prepare', 'train', 'sample'] and 'datasets' in shlex.split(calls[0])
+
+
+def test_data_without_a_prepare_program_is_left_to_the_trainer(clone, tmp_path):
+    (tmp_path / 'sets' / 'mine').mkdir(parents=True)
+    clone.ready('base').run('config/small.py', f'--data_dir={tmp_path}/sets', '--dataset=mine')
+    assert names(clone.calls()) == ['train', 'sample']
+
+
+@pytest.mark.parametrize('gpus, arguments, launched', [
+    (4, [], 'torchrun --nproc_per_node=4 --standalone train.py config/small.py'),
+    (4, ['--device=cpu'], 'train config/small.py --device=cpu'),
+    (4, ['--device=cuda:2'], 'train config/small.py --device=cuda:2'),
+    (0, [], 'train config/small.py'),
+])
+def test_every_gpu_is_used_unless_a_device_is_named(clone, gpus, arguments, launched):
+    clone.gpus(gpus)
+    clone.ready('base').run('config/small.py', *arguments)
+    assert clone.calls()[1] == launched
+
+
+@pytest.mark.parametrize('flags, launched, samples', [
+    (['--nproc_per_node=2'], '--standalone --nproc_per_node=2', True),
+    (['--standalone'], '--nproc_per_node=1 --standalone', True),
+    (['--nnodes=2', '--nproc_per_node=8', '--rdzv_endpoint=h:1'],
+     '--nnodes=2 --nproc_per_node=8 --rdzv_endpoint=h:1', False),
+])
+def test_flags_before_the_config_go_to_torchrun(clone, flags, launched, samples):
+    clone.ready('base').run(*flags, 'config/small.py', '--max_iters=20')
+    calls = clone.calls()
+    assert calls[1] == f'torchrun {launched} train.py config/small.py --max_iters=20'
+    assert names(calls[2:]) == ['sample'] * samples
+
+
+@pytest.mark.parametrize('send', [os.kill, os.killpg])          # to run.sh alone, or to all as a terminal does
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_trainer_once_and_its_save_is_waited_for(clone, number, send):
+    run = clone.ready('base').start('config/small.py', STUB_SECONDS=30)
+    watchdog = threading.Timer(30, run.kill)
+    watchdog.start()
+    for line in run.stdout:
+        if 'training' in line:
+            break
+    send(run.pid, number)
+    assert run.wait(20) == 0
+    watchdog.cancel()
+    assert clone.calls()[1:] == ['train config/small.py', f'saved {number.name}']
+
+
+# ----------------------------------------------------------------------------------------------------
+# test.sh
+
+@pytest.mark.parametrize('gpus, arguments, marks', [
+    (0, [], 'not slow and not gpu'),
+    (1, [], 'not slow'),
+    (0, ['--all'], 'not gpu'),
+    (1, ['--all'], ''),
+])
+def test_test_sh_picks_the_tests_and_passes_arguments_and_the_exit_code_on(clone, gpus, arguments, marks):
+    clone.gpus(gpus)
+    clone.ready('base', 'dev').run(*arguments, '-k', 'kron', script='test.sh', code=5)
+    assert clone.calls() == [shlex.join(['pytest', '1', '-q', '-n', '2', '-m', marks, '-k', 'kron'])]
+
+
+def test_test_sh_installs_the_dev_extra_beside_the_runtime(clone):
+    clone.run(script='test.sh', code=5)
+    calls = clone.calls()
+    assert names(calls) == ['venv', 'pip', 'pytest']
+    assert {'torch>=2.11', 'pytest', 'pytest-xdist', 'transformers'} <= set(shlex.split(calls[1]))
+    clone.run(script='test.sh', code=5)
+    assert names(clone.calls()) == ['pytest']
+    clone.run('config/small.py')
+    assert names(clone.calls()) == ['prepare', 'train', 'sample']
