@@ -1,0 +1,40 @@
+"""GPT-2 124M with its MLPs as Kronecker products, 81,972,576 parameters, started from OpenAI's weights by Van Loan.
+
+Every c_fc is A (768 x 768) (x) B (4 x 1), every c_proj its mirror image: a quarter of the MLP's parameters and of its
+FLOPs. The factors start as the nearest Kronecker product of the pretrained matrix with its norm restored, and train
+with everything else on OpenWebText (Krony-PT, arXiv 2412.12351, reaches wikitext103 perplexity 42.7 at this size).
+
+Launch: torchrun --standalone --nproc_per_node=8 train.py config/gpt2_kron_mlp.py
+For 4-8 A100 80GB, 122,880 tokens a step, about a day on 8. Needs GPT-2's weights from the Hugging Face hub.
+"""
+out_dir = 'out/gpt2_kron_mlp'
+wandb_project = 'nanokron'
+wandb_run_name = 'gpt2-kron-mlp'
+
+dataset = 'openwebtext'
+init_from = 'gpt2'
+decompose = 'van_loan_normalised'
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+block_size = 1024
+vocab_size = 50257
+bias = True
+mlp = "gelu(approximate='tanh')"
+linear = {
+    'h.*.mlp.c_fc': 'kron(768, 768)',
+    'h.*.mlp.c_proj': 'kron(768, 768)',
+}
+
+batch_size = 15
+gradient_accumulation_steps = 8     # of the whole job: 1 a GPU on 8 GPUs, 2 on 4
+learning_rate = 6e-5
+min_lr = 6e-6
+warmup_iters = 500
+max_iters = 75000
+lr_decay_iters = 75000
+
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10

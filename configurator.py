@@ -1,0 +1,354 @@
+"""Configuration: every setting of a run, its default, and the reader of config files and --key=value.
+
+Config files are Python syntax, read with ast and never run: a docstring, `name = literal`, arithmetic,
+earlier names, and `import time` with `str(time.time())`. Imports no torch, so that a mistake is said
+at once. `python configurator.py [--get=KEY] config/X.py [--key=value]` checks a configuration alone.
+"""
+import ast
+import dataclasses
+import math
+import operator
+import os
+import sys
+import time
+import typing
+from dataclasses import dataclass, field
+
+import variants
+from variants import UserError, did_you_mean
+
+
+def key(default, doc, low=None, choices=None):
+    """A dataclass field with its documentation, lowest allowed value and allowed choices."""
+    metadata = {'doc': doc, 'low': low, 'choices': choices}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class GPTConfig:
+    """What the model is: all that a checkpoint needs to rebuild it."""
+    block_size: int = key(1024, 'context length, tokens', low=1)
+    vocab_size: int = key(50304, "rows of the embedding; train.py takes the data set's (GPT-2's 50257 padded to 50304)",
+                          low=1)
+    n_layer: int = key(12, 'number of blocks', low=1)
+    n_head: int = key(12, 'attention heads a block; must divide n_embd', low=1)
+    n_embd: int = key(768, 'width of the residual stream', low=1)
+    dropout: float = key(0.0, 'probability of zeroing an activation, 0 <= p < 1', low=0)
+    bias: bool = key(False, 'biases in linears and norms (GPT-2 has them)')
+    tie_weights: bool = key(True, 'the head shares the weight of the token embedding')
+    linear: dict | str = key({}, 'which linear stands where: {site pattern: spec}, first match wins, else dense')
+    attention: dict | str = key('causal', 'attention class: a spec, or {block pattern: spec}')
+    mlp: dict | str = key('gelu', "MLP class: a spec, or {block pattern: spec}; GPT-2's weights want "
+                          "\"gelu(approximate='tanh')\"")
+
+
+@dataclass
+class Config(GPTConfig):
+    """The whole run. The names, meanings and defaults of nanoGPT's train.py, and ours."""
+    out_dir: str = key('out', 'folder for checkpoints, logs and plots')
+    eval_interval: int = key(2000, 'steps between evaluations', low=1)
+    log_interval: int = key(1, 'steps between lines of log.jsonl', low=1)
+    eval_iters: int = key(200, 'random batches an evaluation; 0 = the whole validation split in order', low=0)
+    eval_only: bool = key(False, 'evaluate once and stop')
+    always_save_checkpoint: bool = key(True, 'save after every evaluation, not only after a better one')
+    init_from: str = key('scratch', "'scratch', 'resume', 'gpt2*', or a folder: ours, nanoGPT's, Hugging Face's")
+    wandb_log: bool = key(False, 'log to Weights & Biases')
+    wandb_project: str = key('owt', 'project name there')
+    wandb_run_name: str = key('gpt2', 'run name there')
+    dataset: str = key('openwebtext', 'folder below data_dir with train.bin and val.bin')
+    gradient_accumulation_steps: int = key(5 * 8, 'micro-steps a step, counted over the whole job', low=1)
+    batch_size: int = key(12, 'sequences a micro-step', low=1)
+    learning_rate: float = key(6e-4, 'peak learning rate', low=0)
+    max_iters: int = key(600000, 'steps in all', low=0)
+    weight_decay: float = key(1e-1, 'AdamW decay of matrices, factors and embeddings', low=0)
+    beta1: float = key(0.9, 'AdamW first moment', low=0)
+    beta2: float = key(0.95, 'AdamW second moment', low=0)
+    grad_clip: float = key(1.0, 'largest gradient norm; 0 = no clipping', low=0)
+    decay_lr: bool = key(True, 'warm up, then decay by a cosine')
+    warmup_iters: int = key(2000, 'steps of warm-up', low=0)
+    lr_decay_iters: int = key(600000, 'step at which min_lr is reached', low=0)
+    min_lr: float = key(6e-5, 'lowest learning rate, about learning_rate / 10', low=0)
+    backend: str = key('nccl', "torch.distributed backend; 'nccl' becomes 'gloo' without a GPU",
+                       choices=('nccl', 'gloo'))
+    device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1', 'mps'")
+    dtype: str = key('auto', "autocast type; 'auto' = bfloat16 where the GPU has it, float16 on older ones, "
+                     'float32 on a CPU', choices=('auto', 'float32', 'bfloat16', 'float16'))
+    compile: bool | None = key(None, 'torch.compile; default True on a GPU, False elsewhere (it gains little there)')
+    seed: int = key(1337, 'all randomness of a run follows from it', low=0)
+    data_dir: str = key('data', 'folder that holds the data set folders')
+    save_interval: int = key(0, 'steps between checkpoints besides those at evaluations; 0 = none', low=0)
+    keep_checkpoints: int = key(3, 'newest checkpoints kept, the best one not counted', low=2)
+    decompose: str = key('van_loan', 'how dense weights become structured ones when init_from names a dense model')
+    nonfinite: str = key('stop', "a loss or gradient that is not finite: 'stop' (exit 3) or 'skip' the step",
+                         choices=('stop', 'skip'))
+    tensorboard_log: bool = key(False, 'log to out_dir/tensorboard')
+    dist_timeout: int = key(600, 'seconds that ranks wait for one another', low=1)
+    dry_run: bool = key(False, 'print sites, parameters, FLOPs and memory, and stop')
+    debug: bool = key(False, 'tracebacks for mistakes too')
+    sources: dict = field(default_factory=dict, repr=False, compare=False)   # key -> where it was set
+
+
+def settings(cls):
+    """{key: dataclass field} of the keys a user may set."""
+    return {f.name: f for f in dataclasses.fields(cls) if 'doc' in f.metadata}
+
+
+def as_dict(config):
+    """The settings as plain values, as config.json and checkpoints hold them."""
+    return {name: getattr(config, name) for name in settings(type(config))}
+
+
+def model_config(config):
+    """The GPTConfig part of a Config (or of a dict of settings that a checkpoint holds)."""
+    values = config if isinstance(config, dict) else as_dict(config)
+    return GPTConfig(**{name: values[name] for name in settings(GPTConfig) if name in values})
+
+
+# ----------------------------------------------------------------------------------------------------
+# reading config files
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+
+
+def number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def arithmetic(node, names):
+    left, right = evaluate(node.left, names), evaluate(node.right, names)
+    if type(node.op) not in OPERATORS:
+        raise UserError('only + - * / // % ** are read in a config file')
+    if not (number(left) and number(right)) and not (
+            isinstance(node.op, ast.Add) and isinstance(left, str) and isinstance(right, str)):
+        raise UserError('arithmetic takes two numbers, and + two strings')
+    if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
+        raise UserError(f'{left} ** {right} is too large for a config')
+    return OPERATORS[type(node.op)](left, right)
+
+
+def evaluate(node, names):
+    """The value of an expression made of literals, earlier names, arithmetic and str(time.time())."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in names:
+        return names[node.id]
+    if isinstance(node, ast.BinOp):
+        return arithmetic(node, names)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        value = evaluate(node.operand, names)
+        if number(value):
+            return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [evaluate(item, names) for item in node.elts]
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {evaluate(k, names): evaluate(v, names) for k, v in zip(node.keys, node.values)}
+    if isinstance(node, ast.Call) and not node.keywords:
+        call = ast.unparse(node)
+        if call == 'time.time()' and 'time' in names:
+            return time.time()
+        if isinstance(node.func, ast.Name) and node.func.id == 'str' and len(node.args) == 1:
+            return str(evaluate(node.args[0], names))
+    raise UserError(f'{ast.unparse(node)[:60]!r} is not read in a config file, which is never run; write a literal')
+
+
+def read_file(path):
+    """[(key, value, 'path:line')] of a config file; names that begin with _ are helpers and not keys."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            tree = ast.parse(file.read(1 << 20), filename=path)
+    except FileNotFoundError:
+        raise UserError(f'{path}: there is no such config file') from None
+    except SyntaxError as error:
+        raise UserError(f'{path}:{error.lineno or 1}: not Python syntax: {error.msg}') from None
+    except (OSError, UnicodeDecodeError, ValueError, MemoryError, RecursionError) as error:
+        raise UserError(f'{path}: not readable as a config file: {error}') from None
+    found, names = [], {}
+    for statement in tree.body:
+        where = f'{path}:{statement.lineno}'
+        try:
+            found += read_statement(statement, names, where)
+        except UserError as error:
+            raise UserError(f'{where}: {error}') from None
+        except (ArithmeticError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(f'{where}: {error}') from None
+    return found
+
+
+def read_statement(statement, names, where):
+    """[(key, value, where)] of one statement, [] for a docstring or an import; fills names."""
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+        return []
+    if isinstance(statement, ast.Import) and [(a.name, a.asname) for a in statement.names] == [('time', None)]:
+        names['time'] = None
+        return []
+    target = statement.targets[0] if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else None
+    if not isinstance(target, ast.Name):
+        raise UserError(f'{ast.unparse(statement)[:60]!r} is not read; a config file holds `name = literal` lines')
+    names[target.id] = evaluate(statement.value, names)
+    return [] if target.id.startswith('_') else [(target.id, names[target.id], where)]
+
+
+def read_argument(argument, fields):
+    """[(key, value, where)] of one --key=value; split at the first '='."""
+    name, equals, text = argument.lstrip('-').partition('=')
+    where = argument[:120]
+    if argument in ('--help', '-h'):
+        return [('help', True, where)]
+    if not equals or not argument.startswith('--'):
+        raise UserError(f'{where}: write --{name}=VALUE')
+    value = text
+    if name in fields and str not in types_of(fields[name]):    # a text setting is taken as it stands
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            pass
+    elif name in fields and dict in types_of(fields[name]):
+        try:
+            value = variants.parse_rules(text)
+        except UserError as error:
+            raise UserError(f'{where}: {error}') from None
+    return [(name, value, where)]
+
+
+# ----------------------------------------------------------------------------------------------------
+# checking
+
+def types_of(setting):
+    return typing.get_args(setting.type) or (setting.type,)
+
+
+def coerce(setting, value):
+    """The value in the setting's type (an int becomes a float); raises UserError naming value and remedy."""
+    types = types_of(setting)
+    if float in types and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) not in types:
+        words = ' or '.join({bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text',
+                             dict: 'a dict of rules'}.get(t, 'None') for t in types)
+        hint = ' without quotes' if isinstance(value, str) and str not in types else ''
+        raise UserError(f'{setting.name} takes {words}{hint}, got {value!r}')
+    low, choices = setting.metadata['low'], setting.metadata['choices']
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f'{setting.name} must be finite, got {value!r}')
+    if low is not None and value < low:
+        raise UserError(f'{setting.name} must be at least {low}, got {value!r}')
+    if number(value) and abs(value) > 1e15:
+        raise UserError(f'{setting.name} is too large: {value!r}')
+    if choices and value not in choices:
+        raise UserError(f'{setting.name} must be one of {", ".join(choices)}, got {value!r}'
+                        f'{did_you_mean(value, choices)}')
+    return value
+
+
+def check_rules(config, name, table):
+    rules = getattr(config, name)
+    if not all(isinstance(part, str) for pair in variants.as_rules(rules).items() for part in pair):
+        raise UserError(f'{name} takes texts only, {{pattern: spec}}, got {rules!r}')
+    try:
+        variants.check_rules(rules, table)
+    except UserError as error:
+        raise UserError(f'{name}: {error}') from None
+
+
+def check(config):
+    """The rules that need several settings at once: yields (key, sentence)."""
+    if config.n_embd % config.n_head:
+        yield 'n_head', f'n_head must divide n_embd ({config.n_embd}), got {config.n_head}'
+    if config.dropout >= 1:
+        yield 'dropout', f'dropout must be below 1, got {config.dropout}'
+    for name, table in (('linear', variants.LINEARS), ('attention', variants.ATTENTIONS), ('mlp', variants.MLPS)):
+        try:
+            check_rules(config, name, table)
+        except UserError as error:
+            yield name, str(error)
+    if isinstance(config, Config):
+        yield from check_run(config)
+
+
+def check_run(config):
+    for name in ('beta1', 'beta2'):
+        if getattr(config, name) >= 1:
+            yield name, f'{name} must be below 1, got {getattr(config, name)}'
+    if config.decay_lr and config.warmup_iters > config.lr_decay_iters:
+        yield 'warmup_iters', (f'warmup_iters must not exceed lr_decay_iters ({config.lr_decay_iters}), got '
+                               f'{config.warmup_iters}; lower it or set decay_lr=False')
+    if config.decay_lr and config.min_lr > config.learning_rate:
+        yield 'min_lr', f'min_lr must not exceed learning_rate ({config.learning_rate}), got {config.min_lr}'
+    if config.device.split(':')[0] not in ('auto', 'cpu', 'cuda', 'mps'):
+        yield 'device', f"device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', got {config.device!r}"
+    for name in ('out_dir', 'dataset', 'init_from', 'data_dir'):
+        if not getattr(config, name) or '\0' in getattr(config, name):
+            yield name, f'{name} must not be empty'
+
+
+def place(config, name):
+    """'config/x.py:7: ' or '--n_head=5: ' for a key that was set, '' for a default."""
+    where = getattr(config, 'sources', {}).get(name, '')
+    return f'{where}: ' if where else ''
+
+
+def load(arguments, cls=Config):
+    """Read config files and --key=value, in the order given, into a checked `cls`.
+
+    Raises UserError in one line that names the file and line (or the argument), the key and the remedy.
+    """
+    fields, config = settings(cls), cls()
+    config.sources = {}
+    for argument in arguments:
+        pairs = read_argument(argument, fields) if argument.startswith('-') else read_file(argument)
+        for name, value, where in pairs:
+            if name == 'help':
+                print(help_text(cls))
+                raise SystemExit(0)
+            if name not in fields:
+                raise UserError(f'{where}: there is no setting {name!r}{did_you_mean(name, fields)}')
+            try:
+                setattr(config, name, coerce(fields[name], value))
+            except UserError as error:
+                raise UserError(f'{where}: {error}') from None
+            config.sources[name] = where
+    for name, sentence in check(config) if isinstance(config, GPTConfig) else ():
+        raise UserError(f'{place(config, name)}{sentence}')
+    return config
+
+
+def help_text(cls):
+    """Every key with its default and what it means."""
+    lines = ['usage: PROGRAM [config/X.py ...] [--key=value ...]', '']
+    for name, setting in settings(cls).items():
+        default = setting.default if setting.default is not dataclasses.MISSING else setting.default_factory()
+        lines.append(f'  --{name}={default!r}\n        {setting.metadata["doc"]}')
+    return '\n'.join(lines)
+
+
+def run_program(program, cls=Config):
+    """load(sys.argv) for a program: a mistake is one line on stderr (of rank 0 alone) and exit code 2."""
+    try:
+        return load(sys.argv[1:], cls)
+    except UserError as error:
+        say_mistake(program, error, '--debug=True' in sys.argv)
+
+
+def say_mistake(program, error, debug=False):
+    """Print one line for a user's mistake, on rank 0 alone, and leave with exit code 2."""
+    if debug:
+        raise error
+    if os.environ.get('RANK', '0') == '0':
+        print(f'{program}: {error}'.replace('\n', ' '), file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def main():
+    """Check a configuration; with --get=KEY print that setting's value."""
+    wanted = [a[6:] for a in sys.argv[1:] if a.startswith('--get=')]
+    sys.argv[1:] = [a for a in sys.argv[1:] if not a.startswith('--get=')]
+    config = run_program('configurator.py')
+    for name in wanted:
+        print(getattr(config, name))
+
+
+if __name__ == '__main__':
+    main()

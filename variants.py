@@ -1,0 +1,187 @@
+"""The site language: which linear, attention and MLP stands where. Imports no torch.
+
+A *site* is a module path below `transformer`, such as `h.3.mlp.c_fc`. A *rule* maps a pattern of
+sites to a *spec*; a spec is a name with literal arguments, `kron(8, 8, terms=4)`. Patterns are
+fnmatch patterns in which `*` crosses dots, and the first that matches a site wins:
+
+    linear = {'h.0.*': 'dense', 'h.*.mlp.*': 'kron(8, 8, terms=4)', 'h.*.attn.c_v': 'lowrank(64)'}
+
+The three tables below are all there is to register: a new variant is one file and one line here.
+"""
+import ast
+import difflib
+import fnmatch
+import importlib
+import inspect
+from dataclasses import dataclass, field
+
+
+class UserError(Exception):
+    """A mistake of the user's: one sentence with the setting, the value and the remedy; exit code 2.
+
+    key: the setting that it is about, where that is known, so that a program can name file and line.
+    """
+
+    def __init__(self, sentence, key=None):
+        super().__init__(sentence)
+        self.key = key
+
+
+class Table(dict):
+    """name -> class. An entry is written 'module:Class' and imported when it is first used."""
+
+    def __getitem__(self, name):
+        entry = super().__getitem__(name)
+        if isinstance(entry, str):
+            module, _, attribute = entry.partition(':')
+            entry = self[name] = getattr(importlib.import_module(module), attribute)
+        return entry
+
+
+LINEARS = Table({
+    'dense': 'layers:Linear',
+    'kron': 'kron.linear:KroneckerLinear',
+    'lowrank': 'lowrank.linear:LowRankLinear',
+})
+
+ATTENTIONS = Table({
+    'causal': 'model:CausalSelfAttention',
+})
+
+MLPS = Table({
+    'gelu': 'model:MLP',
+})
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One parsed spec: `kron(8, 8, terms=4)` is Spec('kron', (8, 8), {'terms': 4})."""
+    name: str
+    args: tuple = ()
+    kwargs: dict = field(default_factory=dict)
+
+    def __str__(self):
+        words = [repr(a) for a in self.args] + [f'{k}={v!r}' for k, v in self.kwargs.items()]
+        return f'{self.name}({", ".join(words)})' if words else self.name
+
+
+def did_you_mean(word, known):
+    """', did you mean X?' with the known word nearest to `word`, or ''."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f', did you mean {near[0]!r}?' if near else ''
+
+
+def parse_spec(text, table=None):
+    """Parse `name` or `name(literals)`; with a table, the name must stand in it.
+
+    Raises UserError in one sentence. Nothing is executed: the text is read with ast.
+    """
+    try:
+        node = ast.parse(text.strip(), mode='eval').body
+        call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
+        if not isinstance(call.func, ast.Name) or any(k.arg is None for k in call.keywords):
+            raise ValueError
+        spec = Spec(call.func.id, tuple(ast.literal_eval(a) for a in call.args),
+                    {k.arg: ast.literal_eval(k.value) for k in call.keywords})
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, AttributeError):
+        raise UserError(f'{str(text)[:80]!r} is no spec; write a name or a name with literal arguments, '
+                        "such as 'kron(8, 8, terms=4)'") from None
+    if table is not None and spec.name not in table:
+        raise UserError(f'{spec.name!r} is not one of {", ".join(table)}{did_you_mean(spec.name, table)}')
+    return spec
+
+
+def parse_rules(text):
+    """'pattern=spec; pattern=spec' -> {pattern: spec}; a text that holds no pattern is one spec for all sites."""
+    rules = {}
+    for item in text.split(';'):
+        pattern, equals, spec = item.partition('=')
+        if not equals or '(' in pattern:                # the first '=' belongs to an argument
+            pattern, spec = '*', item
+        pattern = pattern.strip()
+        if not pattern or not spec.strip():
+            raise UserError(f"{item.strip()!r} is no rule; write 'h.*.mlp.*=kron(8,8,terms=4)'")
+        if pattern in rules:
+            raise UserError(f'the pattern {pattern!r} stands there twice; the first match wins, so drop one')
+        rules[pattern] = spec.strip()
+    return rules
+
+
+def as_rules(value):
+    """A spec for every site, or rules already: both become rules."""
+    return {'*': value} if isinstance(value, str) else value
+
+
+def match(rules, site, default):
+    """The first pattern that matches the site, and its spec: (None, default) when none does."""
+    for pattern, spec in as_rules(rules).items():
+        if fnmatch.fnmatchcase(site, pattern):
+            return pattern, spec
+    return None, default
+
+
+def idle_rules(rules, sites):
+    """The patterns that win at none of the sites, in order: an error, since the user meant something by them."""
+    winners = {match(rules, site, None)[0] for site in sites}
+    return [pattern for pattern in as_rules(rules) if pattern not in winners]
+
+
+def check_rules(rules, table):
+    """Parse every spec of the rules and look its name up in the table; raises UserError."""
+    for spec in as_rules(rules).values():
+        parse_spec(spec, table)
+
+
+def build(key, cls, site, spec, *leading):
+    """cls(*leading, *spec arguments), every complaint turned into one sentence that names key, site and spec."""
+    try:
+        inspect.signature(cls).bind(*leading, *spec.args, **spec.kwargs)
+    except TypeError as error:
+        takes = list(inspect.signature(cls).parameters.values())[len(leading):]
+        raise UserError(f'{site}: {spec}: {error}; it takes {spec.name}({", ".join(map(str, takes))})', key) from None
+    try:
+        return cls(*leading, *spec.args, **spec.kwargs)
+    except (ValueError, TypeError) as error:
+        raise UserError(f'{site}: {spec}: {error}', key) from None
+
+
+def refuse_waste(cls, site, spec, in_features, out_features):
+    """Refuse a structure with as many parameters as the dense matrix; say which size would save some."""
+    bound = inspect.signature(cls).bind(in_features, out_features, None, *spec.args, **spec.kwargs)
+    bound.apply_defaults()
+    arguments = dict(list(bound.arguments.items())[3:])
+    numel, dense = cls.weight_numel(in_features, out_features, **arguments), in_features * out_features
+    if numel < dense:
+        return
+    size = cls.size_argument
+    saving = next((k for k in range(arguments[size] - 1, 0, -1)
+                   if cls.weight_numel(in_features, out_features, **{**arguments, size: k}) < dense), None)
+    remedy = f'{size}={saving} is the largest that saves some' if saving else 'choose other factor sizes'
+    raise UserError(f'{site}: {spec} saves nothing: {numel:,} parameters where dense has {dense:,}; {remedy}',
+                    'linear')
+
+
+def linear(config, site, in_features, out_features, bias=None):
+    """The linear map that `config.linear` names for this site, in -> out; bias None means config.bias.
+
+    Raises UserError when the spec does not fit the sizes or saves nothing.
+    """
+    spec = parse_spec(match(config.linear, site, 'dense')[1], LINEARS)
+    cls = LINEARS[spec.name]
+    module = build('linear', cls, site, spec, in_features, out_features, config.bias if bias is None else bias)
+    if spec.name != 'dense':
+        refuse_waste(cls, site, spec, in_features, out_features)
+    module.spec = str(spec)
+    return module
+
+
+def attention(config, site, block):
+    """The attention that `config.attention` names for `block` (h.3), built for `site` (h.3.attn)."""
+    spec = parse_spec(match(config.attention, block, 'causal')[1], ATTENTIONS)
+    return build('attention', ATTENTIONS[spec.name], site, spec, config, site)
+
+
+def mlp(config, site, block):
+    """The MLP that `config.mlp` names for `block` (h.3), built for `site` (h.3.mlp)."""
+    spec = parse_spec(match(config.mlp, block, 'gelu')[1], MLPS)
+    return build('mlp', MLPS[spec.name], site, spec, config, site)
