@@ -1,0 +1,113 @@
+"""Groups by tag, AdamW against torch's own, the schedule, and optimizer state by name."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import optim
+from model import GPT, GPTConfig
+from variants import UserError
+
+SMALL = dict(block_size=16, vocab_size=65, n_layer=2, n_head=4, n_embd=64, bias=True)
+
+
+def small(seed=0, **settings):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**SMALL, **settings}))
+
+
+def steps(model, optimizer, count, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        x = torch.randint(65, (4, 17), generator=rng)
+        optimizer.zero_grad(set_to_none=True)
+        model(x[:, :-1], x[:, 1:])[1].backward()
+        optimizer.step()
+
+
+def test_every_parameter_stands_in_exactly_one_group():
+    model = small(linear={'*.c_fc': 'kron(16, 8, scale=True)', '*.c_v': 'lowrank(4)'})
+    decayed, rest = optim.groups(model, 0.1)
+    ids = [id(p) for p in decayed['params'] + rest['params']]
+    assert len(ids) == len(set(ids)) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    plain = {names[id(p)].split('.')[-1] for p in rest['params']}
+    assert plain <= {'bias', 'scale', 'weight'} and (decayed['weight_decay'], rest['weight_decay']) == (0.1, 0.0)
+    assert all('ln_' in names[id(p)] for p in rest['params'] if names[id(p)].endswith('weight'))
+    assert any(names[id(p)].endswith('c_fc.A') for p in decayed['params'])     # 3-D, and 1-row factors too
+
+
+def test_frozen_parameters_stand_in_no_group():
+    model = small()
+    model.transformer.h[0].requires_grad_(False)
+    before = {n: p.clone() for n, p in model.transformer.h[0].named_parameters()}
+    steps(model, model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu'), 3)
+    for name, p in model.transformer.h[0].named_parameters():
+        assert torch.equal(p, before[name]), name
+
+
+def test_adamw_is_the_published_update():
+    """One parameter of each kind against the formula of Loshchilov & Hutter in float64."""
+    model = small().double()
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+    watched = {'transformer.h.0.mlp.c_fc.weight': 0.1, 'transformer.h.0.mlp.c_fc.bias': 0.0}
+    params = dict(model.named_parameters())
+    w = {n: params[n].detach().clone() for n in watched}
+    m, v = {n: 0.0 for n in watched}, {n: 0.0 for n in watched}
+    rng = torch.Generator().manual_seed(0)
+    for t in range(1, 4):
+        x = torch.randint(65, (4, 17), generator=rng)
+        optimizer.zero_grad()
+        model(x[:, :-1], x[:, 1:])[1].backward()
+        for n, decay in watched.items():
+            g = params[n].grad
+            m[n], v[n] = 0.9 * m[n] + 0.1 * g, 0.95 * v[n] + 0.05 * g * g
+            w[n] = w[n] * (1 - 1e-2 * decay) - 1e-2 * (m[n] / (1 - 0.9 ** t)) / ((v[n] / (1 - 0.95 ** t)).sqrt() + 1e-8)
+        optimizer.step()
+    for n in watched:
+        assert (params[n] - w[n]).abs().max() < 1e-10
+
+
+def test_learning_rate():
+    c = SimpleNamespace(decay_lr=True, warmup_iters=10, lr_decay_iters=110, learning_rate=1.0, min_lr=0.1)
+    rate = lambda step: optim.learning_rate(step, c)                                    # noqa: E731
+    assert rate(0) == pytest.approx(1 / 11) and rate(9) == pytest.approx(10 / 11) and rate(10) == 1.0
+    assert rate(60) == pytest.approx(0.55) and rate(35) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    assert rate(110) == rate(10 ** 6) == 0.1
+    c.decay_lr = False
+    assert rate(0) == rate(500) == 1.0
+    c.decay_lr, c.warmup_iters, c.lr_decay_iters = True, 10, 10             # no division by zero
+    assert rate(10) == 0.1
+
+
+def test_state_goes_by_name_and_not_by_position():
+    """Two same-shaped parameters whose order differs: a positional load swaps their moments, ours does not."""
+    model = small()
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    steps(model, optimizer, 3)
+    saved = {n: {k: t.clone() for k, t in e.items()} for n, e in optim.state_by_name(optimizer, model).items()}
+    other = small()
+    other.load_state_dict(model.state_dict())
+    again = other.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    again.param_groups[0]['params'].reverse()
+    optim.load_state_by_name(again, other, saved)
+    steps(model, optimizer, 2, seed=1)
+    steps(other, again, 2, seed=1)
+    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+        assert torch.equal(p, q), name
+    positional = small().configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')            # negative control
+    positional.param_groups[0]['params'].reverse()
+    with pytest.raises((ValueError, RuntimeError, AssertionError)):
+        positional.load_state_dict(optimizer.state_dict())
+        twin = [e['exp_avg'] for e in positional.state.values()]
+        assert all(torch.equal(a, b['exp_avg']) for a, b in zip(twin, optimizer.state.values()))
+
+
+def test_unknown_names_are_refused_and_missing_ones_start_afresh():
+    model = small()
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    with pytest.raises(UserError, match='nowhere.weight'):
+        optim.load_state_by_name(optimizer, model, {'nowhere.weight': {}})
+    optim.load_state_by_name(optimizer, model, {})
+    steps(model, optimizer, 1)
