@@ -1,0 +1,159 @@
+"""What a run writes and shows: config.json, env.json, log.jsonl, loss.png, a progress line, wandb, tensorboard."""
+import json
+import math
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+import configurator
+import hardware
+
+
+def write_json(path, value):
+    """Write aside and rename, so that a reader never sees half a file."""
+    with open(path + '.tmp', 'w', encoding='utf-8') as file:
+        json.dump(value, file, indent=1)
+    os.replace(path + '.tmp', path)
+
+
+def read_log(path):
+    """The lines of a log.jsonl as dicts; a last line that a kill cut short is left out."""
+    lines = []
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as file:
+            for text in file:
+                try:
+                    lines.append(json.loads(text))
+                except ValueError:
+                    continue
+    return lines
+
+
+def rewind(path, step, evaluated):
+    """Drop the lines that a resumed run will write again: steps from `step` on, evaluations after `evaluated`."""
+    kept = [line for line in read_log(path)
+            if line['step'] < step or line['step'] == step == evaluated and 'val_loss' in line]
+    with open(path + '.tmp', 'w', encoding='utf-8') as file:
+        file.writelines(json.dumps(line) + '\n' for line in kept)
+    os.replace(path + '.tmp', path)
+
+
+def draw(folder):
+    """loss.png from log.jsonl: training loss a step, training and validation loss at evaluations."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    lines = read_log(os.path.join(folder, 'log.jsonl'))
+    steps = [line for line in lines if 'loss' in line]
+    evals = [line for line in lines if 'val_loss' in line]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot([s['step'] for s in steps], [s['loss'] for s in steps], color='0.75', linewidth=0.8, label='training step')
+    for name, style in (('train_loss', 'o--'), ('val_loss', 'o-')):
+        axes.plot([e['step'] for e in evals], [e[name] for e in evals], style, markersize=3, label=name.replace('_', ' '))
+    axes.set(xlabel='step', ylabel='loss, nats a token', title=os.path.basename(os.path.normpath(folder)))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(os.path.join(folder, 'loss.png'), dpi=120)
+    plt.close(figure)
+
+
+class RunLog:
+    """The log of one run; only rank 0 writes. Logging draws no random number and changes no state of training."""
+
+    def __init__(self, config, model, progress, job):
+        self.config, self.job, self.started = config, job, time.perf_counter()
+        self.model, self.tokens = model, progress['tokens']
+        self.peak = hardware.peak_flops(job.device, job.dtype) if job.main else 1.0
+        self.file = self.bar = self.wandb = self.board = None
+        self.then = time.perf_counter()
+        self.first_step = progress['step']
+        if job.main and not config.eval_only:
+            os.makedirs(config.out_dir, exist_ok=True)
+            write_json(os.path.join(config.out_dir, 'config.json'), configurator.as_dict(config))
+            model_facts = {'parameters': model.num_params(), 'flops_per_token': model.flops_per_token()}
+            write_json(os.path.join(config.out_dir, 'env.json'), hardware.environment(job.device) | model_facts)
+            path = os.path.join(config.out_dir, 'log.jsonl')
+            rewind(path, progress['step'], progress['evaluated'])
+            self.file = open(path, 'a', encoding='utf-8')
+            self.open_trackers()
+        if job.main and sys.stdout.isatty():
+            self.bar = tqdm(total=config.max_iters, initial=progress['step'], unit='step', dynamic_ncols=True)
+
+    def open_trackers(self):
+        """wandb and tensorboard where asked for; one warning each when they are not installed."""
+        if self.config.wandb_log:
+            try:
+                import wandb
+                self.wandb = wandb.init(project=self.config.wandb_project, name=self.config.wandb_run_name,
+                                        config=configurator.as_dict(self.config))
+            except ImportError:
+                print('wandb_log: wandb is not installed (pip install wandb); the run goes on without it', file=sys.stderr)
+        if self.config.tensorboard_log:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(os.path.join(self.config.out_dir, 'tensorboard'))
+            except ImportError:
+                print('tensorboard_log: tensorboard is not installed (pip install tensorboard); the run goes on '
+                      'without it', file=sys.stderr)
+
+    def write(self, line):
+        """One line to log.jsonl and the trackers."""
+        if self.file:
+            self.file.write(json.dumps(line) + '\n')
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log(line, step=line['step'])
+        if self.board:
+            for name, value in line.items():
+                self.board.add_scalar(name, value, line['step'])
+
+    def show(self, text):
+        if self.bar is not None:
+            self.bar.write(text)
+        elif self.job.main:
+            print(text, flush=True)
+
+    def evaluation(self, step, losses):
+        """An evaluation line: step, train_loss, val_loss."""
+        if self.job.main:
+            self.write({'step': step, **losses})
+            self.show(f'step {step}: train loss {losses["train_loss"]:.4f}, val loss {losses["val_loss"]:.4f}')
+        self.then = time.perf_counter()
+
+    def step(self, step, result):
+        """A training line: step, loss, lr, grad_norm, tokens, ms, tokens_per_s, mfu, peak_memory."""
+        now = time.perf_counter()
+        seconds, self.then = now - self.then, now
+        done, self.tokens = result['tokens'] - self.tokens, result['tokens']
+        if not self.job.main or step % self.config.log_interval:
+            return
+        line = {'step': step, 'loss': result['loss'], 'lr': result['lr'], 'grad_norm': result['grad_norm'],
+                'tokens': result['tokens'], 'ms': seconds * 1e3, 'tokens_per_s': done / seconds,
+                'mfu': 3 * self.model.flops_per_token() * done / seconds / self.peak / self.job.world_size,
+                'peak_memory': hardware.peak_memory(self.job.device)}
+        if not result['applied']:
+            line['skipped'] = True
+        self.write(line)
+        text = f'loss {line["loss"]:.4f}, {line["ms"]:.0f} ms, {line["tokens_per_s"]:,.0f} tokens/s, mfu {line["mfu"]:.0%}'
+        if self.bar is not None:
+            self.bar.update(step + 1 - self.bar.n)
+            self.bar.set_postfix_str(text)
+        elif step == self.first_step or step % max(1, self.config.max_iters // 20) == 0:
+            left = (now - self.started) / (step + 1 - self.first_step) * (self.config.max_iters - step - 1)
+            print(f'iter {step}: {text}, {left:.0f} s left', flush=True)
+
+    def close(self, words):
+        """Close the files, draw loss.png, and say why the run ends."""
+        if self.bar is not None:
+            self.bar.close()
+        if words:
+            print(words, flush=True) if self.job.main else None
+        if self.file:
+            self.file.close()
+            draw(self.config.out_dir)
+        if self.wandb:
+            self.wandb.finish()
+        if self.board:
+            self.board.close()
