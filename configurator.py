@@ -290,6 +290,13 @@ def place(config, name):
     return f'{where}: ' if where else ''
 
 
+def placed(config, error):
+    """The sentence of a UserError that came up after loading, with the place and the name of the key it is about."""
+    where = place(config, error.key)
+    named = str(error).startswith(f'{error.key}') or not where
+    return f'{where}{"" if named else error.key + ": "}{error}'
+
+
 def load(arguments, cls=Config):
     """Read config files and --key=value, in the order given, into a checked `cls`.
 

@@ -16,14 +16,14 @@ configure() { # configurator.py needs no package, so that a mistake is told befo
     "$checker" "$root/configurator.py" "$@"
 }
 
-needs_preparing() { # needs_preparing FOLDER: no data yet, or a text there changed since
+needs_preparing() { # needs_preparing FOLDER: no data yet, or an input.txt was put beside data of the built-in text
     local folder=$1
     [ -f "$folder/prepare.py" ] || return 1
-    [ -f "$folder/train.bin" ] && [ -f "$folder/val.bin" ] || return 0
-    [ -n "$(find "$folder" -maxdepth 1 -name '*.txt' -cnewer "$folder/train.bin")" ]
+    compgen -G "$folder/*train*.bin" >/dev/null && compgen -G "$folder/*val*.bin" >/dev/null || return 0
+    [ -f "$folder/input.txt" ] && grep -qs 'ships with this repository' "$folder/meta.json"
 }
 
-prepare() { # prepare FOLDER DRY_RUN: runs the data set's prepare.py when its files are missing or stale
+prepare() { # prepare FOLDER DRY_RUN: runs the data set's prepare.py when needed
     local folder=$1 dry_run=$2
     needs_preparing "$folder" || return 0
     if grep -Eq '^ *(import|from) datasets' "$folder/prepare.py"; then

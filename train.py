@@ -193,10 +193,10 @@ def mean_loss(model, fast, batches, job):
 def evaluate(model, fast, loaders, config, job):
     """{'train_loss', 'val_loss'}; eval_iters=0 takes the whole validation split in order, and 20 batches of training."""
     model.eval()
-    losses = {}
+    losses, rows = {}, max(config.batch_size, 4096 // config.block_size)        # small windows: fewer, larger batches
     for split in ('train', 'val'):
         whole = split == 'val' and config.eval_iters == 0
-        batches = (loaders[split].sequential(rank=job.rank, world_size=job.world_size) if whole else
+        batches = (loaders[split].sequential(rows, rank=job.rank, world_size=job.world_size) if whole else
                    loaders[split].fixed(config.eval_iters or 20, split, rank=job.rank, world_size=job.world_size))
         losses[f'{split}_loss'] = mean_loss(model, fast, batches, job)
     model.train()
@@ -214,7 +214,7 @@ def train_step(model, optimizer, scaler, loader, step, config, job):
         with hardware.autocast(job.device, job.dtype):
             _, loss = model(x, y)
         scaler.scale(loss / per_rank).backward()
-        total = total + loss.detach()
+        total = total + loss.detach().double()
         if micro < per_rank - 1 and job.agree(bool(STOP['signal'])):
             optimizer.zero_grad(set_to_none=True)
             return None
@@ -234,7 +234,7 @@ def save(config, model, optimizer, scaler, dataset, progress, job, last=False):
     if job.main:
         state = {'step': progress['step'], 'config': configurator.as_dict(config), 'model': model.state_dict(),
                  'optimizer': optim.state_by_name(optimizer, model), 'scaler': scaler.state_dict(),
-                 'data': dataset.meta, 'data_digest': dataset.digest, 'torch': str(torch.__version__),
+                 'data': dataset.tokenizer, 'data_digest': dataset.digest, 'torch': str(torch.__version__),
                  **{k: progress[k] for k in ('tokens', 'best_val_loss', 'evaluated')}}
         try:
             checkpoint.save(config.out_dir, state, keep=config.keep_checkpoints)
@@ -251,7 +251,7 @@ def dry_run(config, job):
     """Print the site table, parameters in three conventions, FLOPs a token and the memory to expect."""
     folder = os.path.join(config.data_dir, config.dataset)
     if 'vocab_size' not in config.sources and os.path.exists(os.path.join(folder, 'meta.json')):
-        config.vocab_size = padded(open_dataset(folder).vocab_size)
+        config.vocab_size = padded(open_dataset(folder, job.say).vocab_size)
     if config.init_from == 'resume':
         config = resumed(config, checkpoint.load(config.out_dir))
     elif config.init_from != 'scratch':
@@ -291,7 +291,7 @@ def train(config, job):
     """Everything of a run but its set-up: data, model, the loop."""
     state = checkpoint.load(config.out_dir) if config.init_from == 'resume' else None
     config = resumed(config, state) if state else config
-    dataset = open_dataset(os.path.join(config.data_dir, config.dataset))
+    dataset = open_dataset(os.path.join(config.data_dir, config.dataset), job.say)
     if state and state['data_digest'] != dataset.digest:
         raise UserError(f'{dataset.folder} is not the data that {config.out_dir} was trained on; '
                         f'to go on with other data take --init_from={config.out_dir} and a new out_dir')
@@ -372,8 +372,7 @@ def main(config):
         job = start(config)
         (dry_run if config.dry_run else train)(config, job)
     except UserError as error:
-        where = configurator.place(config, error.key) if error.key else ''
-        configurator.say_mistake('train.py', f'{where}{error.key + ": " if where else ""}{error}', config.debug)
+        configurator.say_mistake('train.py', configurator.placed(config, error), config.debug)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise

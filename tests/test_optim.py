@@ -98,10 +98,8 @@ def test_state_goes_by_name_and_not_by_position():
         assert torch.equal(p, q), name
     positional = small().configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')            # negative control
     positional.param_groups[0]['params'].reverse()
-    with pytest.raises((ValueError, RuntimeError, AssertionError)):
-        positional.load_state_dict(optimizer.state_dict())
-        twin = [e['exp_avg'] for e in positional.state.values()]
-        assert all(torch.equal(a, b['exp_avg']) for a, b in zip(twin, optimizer.state.values()))
+    positional.load_state_dict(optimizer.state_dict())
+    assert any(entries['exp_avg'].shape != p.shape for p, entries in positional.state.items())
 
 
 def test_unknown_names_are_refused_and_missing_ones_start_afresh():

@@ -28,7 +28,6 @@ def note(*words):
 
 STUBS = {
     'config/small.py': "dataset = 'text'\nout_dir = 'out/small'\nmax_iters = 10\nwarmup_iters = 2\n",
-    'data/text/input.txt': 'to be or not to be',
     'data/text/prepare.py': NOTE + """
 note('prepare')
 for name in ('train.bin', 'val.bin'):
@@ -277,18 +276,34 @@ def test_a_config_beside_the_user_is_found(clone, tmp_path):
     assert clone.calls()[1] == f'train {tmp_path}/mine/own.py'
 
 
-def test_a_new_text_beside_the_data_is_prepared_even_when_its_date_is_old(clone):
+@pytest.mark.parametrize('source, prepares', [('built-in (ships with this repository)', True), ('my book.txt', False)])
+def test_an_input_put_beside_data_replaces_the_built_in_text_and_no_other(clone, source, prepares):
     clone.ready('base').run('config/small.py')
+    (clone.folder / 'data' / 'text' / 'meta.json').write_text(f'{{"source": "{source}"}}')
     clone.calls()
-    old = clone.folder.parent / 'old.txt'
-    old.write_text('canonical')
-    os.utime(old, (1e9, 1e9))
-    time.sleep(0.05)
-    shutil.move(old, clone.folder / 'data' / 'text' / 'input.txt')
-    clone.run('config/small.py')
-    assert names(clone.calls())[0] == 'prepare'
     clone.run('config/small.py')
     assert names(clone.calls())[0] == 'train'
+    (clone.folder / 'data' / 'text' / 'input.txt').write_text('canonical')
+    clone.run('config/small.py')
+    assert ('prepare' in names(clone.calls())) == prepares
+
+
+def test_the_built_in_text_says_so_in_the_words_that_run_sh_looks_for(run_program, tmp_path):
+    run_program('data/shakespeare_char/prepare.py', f'--out={tmp_path}')
+    assert 'ships with this repository' in (tmp_path / 'meta.json').read_text()
+    assert 'ships with this repository' in (ROOT / 'run.sh').read_text()
+
+
+@pytest.mark.parametrize('files, prepares', [
+    (['train.bin', 'val.bin'], False),
+    (['web_train_000001.bin', 'web_val_000000.bin'], False),
+    (['train.bin'], True),
+])
+def test_data_that_is_there_is_kept(clone, files, prepares):
+    for name in files:
+        (clone.folder / 'data' / 'text' / name).write_bytes(b'..')
+    clone.ready('base').run('config/small.py')
+    assert ('prepare' in names(clone.calls())) == prepares
 
 
 def test_a_data_set_that_imports_datasets_gets_it_installed_first_but_not_for_a_dry_run(clone):

@@ -181,7 +181,7 @@ def test_eval_only_writes_nothing(data, tmp_path, capsys):
 
 @pytest.mark.parametrize('more, words', [
     (['--linear=h.7.*=dense'], "--linear=h.7.*=dense: linear: the pattern 'h.7.*' wins at no site"),
-    (['--linear=*.c_fc=kron(5,8)'], 'h.0.mlp.c_fc: kron(5, 8): factors of 5 x 8 do not divide'),
+    (['--linear=*.c_fc=kron(5,8)'], 'linear: h.0.mlp.c_fc: kron(5, 8): factors of 5 x 8 do not divide'),
     (['--init_from=resume'], 'has no checkpoint'),
     (['--init_from=/nowhere/at/all'], "there is no folder '/nowhere/at/all'"),
     (['--dataset=nothing'], 'nothing'),
@@ -206,7 +206,7 @@ def test_resume_refuses_another_shape_and_other_data(data, tmp_path, capsys):
     assert capsys.readouterr().err.count('\n') == 1
 
 
-@pytest.mark.parametrize('rate, policy', [('1e30', 'stop'), ('1e30', 'skip')])
+@pytest.mark.parametrize('rate, policy', [('1e15', 'stop'), ('1e15', 'skip')])
 def test_r10_a_loss_that_is_not_finite_stops_with_3_and_saves_nothing_bad(data, tmp_path, rate, policy, capsys):
     run(data, tmp_path, f'--learning_rate={rate}', '--grad_clip=0', f'--nonfinite={policy}', '--save_interval=1',
         '--dropout=0', code=3)

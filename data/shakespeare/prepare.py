@@ -1,0 +1,17 @@
+"""Shakespeare in GPT-2's byte pairs: writes train.bin, val.bin and meta.json here.
+
+    python data/shakespeare/prepare.py [--input=FILE] [--out=DIR]
+
+Needs no network: text and merges ship with the repository. The canonical tiny shakespeare, put here as input.txt, is
+used instead (301,966 + 36,059 tokens, as nanoGPT has); --input=FILE takes any text in UTF-8.
+"""
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parents[1]))
+
+from data import prepare_text
+
+if __name__ == '__main__':
+    prepare_text.main(FOLDER, 'gpt2')

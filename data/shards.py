@@ -1,0 +1,201 @@
+"""Token files: one file of tokens, written with llm.c's header and read with or without it. Imports no torch.
+
+    bytes 0..1023   256 little-endian int32: magic 20240520, version 1, number of tokens, and, since
+                    llm.c leaves the rest at zero, bytes per token (0 means 2) and size of the vocabulary (0: unsaid)
+    bytes 1024...   the tokens: uint16, or uint32 where the vocabulary has more than 65,536
+
+nanoGPT's own .bin is the second part alone, always uint16. (github.com/karpathy/llm.c, KellerJordan/modded-nanogpt.)
+"""
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from variants import UserError
+
+MAGIC, VERSION = 20240520, 1
+HEADER_BYTES = 1024
+MOST_TOKENS = 2**31 - 1                     # what the header's int32 can say
+CHUNK_BYTES = 1 << 23
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One token file whose header and size agree. `vocab_size` is 0 where no header says it."""
+    path: Path
+    size: int                               # bytes, header included
+    offset: int                             # bytes before the first token
+    dtype: np.dtype
+    tokens: int
+    vocab_size: int = 0
+
+
+def refuse(path, expected, found, remedy=''):
+    """Raise UserError: the path, what should be there, what is there, and what to do about it, in one line."""
+    raise UserError(f'{path}: expected {expected}, found {found}' + (f'; {remedy}' if remedy else ''))
+
+
+def reason(error):
+    """An OSError in a few words."""
+    return (error.strerror or str(error)).lower()
+
+
+def write_atomic(path, *parts):
+    """Write the parts (bytes-like) one after the other, aside, and rename: `path` is old or new, never half."""
+    path = Path(path)
+    aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(aside, 'wb') as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_shard(path, tokens, vocab_size):
+    """Write tokens (1-D, integers in [0, vocab_size)) with the header; returns the file's entry for meta.json.
+
+    The entry is {'name', 'tokens', 'sha256', 'size'}. Raises UserError when a token is outside the vocabulary.
+    """
+    tokens = np.asarray(tokens)
+    if not tokens.size:
+        refuse(path, 'at least one token to write', 'none')
+    if tokens.ndim != 1 or tokens.dtype.kind not in 'iu' or tokens.size > MOST_TOKENS:
+        refuse(path, f'a list of at most {MOST_TOKENS:,} integers', f'{tokens.dtype} of shape {tokens.shape}')
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        refuse(path, f'tokens from 0 to {vocab_size - 1}', low if low < 0 else high)
+    dtype = np.dtype('<u2' if vocab_size <= 65536 else '<u4')
+    header = np.zeros(256, '<i4')
+    header[:5] = MAGIC, VERSION, tokens.size, dtype.itemsize, vocab_size
+    parts = header.tobytes(), np.ascontiguousarray(tokens, dtype).data.cast('B')
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    write_atomic(path, *parts)
+    return {'name': Path(path).name, 'tokens': tokens.size, 'sha256': digest.hexdigest(), 'size': sum(map(len, parts))}
+
+
+def open_shard(path, expected_size=None):
+    """Check what a look at the beginning and at the size can tell, and return the Shard.
+
+    expected_size: bytes, as meta.json has them. Raises UserError naming path, what was expected and what was found.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, 'rb') as file:
+            head = file.read(1 << 16)
+    except OSError as error:
+        refuse(path, 'a token file', reason(error), 'run the prepare.py of this data set')
+    if size == 0:
+        refuse(path, 'tokens', 'an empty file', 'run the prepare.py of this data set')
+    if expected_size not in (None, size):
+        refuse(path, f'{expected_size:,} bytes as meta.json says', f'{size:,}', 'copy it or prepare it again')
+    words = np.frombuffer(head[:min(size, HEADER_BYTES) // 4 * 4], '<i4')
+    if words.size and words[0] == MAGIC:
+        return with_header(path, size, words)
+    return without_header(path, size, words, head)
+
+
+def with_header(path, size, words):
+    """The Shard that a header describes, if it describes this file."""
+    if words.size < 256:
+        refuse(path, f'a header of {HEADER_BYTES:,} bytes', f'{size:,} bytes in all')
+    version, tokens, width, vocab_size = map(int, words[1:5])
+    if version != VERSION:
+        refuse(path, f'version {VERSION} in the header', version)
+    if width not in (0, 2, 4):
+        refuse(path, '2 or 4 bytes per token in the header', width)
+    width = width or 2
+    if tokens < 1 or vocab_size < 0:
+        refuse(path, 'a positive number of tokens in the header', f'{tokens} (vocabulary {vocab_size})')
+    if size != HEADER_BYTES + tokens * width:
+        refuse(path, f'{HEADER_BYTES + tokens * width:,} bytes for the {tokens:,} tokens in its header', f'{size:,}')
+    return Shard(path, size, HEADER_BYTES, np.dtype(f'<u{width}'), tokens, vocab_size)
+
+
+def without_header(path, size, words, head):
+    """The Shard of a raw file of uint16, unless it looks like something else."""
+    if words.size == 256 and not words[8:].any():
+        refuse(path, f'the magic number {MAGIC} at the head (or raw uint16 tokens)', int(words[0]))
+    if head.startswith(b'\x93NUMPY'):
+        refuse(path, 'uint16 tokens', 'a file of numpy.save', 'write them with tofile() as uint16')
+    if looks_like_text(head):
+        refuse(path, 'uint16 tokens', f'text ({head[:16]!r}...)', 'make tokens of it by prepare.py --input=FILE')
+    if size % 2:
+        refuse(path, 'uint16 tokens, an even number of bytes', f'{size:,} bytes')
+    values = np.frombuffer(head[:size // 4 * 4], '<u2')
+    if values.size >= 64 and not values[1::2].any() and values.any():
+        refuse(path, 'uint16 tokens', 'wider integers, every second uint16 is 0', 'write them as uint16')
+    return Shard(path, size, 0, np.dtype('<u2'), size // 2)
+
+
+def looks_like_text(head):
+    """True when 64 bytes or more are UTF-8 without control characters, which no file of tokens is for long."""
+    if len(head) < 64:
+        return False
+    for cut in range(4):                    # the end may cut a character in two
+        try:
+            text = head[:len(head) - cut].decode('utf-8')
+        except UnicodeDecodeError:
+            continue
+        return all(c >= ' ' or c in '\t\n\r\f' for c in text)
+    return False
+
+
+def scan(shard):
+    """(SHA-256 of the whole file, largest token), in one pass of 8 MiB pieces."""
+    digest, largest = hashlib.sha256(), 0
+    with open(shard.path, 'rb') as file:
+        digest.update(file.read(shard.offset))
+        while piece := file.read(CHUNK_BYTES):
+            digest.update(piece)
+            whole = len(piece) // shard.dtype.itemsize
+            largest = max(largest, int(np.frombuffer(piece, shard.dtype, whole).max(initial=0)))
+    return digest.hexdigest(), largest
+
+
+class Tokens:
+    """Several shards seen as one stream of tokens."""
+
+    def __init__(self, shards):
+        self.shards = list(shards)
+        self.starts = np.cumsum([0] + [shard.tokens for shard in self.shards])          # (shards + 1,)
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    @property
+    def path(self):
+        """Where the stream begins, for messages."""
+        return self.shards[0].path
+
+    def read(self, start, stop):
+        """Tokens [start, stop) of the stream as an int64 array, across the ends of shards.
+
+        Plain reads and no memory map: the resident size does not grow with what was visited (nanoGPT issue 287),
+        and a file that shrinks under us is an error message and not a bus error.
+        """
+        parts, k = [], int(np.searchsorted(self.starts, start, 'right')) - 1
+        while start < stop:
+            end = min(stop, int(self.starts[k + 1]))
+            parts.append(read_shard(self.shards[k], start - int(self.starts[k]), end - start))
+            start, k = end, k + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def read_shard(shard, first, count):
+    """`count` tokens of one file from the one numbered `first`, as int64."""
+    try:
+        piece = np.fromfile(shard.path, shard.dtype, count, offset=shard.offset + first * shard.dtype.itemsize)
+    except OSError as error:
+        refuse(shard.path, 'the file that was there at the start', reason(error))
+    if piece.size != count:
+        refuse(shard.path, f'{count} tokens from number {first}', piece.size, 'it was changed during the run')
+    return piece.astype(np.int64)

@@ -1,0 +1,90 @@
+"""Files that are whole or not there, whatever stops the machine, and a folder that one process holds."""
+import contextlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from variants import UserError
+
+try:
+    import fcntl
+except ImportError:                     # Windows: no lock there
+    fcntl = None
+
+
+class FileOps:
+    """What a save does to the disk, one method each, so that a test can stop after any or lose what was not synced."""
+
+    def open(self, path):
+        return open(path, 'wb')
+
+    def write(self, file, data):
+        file.write(data)
+
+    def fsync(self, file):
+        file.flush()
+        os.fsync(file.fileno())
+
+    def replace(self, source, target):
+        os.replace(source, target)
+
+    def fsync_dir(self, folder):
+        if os.name == 'nt':             # has no such call; its renames are journalled
+            return
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def remove(self, path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            os.remove(path)
+
+
+DISK = FileOps()
+
+
+def write_whole(path, data, ops):
+    """Aside, sync, rename, sync the folder: path then holds all of data, or what it held before."""
+    aside = path.with_name(path.name + '.tmp')
+    try:
+        with ops.open(aside) as file:
+            ops.write(file, data)
+            ops.fsync(file)
+        ops.replace(aside, path)
+        ops.fsync_dir(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            ops.remove(aside)
+        raise
+
+
+class Lock:
+    """One trainer a folder: holds <folder>/.lock until release() or the end of the process, however it ends.
+
+    Raises UserError with the holder's pid. A file that a dead process left is no obstacle: the kernel holds the lock.
+    """
+
+    def __init__(self, folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.file = open(Path(folder) / '.lock', 'a+', encoding='ascii', errors='replace')
+        try:
+            fcntl and fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.seek(0)
+            holder = self.file.read(20).strip() or 'unknown'
+            self.file.close()
+            raise UserError(f'{folder} is in use by another trainer (pid {holder}); '
+                            'wait for it, stop it, or take another --out_dir') from None
+        except OSError as error:
+            print(f'{folder} cannot be locked ({error}); start no second trainer there', file=sys.stderr, flush=True)
+        self.file.truncate(0)
+        self.file.write(f'{os.getpid()}\n')
+        self.file.flush()
+
+    def release(self):
+        self.file.close()

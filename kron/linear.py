@@ -1,0 +1,205 @@
+"""A linear map whose matrix is a sum of Kronecker products, W = sum_i s_i A_i (x) B_i, applied without forming W.
+
+With x as a matrix X (n, q), row-major, (A (x) B) x is the matrix A X B^T (m, p), row-major. So a term costs two
+small products, in either order, and the orders differ in FLOPs by up to m or n: an expanding and a contracting
+linear want opposite ones. Sizes in this file: A (terms, m, n), B (terms, p, q), out = m p, in = n q.
+"""
+import math
+
+import torch
+import torch.nn as nn
+
+from kron.van_loan import nearest_kronecker_sum
+
+THIN = 8        # a B of at most this many rows and columns is contracted by planes; measured on a CPU, 768 <-> 3072
+
+
+def b_first(x, A, B):
+    """Y = sum_i A_i (X B_i^T), the sum over terms inside the second product. x (T, in) -> (T, out).
+
+    FLOPs 2 T terms n p (q + m), largest intermediate T terms n p.
+    """
+    (r, m, n), (_, p, q), T = A.shape, B.shape, x.shape[0]
+    if max(p, q) <= THIN:           # B's small axes outermost: long rows in both products, copies of long runs
+        z = B.transpose(0, 1).reshape(p * r, q) @ x.reshape(T * n, q).t()                   # (p r, T n)
+        z = z.view(p, r, T, n).transpose(1, 2).reshape(p * T, r * n)
+        y = z @ A.transpose(1, 2).reshape(r * n, m)                                         # (p T, m)
+        return y.view(p, T, m).permute(1, 2, 0).reshape(T, m * p)
+    z = x.reshape(T * n, q) @ B.reshape(r * p, q).t()                                       # (T n, r p)
+    z = z.view(T, n, r, p).permute(0, 3, 1, 2).reshape(T * p, n * r)
+    y = z @ A.permute(2, 0, 1).reshape(n * r, m)                                            # (T p, m)
+    return y.view(T, p, m).transpose(1, 2).reshape(T, m * p)
+
+
+def a_first(x, A, B):
+    """Y = sum_i (A_i X) B_i^T, the sum over terms inside the second product. x (T, in) -> (T, out).
+
+    FLOPs 2 T terms m q (n + p), largest intermediate T terms m q.
+    """
+    (r, m, n), (_, p, q), T = A.shape, B.shape, x.shape[0]
+    x = x.reshape(T, n, q)
+    if max(p, q) <= THIN:
+        v = x.permute(2, 0, 1).reshape(q * T, n) @ A.reshape(r * m, n).t()                  # (q T, r m)
+        v = v.view(q, T, r, m).transpose(1, 2).reshape(q * r, T * m)
+        y = B.permute(1, 2, 0).reshape(p, q * r) @ v                                        # (p, T m)
+        return y.view(p, T, m).permute(1, 2, 0).reshape(T, m * p)
+    v = x.transpose(1, 2).reshape(T * q, n) @ A.reshape(r * m, n).t()                       # (T q, r m)
+    v = v.view(T, q, r, m).permute(0, 3, 1, 2).reshape(T * m, q * r)
+    return (v @ B.permute(2, 0, 1).reshape(q * r, p)).view(T, m * p)
+
+
+def contract(x, A, B):
+    """(sum_i A_i (x) B_i) x for rows x (T, in), in the order of fewer FLOPs."""
+    return (a_first if cheaper_is_a_first(A.shape, B.shape) else b_first)(x, A, B)
+
+
+def order_flops(A_shape, B_shape):
+    """Forward FLOPs a token of (A-first, B-first), a multiply-add counted as 2."""
+    (r, m, n), (_, p, q) = A_shape, B_shape
+    return 2 * r * m * q * (n + p), 2 * r * n * p * (q + m)
+
+
+def cheaper_is_a_first(A_shape, B_shape):
+    """Whether A-first costs fewer FLOPs; a tie goes to B-first."""
+    a_first_flops, b_first_flops = order_flops(A_shape, B_shape)
+    return a_first_flops < b_first_flops
+
+
+def van_loan(weight, stats, m, n, terms):
+    """The nearest sum in Frobenius norm -> A, B, s = 1."""
+    return *nearest_kronecker_sum(weight, m, n, terms), 1.0
+
+
+def van_loan_normalised(weight, stats, m, n, terms):
+    """The nearest sum times s = ||W||_F / ||sum_i A_i (x) B_i||_F, Krony-PT's scale -> A, B, s.
+
+    Gives back the norm, and so the size of activations, that truncation took; the Frobenius error grows, as the
+    nearest sum is its own least-squares scale. A zero W keeps s = 1. Source: Krony-PT, arXiv 2412.12351.
+    """
+    A, B = nearest_kronecker_sum(weight.double(), m, n, terms)
+    kept = (A.square().sum((1, 2)) * B.square().sum((1, 2))).sum().sqrt()      # the terms are orthogonal
+    return A, B, (weight.double().norm() / kept).item() if kept > 0 else 1.0
+
+
+# method of from_dense -> function (weight (out, in) detached, stats, m, n, terms) -> A, B and a number that scales them
+METHODS = {
+    'van_loan': van_loan,
+    'van_loan_normalised': van_loan_normalised,
+}
+
+
+class KroneckerLinear(nn.Module):
+    """y = (sum_i s_i A_i (x) B_i) x + b with A_i (m, n) and B_i (out/m, in/n).
+
+    in_features, out_features: sizes; bias: bool; m must divide out_features and n in_features; terms >= 1;
+    scale: one learnable s_i a term, 1 at first, else s_i = 1. Factors A (terms, m, n), B (terms, out/m, in/n).
+    More terms than min(m n, p q) are allowed and useless. The order of contraction is the one of fewer FLOPs;
+    no (out, in) matrix is formed, forward or backward.
+    Raises ValueError for sizes that do not divide or are not positive.
+    Source: Krony-PT (arXiv 2412.12351) for the model; it forms W, which this class does not.
+    """
+    tags = {'A': 'factor', 'B': 'factor', 'scale': 'vector', 'bias': 'vector'}
+    size_argument = 'terms'                 # the argument to lower for fewer parameters
+
+    def __init__(self, in_features, out_features, bias, m, n, terms=1, scale=False):
+        super().__init__()
+        self.weight_numel(in_features, out_features, m, n, terms, scale)        # refuses bad sizes
+        self.in_features, self.out_features = in_features, out_features
+        self.A = nn.Parameter(torch.empty(terms, m, n))
+        self.B = nn.Parameter(torch.empty(terms, out_features // m, in_features // n))
+        self.scale = nn.Parameter(torch.ones(terms)) if scale else None
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.reset_parameters()
+
+    @classmethod
+    def weight_numel(cls, in_features, out_features, m, n, terms=1, scale=False):
+        """Parameters without the bias, terms (m n + out in / (m n)) and one a term with scale.
+
+        Raises ValueError, in one sentence that says what would work, for sizes that do not divide or are not positive.
+        """
+        sizes = {'in_features': in_features, 'out_features': out_features, 'm': m, 'n': n, 'terms': terms}
+        for name, value in sizes.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f'{name}={value!r} must be a whole number of at least 1')
+        if not isinstance(scale, bool):
+            raise ValueError(f'scale={scale!r} is neither True nor False; True learns one scale a term')
+        if out_features % m or in_features % n:
+            raise ValueError(f'factors of {m} x {n} do not divide a matrix of {out_features} x {in_features}; '
+                             f'the nearest that do are {nearest_divisor(out_features, m)} x '
+                             f'{nearest_divisor(in_features, n)}')
+        return terms * (m * n + (out_features // m) * (in_features // n) + scale)
+
+    @torch.no_grad()
+    def reset_parameters(self, std=0.02):
+        """A_i, B_i Gaussian, then rescaled to ||A_i||_F = ||B_i||_F = (std^2 out in / terms)^(1/4); s = 1; b = 0.
+
+        So every term has the norm std sqrt(out in / terms), and entries of W have exactly that std where N(0, 0.02) for
+        both factors would give 4e-4. Of the ways to share a norm between A_i and B_i this is the one that balances
+        them as van_loan does and that gradient flow keeps. Equal rms was the alternative: AdamW moves every entry
+        by about lr a step, so W then moves equally fast relative to its size through A as through B, but at
+        lr / sqrt(std), far slower than a dense W at lr / std. With equal norms the larger factor has entries nearly
+        as small as a dense W's and learns as fast; the few entries of the other one are near 1 and move little.
+        EVIDENCE
+        """
+        if self.scale is not None:
+            nn.init.ones_(self.scale)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        norm = std * math.sqrt(self.out_features * self.in_features / self.A.shape[0])      # of each A_i (x) B_i
+        for factor in (self.A, self.B):
+            nn.init.normal_(factor)
+            factor.mul_(math.sqrt(norm) / factor.norm(dim=(1, 2), keepdim=True))
+
+    def forward(self, x):
+        """x (..., in) -> (..., out); never forms W."""
+        A = self.A if self.scale is None else self.A * self.scale[:, None, None]
+        y = contract(x.reshape(-1, self.in_features), A, self.B)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)           # autocast leaves the bias in fp32 and would widen y
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def dense_weight(self):
+        """W (out, in), differentiable; multiplied in fp32 at least and cast back."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        A, B = self.A.to(dtype), self.B.to(dtype)
+        if self.scale is not None:
+            A = A * self.scale.to(dtype)[:, None, None]
+        with torch.autocast(A.device.type, enabled=False):
+            W = torch.einsum('imn,ipq->mpnq', A, B)
+        return W.reshape(self.out_features, self.in_features).to(self.A.dtype)
+
+    def flops(self, tokens):
+        """Forward FLOPs of the order that forward takes for that many tokens, a multiply-add counted as 2."""
+        return tokens * min(order_flops(self.A.shape, self.B.shape))
+
+    @classmethod
+    def from_dense(cls, weight, bias, *, method='van_loan', stats=None, m, n, terms=1, scale=False):
+        """The structure that stands for a dense matrix, with its dtype and device.
+
+        weight (out, in), bias (out,) or None (kept as it is); method: a name in METHODS; stats: what a calibration
+        pass saw, unused by the methods there today. With scale, a method's scale goes there, else into B.
+        Cost: nearest_kronecker_sum. Raises ValueError for an unknown method or sizes that do not divide.
+        """
+        if method not in METHODS:
+            raise ValueError(f'method={method!r} is unknown; kron knows {", ".join(METHODS)}')
+        with torch.device('meta'):                  # no memory and no random numbers for values that are replaced
+            module = cls(weight.shape[1], weight.shape[0], bias is not None, m, n, terms, scale)
+        A, B, s = METHODS[method](weight.detach(), stats, m, n, terms)
+        module.to(weight.dtype).to_empty(device=weight.device)
+        with torch.no_grad():
+            module.A.copy_(A)
+            module.B.copy_(B if scale else B * s)
+            if scale:
+                module.scale.fill_(s)
+            if bias is not None:
+                module.bias.copy_(bias)
+        return module
+
+    def extra_repr(self):
+        return (f'in_features={self.in_features}, out_features={self.out_features}, A={tuple(self.A.shape)}, '
+                f'B={tuple(self.B.shape)}, scale={self.scale is not None}, bias={self.bias is not None}')
+
+
+def nearest_divisor(size, wanted):
+    """The divisor of size nearest to wanted."""
+    return min((k for k in range(1, size + 1) if size % k == 0), key=lambda k: abs(k - wanted))

@@ -1,0 +1,134 @@
+"""LowRankLinear beyond the common contract: the spectral initialisation and the nearest product."""
+import pytest
+import torch
+
+from lowrank.linear import LowRankLinear
+from lowrank.svd import truncated_svd
+
+
+def test_forward_by_hand():
+    module = LowRankLinear(2, 3, True, 1).double()
+    with torch.no_grad():
+        module.U.copy_(torch.tensor([[1.], [2.], [-1.]]))
+        module.V.copy_(torch.tensor([[3., 4.]]))
+        module.bias.copy_(torch.tensor([0.5, 0., 0.]))
+    assert module(torch.tensor([1., 10.], dtype=torch.float64)).tolist() == [43.5, 86., -43.]
+    assert module.dense_weight().tolist() == [[3., 4.], [6., 8.], [-3., -4.]]
+
+
+def test_accounting():
+    assert LowRankLinear.weight_numel(768, 3072, 153) == 153 * 3840
+    with torch.device('meta'):
+        assert LowRankLinear(768, 3072, True, 153).flops(10) == 20 * 153 * 3840
+
+
+# ---------------------------------------------------------------------------------------------------
+# initialisation
+
+@pytest.mark.parametrize('shape', [(128, 512, 16), (512, 128, 16), (128, 128, 1), (96, 96, 96), (768, 3072, 64)],
+                         ids=str)
+@pytest.mark.parametrize('std', [0.02, 0.02 / 24 ** 0.5], ids=['std', 'residual'])
+def test_entries_have_the_std_asked_for(shape, std):
+    torch.manual_seed(0)
+    module = LowRankLinear(shape[0], shape[1], True, shape[2])
+    module.reset_parameters(std)
+    weight = module.dense_weight()
+    assert weight.square().mean().sqrt().item() == pytest.approx(std, rel=1e-4)
+    assert weight.std().item() == pytest.approx(std, rel=0.05)
+    assert abs(weight.mean().item()) < 0.1 * std
+
+
+@pytest.mark.parametrize('shape', [(128, 512, 16), (512, 128, 16), (96, 96, 96)], ids=str)
+def test_the_factors_are_balanced_and_spectral(shape):
+    """U^T U = V V^T = diag(S) with S the largest singular values of a Gaussian matrix, rescaled."""
+    torch.manual_seed(0)
+    module = LowRankLinear(*shape[:2], False, shape[2]).double()
+    module.reset_parameters(0.02)
+    S = torch.linalg.svdvals(module.dense_weight())[:shape[2]]
+    for gram in (module.U.t() @ module.U, module.V @ module.V.t()):
+        torch.testing.assert_close(gram, S.diag(), rtol=1e-5, atol=1e-5 * S[0].item())
+    gaussian = torch.linalg.svdvals(torch.randn(shape[1], shape[0]).double())[:shape[2]]
+    torch.testing.assert_close(S / S.norm(), gaussian / gaussian.norm(), rtol=0.1, atol=0.02)
+
+
+def test_gaussian_factors_are_not_spectral():
+    """Negative control of the one above."""
+    torch.manual_seed(0)
+    V = torch.randn(16, 128)
+    gram = V @ V.t()
+    assert (gram - gram.diag().diag()).abs().max() > 0.1 * gram.diag().mean()
+
+
+def test_a_rank_beyond_the_full_one_is_finite_and_trains():
+    torch.manual_seed(0)
+    module = LowRankLinear(6, 4, False, 9)
+    assert module.dense_weight().square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-4)
+    module(torch.randn(5, 6)).square().sum().backward()
+    assert module.U.grad.isfinite().all() and module.U.grad.any(dim=0).all()
+
+
+def test_bf16_parameters_are_initialised_in_fp32():
+    torch.manual_seed(0)
+    module = LowRankLinear(48, 96, True, 7).to(torch.bfloat16)
+    module.reset_parameters(0.02)
+    assert module.dense_weight().float().std().item() == pytest.approx(0.02, rel=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------
+# the nearest product
+
+@pytest.mark.parametrize('rank', [1, 5, 17])
+def test_the_error_is_the_tail_of_the_singular_values(rank):
+    torch.manual_seed(0)
+    W = torch.randn(18, 25, dtype=torch.float64)
+    U, V = truncated_svd(W, rank)
+    assert (W - U @ V).norm().item() == pytest.approx(torch.linalg.svdvals(W)[rank:].norm().item(), rel=1e-10)
+    for size in (1e-3, 1e-2, 1e-1, 1) * 5:
+        near = (U + size * torch.randn_like(U)) @ (V + size * torch.randn_like(V))
+        assert (W - near).norm() > (W - U @ V).norm()
+
+
+@pytest.mark.parametrize('shape', [(18, 25), (25, 18)], ids=str)
+def test_a_product_is_recovered_and_more_rank_is_nearer(shape):
+    torch.manual_seed(0)
+    W = torch.randn(shape[0], 4, dtype=torch.float64) @ torch.randn(4, shape[1], dtype=torch.float64)
+    errors = [(W - torch.matmul(*truncated_svd(W, k))).norm().item() for k in range(1, 5)]
+    assert all(later < earlier for earlier, later in zip(errors, errors[1:]))
+    assert errors[-1] < 1e-10 * W.norm()
+
+
+def test_factors_are_balanced_and_of_one_sign():
+    torch.manual_seed(0)
+    W = torch.randn(18, 25, dtype=torch.float64)
+    U, V = truncated_svd(W, 6)
+    S = torch.linalg.svdvals(W)[:6].diag()
+    torch.testing.assert_close(U.t() @ U, S, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(V @ V.t(), S, rtol=1e-10, atol=1e-10)
+    assert (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
+    flipped = truncated_svd(-W, 6)
+    torch.testing.assert_close(flipped[0], U, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(flipped[1], -V, rtol=1e-10, atol=1e-10)
+
+
+def test_odd_weights():
+    zero = LowRankLinear.from_dense(torch.zeros(4, 6), None, rank=2)
+    assert not zero.dense_weight().any() and zero.dense_weight().isfinite().all()
+    W = torch.randn(6, 4, dtype=torch.float64)
+    U, V = truncated_svd(W.t(), 9)                                          # not contiguous, rank beyond the full one
+    assert U.shape == (4, 9) and V.shape == (9, 6) and not U[:, 4:].any() and not V[4:].any()
+    torch.testing.assert_close(U @ V, W.t(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_low_precision_weights_are_decomposed_in_fp64(dtype):
+    W = torch.randn(18, 25, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for mine, exact in zip(truncated_svd(W, 3), truncated_svd(W.double(), 3)):
+        assert mine.dtype == dtype and torch.equal(mine, exact.to(dtype))
+
+
+def test_both_method_names_are_the_nearest_product():
+    torch.manual_seed(0)
+    W, state = torch.randn(18, 25), torch.get_rng_state()
+    weights = [LowRankLinear.from_dense(W, None, method=m, rank=4).dense_weight() for m in ('svd', 'van_loan')]
+    assert torch.equal(*weights)
+    assert torch.equal(torch.get_rng_state(), state), 'from_dense drew random numbers'
