@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 
 import torchfile
-from durable import DISK, FileOps, Lock, write_whole
+from durable import DISK, FileOps, Lock, write_whole  # noqa: F401 - callers take FileOps and Lock from here
 from variants import UserError
 
 SCHEMA = 1                          # goes up when an older reader would misread a newer file
+MAX_JSON = 4096                     # bytes of a manifest or best.json that are read
 NAME = re.compile(r'ckpt_(\d{8,})\.(pt|json)')
 RUN_FILES = ('best.json', 'config.json', 'env.json', 'loss.png', 'log.jsonl')          # a run's, besides checkpoints
 
@@ -42,7 +43,7 @@ def save(folder, state, keep=3, ops=DISK):
     load would refuse, and OSError with the MiB needed when the disk does; what was there before is intact then.
     """
     if keep < 2:
-        raise UserError(f'keep_checkpoints must be at least 2, so that a damaged newest one can be survived, got {keep}')
+        raise UserError(f'keep_checkpoints must be at least 2, so that one can be damaged, got {keep}')
     step, folder = state.get('step'), Path(folder)
     if type(step) is not int or step < 0:
         raise ValueError(f"state['step'] must be a whole number from 0, got {step!r}")
@@ -110,7 +111,7 @@ def load(folder, which='last', *, allow_unverified=False):
         raise UserError(f'{folder} has no usable checkpoint: {"; ".join(wrong)}; restore a copy or start afresh')
     if which == 'best' and steps(folder):
         raise UserError(f'{folder} has no checkpoint named as the best; take --which=last')
-    raise UserError(f'{folder} has no checkpoint (ckpt_<step>.pt with its .json); train there first or correct the path')
+    raise UserError(f'{folder} has no checkpoint (ckpt_<step>.pt with its .json); train there first or correct it')
 
 
 def set_aside(folder, ops=DISK):
@@ -178,7 +179,7 @@ def _candidates(folder, which):
 def _read_json(path, **kinds):
     """The small JSON object at path that has these keys with exactly these types; raises Damaged."""
     with open(path, 'rb') as file:
-        text = file.read(MAX_JSON)
+        text = file.read(4096)
     try:
         value = json.loads(text)
         if all(type(value[key]) is kind for key, kind in kinds.items()):

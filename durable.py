@@ -49,7 +49,10 @@ DISK = FileOps()
 
 
 def write_whole(path, data, ops):
-    """Aside, sync, rename, sync the folder: path then holds all of data, or what it held before."""
+    """Aside, sync, rename, sync the folder: path then holds all of data, or what it held before; no .tmp stays.
+
+    data: bytes or a memoryview. Raises OSError, with the errno of the step that failed.
+    """
     aside = path.with_name(path.name + '.tmp')
     try:
         with ops.open(aside) as file:
@@ -73,7 +76,8 @@ class Lock:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.file = open(Path(folder) / '.lock', 'a+', encoding='ascii', errors='replace')
         try:
-            fcntl and fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.seek(0)
             holder = self.file.read(20).strip() or 'unknown'
@@ -84,7 +88,7 @@ class Lock:
             print(f'{folder} cannot be locked ({error}); start no second trainer there', file=sys.stderr, flush=True)
         self.file.truncate(0)
         self.file.write(f'{os.getpid()}\n')
-        self.file.flush()
+        self.file.flush()               # the file stays: removing it would let two processes lock two files
 
     def release(self):
         self.file.close()

@@ -102,7 +102,7 @@ def _examine_container(file, size):
 
 
 def _examine_values(state, size):
-    """A dict, not nested too deeply, in which no tensor claims more bytes than the file has (torch lets strides be 0)."""
+    """A dict, not nested too deeply, in which no tensor claims more bytes than the file has (a stride may be 0)."""
     if not isinstance(state, dict):
         raise Refused(f'holds a {type(state).__name__} where a dict is due')
     level, seen = {id(state): state}, set()
