@@ -96,7 +96,7 @@ def load(folder, which='last', *, allow_unverified=False):
     A damaged one costs one line on stderr, and the next older is taken ('best' has none). allow_unverified takes a
     single file that has no manifest. Raises UserError if nothing is left. Time: one SHA-256 pass, then torch.load.
     """
-    single = Path(folder).suffix == '.pt'
+    single = Path(folder).suffix == '.pt' and not Path(folder).is_dir()
     paths, wrong = [Path(folder)] if single else _candidates(folder, which), []
     for path in paths:
         try:
@@ -149,13 +149,18 @@ def _commit(path, data, step, ops):
         with contextlib.suppress(Damaged):
             write_whole(note, json.dumps({**manifest, 'before': _verify(path)}).encode(), ops)
     write_whole(path, data, ops)
-    write_whole(note, json.dumps(manifest).encode(), ops)
+    try:
+        write_whole(note, json.dumps(manifest).encode(), ops)
+    except OSError:
+        if not note.exists():           # data that nothing vouches for would only fill the disk
+            ops.remove(path)
+        raise
 
 
 def _prune(folder, step, keep, ops):
     """Remove what save no longer keeps, half-written leftovers too; the manifest goes before its data."""
-    kept = {s for s in steps(folder) if s <= step}
-    kept = {*sorted(kept)[-keep:], (best(folder) or {}).get('step')}
+    spared = (best(folder) or {}).get('step')
+    kept = {spared, *[s for s in steps(folder) if s <= step and s != spared][-keep:]}
     for path in sorted(folder.glob('ckpt_*')):
         name = NAME.fullmatch(path.name)
         if name and int(name[1]) not in kept:
@@ -179,7 +184,7 @@ def _candidates(folder, which):
 def _read_json(path, **kinds):
     """The small JSON object at path that has these keys with exactly these types; raises Damaged."""
     with open(path, 'rb') as file:
-        text = file.read(4096)
+        text = file.read(MAX_JSON)
     try:
         value = json.loads(text)
         if all(type(value[key]) is kind for key, kind in kinds.items()):

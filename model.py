@@ -197,11 +197,6 @@ class GPT(nn.Module):
         import interop
         return interop.pretrained_gpt(name_or_folder, override_args or {})
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """nanoGPT's call: AdamW with decay on matrices, factors and embeddings by tag; see optim.py."""
-        import optim
-        return optim.adamw(self, weight_decay, learning_rate, betas, device_type)
-
     # ------------------------------------------------------------------------------------------------
     # forward and generation
 

@@ -316,8 +316,8 @@ def train(config, job):
 
 def loop(config, model, dataset, loaders, state, job):
     """for every step: maybe evaluate, maybe save, train, log."""
-    optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2),
-                                           job.device.type)
+    optimizer = optim.adamw(model, config.weight_decay, config.learning_rate, (config.beta1, config.beta2),
+                            job.device.type)
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.dtype == torch.float16)
     progress = {'step': 0, 'tokens': 0, 'best_val_loss': math.inf, 'best_step': None, 'evaluated': None}
     if state:

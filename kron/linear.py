@@ -23,7 +23,7 @@ def b_first(x, A, B):
     if max(p, q) <= THIN:           # B's small axes outermost: long rows in both products, copies of long runs
         z = B.transpose(0, 1).reshape(p * r, q) @ x.reshape(T * n, q).t()                   # (p r, T n)
         z = z.view(p, r, T, n).transpose(1, 2).reshape(p * T, r * n)
-        y = z @ A.transpose(1, 2).reshape(r * n, m)                                         # (p T, m)
+        y = z @ A.transpose(0, 1).reshape(m, r * n).t()                                     # (p T, m)
         return y.view(p, T, m).permute(1, 2, 0).reshape(T, m * p)
     z = x.reshape(T * n, q) @ B.reshape(r * p, q).t()                                       # (T n, r p)
     z = z.view(T, n, r, p).permute(0, 3, 1, 2).reshape(T * p, n * r)

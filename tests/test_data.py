@@ -215,7 +215,8 @@ def test_a_shard_comes_back(tmp_path, vocab_size, width):
     assert len(data) == HEADER_BYTES + 4 * width == entry['size'] and entry['tokens'] == 4
     assert entry['sha256'] == hashlib.sha256(data).hexdigest()
     shard = open_shard(tmp_path / 'x.bin')
-    assert Tokens([shard]).read(0, 4).tolist() == tokens.tolist() and shard.vocab_size == vocab_size
+    stream = Tokens([shard, shard])
+    assert all(stream.read(a, 8).tolist() == [*tokens, *tokens][a:] for a in range(8)) and shard.vocab_size == vocab_size
     assert os.listdir(tmp_path) == ['x.bin']
 
 
@@ -228,6 +229,10 @@ def test_wrong_tokens_are_not_written(tmp_path, tokens):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     write_shard(tmp_path / 'x.bin', [1, 2, 3], 26)
+    with open(tmp_path / 'x.bin', 'rb') as reader:
+        old = (tmp_path / 'x.bin').read_bytes()
+        write_shard(tmp_path / 'x.bin', [1, 2, 3], 27)
+        assert reader.read() == old != (tmp_path / 'x.bin').read_bytes()                # replaced, not written over
     monkeypatch.setattr(os, 'fsync', lambda fd: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
     with pytest.raises(OSError):
         write_shard(tmp_path / 'x.bin', [4, 5, 6], 26)

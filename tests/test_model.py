@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import optim
 from layers import tags_of
 from model import GPT, GPTConfig, choose
 from variants import UserError
@@ -255,7 +256,7 @@ def test_overfits_one_batch_in_50_steps():
     torch.set_num_threads(2)
     torch.manual_seed(1337)
     model = GPT(GPTConfig(**GPT2))
-    optimizer = model.configure_optimizers(0.1, 3e-4, (0.9, 0.95), 'cpu')
+    optimizer = optim.adamw(model, 0.1, 3e-4, (0.9, 0.95), 'cpu')
     from data.tokenizer import gpt2
     ids = gpt2().encode('First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n' * 8)
     x = torch.tensor(ids[:129])

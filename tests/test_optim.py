@@ -42,7 +42,7 @@ def test_frozen_parameters_stand_in_no_group():
     model = small()
     model.transformer.h[0].requires_grad_(False)
     before = {n: p.clone() for n, p in model.transformer.h[0].named_parameters()}
-    steps(model, model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu'), 3)
+    steps(model, optim.adamw(model, 0.1, 1e-2, (0.9, 0.95), 'cpu'), 3)
     for name, p in model.transformer.h[0].named_parameters():
         assert torch.equal(p, before[name]), name
 
@@ -50,7 +50,7 @@ def test_frozen_parameters_stand_in_no_group():
 def test_adamw_is_the_published_update():
     """One parameter of each kind against the formula of Loshchilov & Hutter in float64."""
     model = small().double()
-    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+    optimizer = optim.adamw(model, 0.1, 1e-2, (0.9, 0.95), 'cpu')
     watched = {'transformer.h.0.mlp.c_fc.weight': 0.1, 'transformer.h.0.mlp.c_fc.bias': 0.0}
     params = dict(model.named_parameters())
     w = {n: params[n].detach().clone() for n in watched}
@@ -84,19 +84,19 @@ def test_learning_rate():
 def test_state_goes_by_name_and_not_by_position():
     """Two same-shaped parameters whose order differs: a positional load swaps their moments, ours does not."""
     model = small()
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    optimizer = optim.adamw(model, 0.1, 1e-3, (0.9, 0.95), 'cpu')
     steps(model, optimizer, 3)
     saved = {n: {k: t.clone() for k, t in e.items()} for n, e in optim.state_by_name(optimizer, model).items()}
     other = small()
     other.load_state_dict(model.state_dict())
-    again = other.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    again = optim.adamw(other, 0.1, 1e-3, (0.9, 0.95), 'cpu')
     again.param_groups[0]['params'].reverse()
     optim.load_state_by_name(again, other, saved)
     steps(model, optimizer, 2, seed=1)
     steps(other, again, 2, seed=1)
     for (name, p), q in zip(model.named_parameters(), other.parameters()):
         assert torch.equal(p, q), name
-    positional = small().configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')            # negative control
+    positional = optim.adamw(small(), 0.1, 1e-3, (0.9, 0.95), 'cpu')            # negative control
     positional.param_groups[0]['params'].reverse()
     positional.load_state_dict(optimizer.state_dict())
     assert any(entries['exp_avg'].shape != p.shape for p, entries in positional.state.items())
@@ -104,7 +104,7 @@ def test_state_goes_by_name_and_not_by_position():
 
 def test_unknown_names_are_refused_and_missing_ones_start_afresh():
     model = small()
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    optimizer = optim.adamw(model, 0.1, 1e-3, (0.9, 0.95), 'cpu')
     with pytest.raises(UserError, match='nowhere.weight'):
         optim.load_state_by_name(optimizer, model, {'nowhere.weight': {}})
     optim.load_state_by_name(optimizer, model, {})

@@ -70,9 +70,8 @@ def test_a_checkpoint_as_a_user_samples_it(tmp_path, run_program):
 
 
 def test_greedy_text_is_the_model_s(tmp_path, run):
-    model = save(tmp_path)
+    model = save(tmp_path, vocab_size=len(CHARS))
     tokens = model.generate(torch.tensor([[2, 3]]), 40, temperature=0)[0].tolist()
-    assert max(tokens) < len(CHARS)                     # so that the mask changes nothing here
     code, out, _ = run(f'--out_dir={tmp_path}', '--num_samples=1', '--max_new_tokens=40', '--start=ab',
                        '--temperature=0')
     assert code == 0 and out == tokenizer.load(META).decode(tokens) + LINE
@@ -254,8 +253,8 @@ def test_on_a_gpu(tmp_path, run):
 
 @pytest.mark.parametrize('arguments, words', [
     (['--start=axb'], "'x'"),
-    (['--start=FILE:no/such/file'], "--start=FILE:no/such/file: 'no/such/file' cannot be read"),
-    (['--top_p=0'], '--top_p=0: top_p must be above 0'),
+    (['--start=FILE:no/such/file'], "'no/such/file' cannot be read"),
+    (['--top_p=0'], 'top_p must be above 0'),
     (['--top_p=1.5'], 'at most 1'),
     (['--temperature=-1'], 'temperature must be at least 0'),
     (['--num_samples=x'], 'num_samples takes a whole number'),
