@@ -63,16 +63,15 @@ class RunLog:
     """The log of one run; only rank 0 writes. Logging draws no random number and changes no state of training."""
 
     def __init__(self, config, model, progress, job):
-        self.config, self.job, self.started = config, job, time.perf_counter()
-        self.model, self.tokens = model, progress['tokens']
+        self.config, self.job, self.started = config, job, None
+        self.flops, self.tokens = model.flops_per_token(), progress['tokens']
         self.peak = hardware.peak_flops(job.device, job.dtype) if job.main else 1.0
         self.file = self.bar = self.wandb = self.board = None
-        self.then = time.perf_counter()
         self.first_step = progress['step']
         if job.main and not config.eval_only:
             os.makedirs(config.out_dir, exist_ok=True)
             write_json(os.path.join(config.out_dir, 'config.json'), configurator.as_dict(config))
-            model_facts = {'parameters': model.num_params(), 'flops_per_token': model.flops_per_token()}
+            model_facts = {'parameters': model.num_params(), 'flops_per_token': self.flops}
             write_json(os.path.join(config.out_dir, 'env.json'), hardware.environment(job.device) | model_facts)
             path = os.path.join(config.out_dir, 'log.jsonl')
             rewind(path, progress['step'], progress['evaluated'])
@@ -120,18 +119,22 @@ class RunLog:
         if self.job.main:
             self.write({'step': step, **losses})
             self.show(f'step {step}: train loss {losses["train_loss"]:.4f}, val loss {losses["val_loss"]:.4f}')
+
+    def begin(self):
+        """A step begins: what lies between two steps, evaluation and saving, counts for neither."""
         self.then = time.perf_counter()
 
     def step(self, step, result):
         """A training line: step, loss, lr, grad_norm, tokens, ms, tokens_per_s, mfu, peak_memory."""
         now = time.perf_counter()
-        seconds, self.then = now - self.then, now
+        seconds = now - self.then
+        self.started = self.started or now                  # the first step is slower than the others: not in the ETA
         done, self.tokens = result['tokens'] - self.tokens, result['tokens']
         if not self.job.main or step % self.config.log_interval:
             return
         line = {'step': step, 'loss': result['loss'], 'lr': result['lr'], 'grad_norm': result['grad_norm'],
                 'tokens': result['tokens'], 'ms': seconds * 1e3, 'tokens_per_s': done / seconds,
-                'mfu': 3 * self.model.flops_per_token() * done / seconds / self.peak / self.job.world_size,
+                'mfu': 3 * self.flops * done / seconds / self.peak / self.job.world_size,
                 'peak_memory': hardware.peak_memory(self.job.device)}
         if not result['applied']:
             line['skipped'] = True
@@ -141,8 +144,8 @@ class RunLog:
             self.bar.update(step + 1 - self.bar.n)
             self.bar.set_postfix_str(text)
         elif step == self.first_step or step % max(1, self.config.max_iters // 20) == 0:
-            left = (now - self.started) / (step + 1 - self.first_step) * (self.config.max_iters - step - 1)
-            print(f'iter {step}: {text}, {left:.0f} s left', flush=True)
+            left = (now - self.started) / max(1, step - self.first_step) * (self.config.max_iters - step - 1)
+            print(f'iter {step}: {text}' + f', {left:.0f} s left' * (step > self.first_step), flush=True)
 
     def close(self, words):
         """Close the files, draw loss.png, and say why the run ends."""

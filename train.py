@@ -352,6 +352,7 @@ def loop(config, model, dataset, loaders, state, job):
             return
         rate = optim.learning_rate(step, config)
         optim.set_learning_rate(optimizer, rate)
+        log.begin()
         result = train_step(net, optimizer, scaler, loaders['train'], step, config, job)
         if result is None:
             continue                                    # a signal: the loop saves this step's beginning

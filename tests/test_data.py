@@ -216,7 +216,8 @@ def test_a_shard_comes_back(tmp_path, vocab_size, width):
     assert entry['sha256'] == hashlib.sha256(data).hexdigest()
     shard = open_shard(tmp_path / 'x.bin')
     stream = Tokens([shard, shard])
-    assert all(stream.read(a, 8).tolist() == [*tokens, *tokens][a:] for a in range(8)) and shard.vocab_size == vocab_size
+    assert all(stream.read(a, 8).tolist() == [*tokens, *tokens][a:] for a in range(8))
+    assert shard.vocab_size == vocab_size
     assert os.listdir(tmp_path) == ['x.bin']
 
 

@@ -302,3 +302,10 @@ def test_forty_micro_steps_unasked_are_said(data, tmp_path, capsys):
     assert "nanoGPT's default 40" in capsys.readouterr().out
     run(data, tmp_path / 'b', '--gradient_accumulation_steps=40', '--max_iters=0')
     assert "nanoGPT's default 40" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compile_trains_to_the_same_losses(data, tmp_path):
+    run(data, tmp_path / 'a', '--dropout=0', '--max_iters=5')
+    run(data, tmp_path / 'b', '--dropout=0', '--max_iters=5', '--compile=True')
+    assert [v for _, v in log(tmp_path / 'b')] == pytest.approx([v for _, v in log(tmp_path / 'a')], rel=1e-4)

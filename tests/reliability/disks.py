@@ -74,16 +74,15 @@ class Killed(Counting):
 
 
 class Full(Counting):
-    """The k-th operation fails with ENOSPC, a write after half its bytes; later writes fail too, as on a full disk."""
+    """The k-th operation fails with ENOSPC, a write after half of its bytes; nothing can be written from then on."""
 
     def __init__(self, k):
         super().__init__()
-        self.k = k
+        self.k, self.full = k, False
 
     def before(self, name, arguments):
-        late = len(self.done) + 1 > self.k and name in ('open', 'write', 'fsync')
-        if len(self.done) + 1 == self.k or late:
-            self.k = min(self.k, len(self.done))        # once full it stays full
+        if len(self.done) + 1 == self.k or self.full and name in ('open', 'write', 'fsync'):
+            self.k, self.full = None, True
             if name == 'write':
                 arguments[0].write(arguments[1][:len(arguments[1]) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
