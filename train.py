@@ -287,11 +287,19 @@ def announce(config, model, dataset, loader, job):
             f'{dataset.folder}, {tokens:,} tokens a step, {job.world_size} x {job.device} in {job.dtype}')
 
 
+def open_data(config, job):
+    """The data set, checked; rank 0 first, so that a large one is read whole and remembered only once."""
+    folder = os.path.join(config.data_dir, config.dataset)
+    dataset = open_dataset(folder, job.say) if job.main else None
+    job.agree(0)
+    return dataset or open_dataset(folder, job.say)
+
+
 def train(config, job):
     """Everything of a run but its set-up: data, model, the loop."""
     state = checkpoint.load(config.out_dir) if config.init_from == 'resume' else None
     config = resumed(config, state) if state else config
-    dataset = open_dataset(os.path.join(config.data_dir, config.dataset), job.say)
+    dataset = open_data(config, job)
     if state and state['data_digest'] != dataset.digest:
         raise UserError(f'{dataset.folder} is not the data that {config.out_dir} was trained on; '
                         f'to go on with other data take --init_from={config.out_dir} and a new out_dir')

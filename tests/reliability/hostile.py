@@ -76,6 +76,14 @@ def bomb(size):
     return piece * (size >> 24) + packer.flush(), size, 8
 
 
+def bombed_index():
+    """4 GiB of zeros where the index should be."""
+    data, size, method = bomb(4 * GIB - (1 << 24))
+    whole = container(data)
+    first = struct.pack('<HHHHIII', 0, 0, 0, 0, zlib.crc32(data), len(data), len(data))
+    return whole.replace(first, struct.pack('<HHHHIII', 0, method, 0, 0, zlib.crc32(data), len(data), size))
+
+
 def legacy(canary):
     return pickle.dumps(0x1950a86a20f9469cfc6c, 2) + pickled(Calls(os.system, f'touch {canary}'))
 
@@ -106,14 +114,16 @@ def zip_of(names):
     out = io.BytesIO()
     with zipfile.ZipFile(out, 'w') as archive:
         for name in names:
-            archive.writestr(name, stream(b'K\x01') if name.endswith('data.pkl') else b'x')
+            archive.writestr(name, stream(b'K\x01') if name.endswith('data.pkl') else b'3\n')
     return out.getvalue()
 
 
 def laughs():
     """Forty lists, each holding the one before it twice: a tree of 2^40 leaves in 400 bytes."""
-    levels = b''.join(b'](h' + bytes([i - 1]) + b'h' + bytes([i - 1]) + b'eq' + bytes([i]) for i in range(1, 40))
-    return b']q\0' + levels
+    inner = []
+    for _ in range(40):
+        inner = [inner, inner]
+    return inner
 
 
 def shell(canary, protocol=2):
@@ -147,7 +157,7 @@ HOSTILE = {
     'bytes before the zip': lambda _: container(stream(b'K\x01'), start=b'#!/bin/sh\n'),
     'deep lists': lambda _: container(stream(b']' * 400_000 + b'a' * 399_999)),
     'deep tuples': lambda _: container(stream(b')' + b'\x85' * 480_000)),
-    'deep, 2^40 leaves': lambda _: container(stream(laughs())),
+    'deep, 2^40 leaves': lambda _: container(pickled(laughs())),
     'long index': lambda _: container(stream(text('x' * (6 << 20)))),
     'four million instructions': lambda _: container(stream(b')' + b'\x85' * 4_000_000)),
     '.. in a member': lambda _: zip_of(['archive/data.pkl', 'archive/version', 'archive/../../canary']),
@@ -155,16 +165,7 @@ HOSTILE = {
     'absolute member': lambda _: zip_of(['/archive/data.pkl', '/archive/version']),
     'no members': lambda _: end(0, 0, 0),
     'a list': lambda _: container(b'\x80\x02].'),
-    'another step': lambda _: container(stream(b'K\x01').replace(text('step') + b'K\x01', text('step') + b'K\x02')),
     'empty': lambda _: b'',
     'text': lambda _: b'this is no checkpoint\n' * 100,
     'json': lambda _: b'{"step": 1}',
 }
-
-
-def bombed_index():
-    """4 GiB of zeros where the index should be."""
-    data, size, method = bomb(4 * GIB - (1 << 24))
-    whole = container(data)
-    first = struct.pack('<HHHHIII', 0, 0, 0, 0, zlib.crc32(data), len(data), len(data))
-    return whole.replace(first, struct.pack('<HHHHIII', 0, method, 0, 0, zlib.crc32(data), len(data), size))
