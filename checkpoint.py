@@ -57,7 +57,10 @@ def save(folder, state, keep=3, ops=DISK):
     except OSError as error:
         raise OSError(error.errno, f'{error.strerror or error}: {path} needs {len(data) / 2**20:.3f} MiB; '
                                    'the checkpoints before it are intact') from error
-    _prune(folder, step, keep, ops)
+    try:
+        _prune(folder, step, keep, ops)
+    except OSError as error:            # the new one is safe, so that is no failed save
+        print(f'{folder}: older checkpoints could not be removed: {error}', file=sys.stderr, flush=True)
     return path
 
 
@@ -148,12 +151,13 @@ def _commit(path, data, step, ops):
     if path.exists() and note.exists():
         with contextlib.suppress(Damaged):
             write_whole(note, json.dumps({**manifest, 'before': _verify(path)}).encode(), ops)
-    write_whole(path, data, ops)
     try:
+        write_whole(path, data, ops)
         write_whole(note, json.dumps(manifest).encode(), ops)
     except OSError:
         if not note.exists():           # data that nothing vouches for would only fill the disk
-            ops.remove(path)
+            with contextlib.suppress(OSError):
+                ops.remove(path)
         raise
 
 
@@ -165,6 +169,8 @@ def _prune(folder, step, keep, ops):
         name = NAME.fullmatch(path.name)
         if name and int(name[1]) not in kept:
             ops.remove(path)
+            if int(name[1]) > step:         # one at a time, or a power cut could bring back one between step and newest
+                ops.fsync_dir(folder)
 
 
 def _refuse_non_finite(model):

@@ -336,13 +336,13 @@ def run_program(program, cls=Config):
     try:
         return load(sys.argv[1:], cls)
     except UserError as error:
-        say_mistake(program, error, '--debug=True' in sys.argv)
+        if '--debug=True' in sys.argv:
+            raise
+        say_mistake(program, error)
 
 
-def say_mistake(program, error, debug=False):
+def say_mistake(program, error):
     """Print one line for a user's mistake, on rank 0 alone, and leave with exit code 2."""
-    if debug:
-        raise error
     if os.environ.get('RANK', '0') == '0':
         print(f'{program}: {error}'.replace('\n', ' '), file=sys.stderr, flush=True)
     raise SystemExit(2)

@@ -56,7 +56,7 @@ def peak_flops(where, kind):
                 return flops if kind != torch.float32 else flops / 2
     n, best = 1024, float('inf')
     a, b = (torch.randn(n, n, device=where) for _ in range(2))
-    for _ in range(5):
+    for _ in range(12):
         begin = time.perf_counter()
         (a @ b)[0, 0].item()                            # .item() waits for the device
         best = min(best, time.perf_counter() - begin)

@@ -1,6 +1,5 @@
 """What a run writes and shows: config.json, env.json, log.jsonl, loss.png, a progress line, wandb, tensorboard."""
 import json
-import math
 import os
 import sys
 import time

@@ -64,6 +64,8 @@ def test_transformers_computes_the_same(changes, tmp_path, run):
     model = save(tmp_path / 'run', **changes)
     code, out, err = run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new')
     assert code == 0 and err == '' and 'for transformers, 14 padding rows' in out and out.count('\n') == 1
+    raw = json.loads((tmp_path / 'new/config.json').read_text())
+    assert raw['tie_word_embeddings'] is model.config.tie_weights       # transformers looks at the tensors too
     assert_close(load_in_transformers(tmp_path / 'new').lm_head.weight, model.lm_head.weight[:50])
     assert_close(logits_of(load_in_transformers(tmp_path / 'new')), logits_of(model)[..., :50])
 

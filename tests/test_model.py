@@ -74,11 +74,12 @@ def test_flops_of_gpt2_and_of_structured_sites():
 
 
 def test_site_table():
-    rows = small(linear={'*.c_fc': 'kron(16, 8)'}).site_table()
+    model = small(linear={'*.c_fc': 'kron(16, 8)'})
+    rows = model.site_table()
     assert [row['site'] for row in rows[:6]] == [f'h.0.{s}' for s in ('attn.c_q', 'attn.c_k', 'attn.c_v', 'attn.c_proj',
                                                                      'mlp.c_fc', 'mlp.c_proj')]
     assert rows[4] == {'site': 'h.0.mlp.c_fc', 'spec': 'kron(16, 8)', 'shape': (256, 64), 'parameters': 128 + 128,
-                       'flops': rows[4]['flops'], 'share': rows[4]['parameters'] / small(linear={'*.c_fc': 'kron(16, 8)'}).num_params()}
+                       'flops': rows[4]['flops'], 'share': 256 / model.num_params()}
 
 
 @pytest.mark.parametrize('spec', ['dense', 'kron(16, 4, terms=2)', 'kron(32, 64)', 'lowrank(8)'])
@@ -145,7 +146,7 @@ def reference(model, idx):
 def test_forward_equals_the_formulas():
     model = small(bias=True).double()
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             p.add_(torch.randn(p.shape, dtype=torch.float64) * 0.1)     # so that no bias is zero and no gain one
         idx, y = tokens(3, 16), tokens(3, 16, seed=1)
         logits, loss = model(idx, y)

@@ -54,7 +54,7 @@ def test_adamw_is_the_published_update():
     watched = {'transformer.h.0.mlp.c_fc.weight': 0.1, 'transformer.h.0.mlp.c_fc.bias': 0.0}
     params = dict(model.named_parameters())
     w = {n: params[n].detach().clone() for n in watched}
-    m, v = {n: 0.0 for n in watched}, {n: 0.0 for n in watched}
+    m, v = dict.fromkeys(watched, 0.0), dict.fromkeys(watched, 0.0)
     rng = torch.Generator().manual_seed(0)
     for t in range(1, 4):
         x = torch.randint(65, (4, 17), generator=rng)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -263,9 +262,10 @@ def test_the_exit_code_of_the_trainer_is_passed_on_and_no_sample_taken(clone):
 
 
 def test_settings_reach_trainer_and_sample_whole(clone):
-    clone.ready('base').run('config/small.py', '--out_dir=out/a b', '--device=cpu', '--linear=h.*=kron(8,8); h.0.*=dense')
+    arguments = ['config/small.py', '--out_dir=out/a b', '--device=cpu', '--linear=h.*=kron(8,8); h.0.*=dense']
+    clone.ready('base').run(*arguments)
     train, sample = map(shlex.split, clone.calls()[1:])
-    assert train[1:] == ['config/small.py', '--out_dir=out/a b', '--device=cpu', '--linear=h.*=kron(8,8); h.0.*=dense']
+    assert train[1:] == arguments
     assert sample[1:] == ['--out_dir=out/a b', '--num_samples=1', '--max_new_tokens=300', '--device=cpu']
 
 

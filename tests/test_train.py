@@ -288,6 +288,11 @@ def test_dry_run_of_the_124m_config_prints_81_972_576(capsys):
     assert '81,972,576 in all' in capsys.readouterr().out
 
 
+def test_debug_shows_the_traceback(data, tmp_path):
+    with pytest.raises(train.UserError):
+        train.main(configurator.load(arguments(data, tmp_path, '--debug=True', '--linear=h.7.*=dense')))
+
+
 def test_wandb_and_tensorboard_that_are_missing_warn_once(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'wandb', None)
     monkeypatch.setitem(__import__('sys').modules, 'torch.utils.tensorboard', None)

@@ -9,14 +9,14 @@ import traceback
 from durable import FileOps
 
 
-def in_child(action):
-    """Run action() in a forked child -> its wait status: 0, or what killed it."""
+def in_child(action, *arguments):
+    """Run action(*arguments) in a forked child -> its wait status: 0, or what killed it."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
         try:
-            action()
+            action(*arguments)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
