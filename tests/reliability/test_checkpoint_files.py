@@ -551,12 +551,13 @@ def test_r12_the_disk_fills_up_at_every_operation(tmp_path, capfd, name):
         folder = setting(tmp_path / str(k), name)
         try:
             SCENES[name][2](folder, Full(k))
-            assert newest_state(folder, name) == 'new'                  # only the pruning failed
+            found = newest_state(folder, name)                          # only the pruning failed
+            assert found == 'new' or name == 'back to an older step'
             assert 'older checkpoints could not be removed: [Errno 28]' in capfd.readouterr().err
         except OSError as error:
             assert error.errno == errno.ENOSPC and 'No space left on device' in str(error)
             assert 'MiB; the checkpoints before it are intact' in str(error) or name == 'save of the best'
-            assert {int(path.stem[5:]) for path in folder.glob('ckpt_*.pt')} == set(steps(folder))     # no data without manifest
+            assert {int(path.stem[5:]) for path in folder.glob('ckpt_*.pt')} == set(steps(folder))
             assert not leftovers(folder) or k == 1 or name == 'save of the best'
             newest_state(folder, name)
             failed += 1
