@@ -133,13 +133,15 @@ class KroneckerLinear(nn.Module):
     def reset_parameters(self, std=0.02):
         """A_i, B_i Gaussian, then rescaled to ||A_i||_F = ||B_i||_F = (std^2 out in / terms)^(1/4); s = 1; b = 0.
 
-        So every term has the norm std sqrt(out in / terms), and entries of W have exactly that std where N(0, 0.02) for
-        both factors would give 4e-4. Of the ways to share a norm between A_i and B_i this is the one that balances
-        them as van_loan does and that gradient flow keeps. Equal rms was the alternative: AdamW moves every entry
-        by about lr a step, so W then moves equally fast relative to its size through A as through B, but at
-        lr / sqrt(std), far slower than a dense W at lr / std. With equal norms the larger factor has entries nearly
-        as small as a dense W's and learns as fast; the few entries of the other one are near 1 and move little.
-        EVIDENCE
+        So every term has the norm std sqrt(out in / terms), and entries of W have that std: exactly with one term, on
+        average with more; N(0, 0.02) for both factors would give 4e-4. Of the ways to share a norm between A_i and
+        B_i this is the one that van_loan makes and that gradient flow keeps. Equal rms was the alternative: AdamW
+        moves every entry by about lr a step, so W then moves equally fast, relative to its size, through A as through
+        B, but at lr / sqrt(std), where a dense W moves at lr / std. With equal norms the entries of the larger factor
+        are nearly as small as a dense W's and it learns as fast; the few of the other are near 1 and move little.
+        Validation loss of a small character model (4 layers, n_embd 128, 1000 steps of AdamW, mean of 2 seeds) with
+        equal norms, equal rms, N(0, 0.02): at lr 1e-3 2.07, 2.11, 2.27 with kron(256, 64) and 2.14, 2.23, 2.28 with
+        kron(64, 16, terms=4), dense 2.10; at lr 3e-3 1.93, 2.17, 2.27 with kron(256, 64), dense 1.94 (one seed).
         """
         if self.scale is not None:
             nn.init.ones_(self.scale)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kron import linear as kron_linear
 from kron.linear import THIN, KroneckerLinear, a_first, b_first, cheaper_is_a_first, order_flops
@@ -116,6 +118,40 @@ def test_activations_saved_for_backward_are_a_few_widths(shape):
     intermediate = r * m * q if A_first else r * n * p
     weights = 3 * (module.A.numel() + module.B.numel())
     assert sum(saved.values()) <= tokens * (2 * shape[0] + 2 * intermediate) + weights
+
+
+class Largest(TorchDispatchMode):
+    """Records the most elements of any tensor that an operation returns."""
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))])
+        return result
+
+
+def broadcast_b_first(x, A, B):
+    """The same sum by a product a token, whose backward makes a gradient of A a token."""
+    x = x.reshape(-1, 1, A.shape[2], B.shape[2])
+    return (A @ (x @ B.mT)).sum(1).flatten(1)
+
+
+@pytest.mark.parametrize('large', [(24, 32, 12, 16, 2), (12, 16, 24, 32, 2)], ids=['large_A', 'large_B'])
+@pytest.mark.parametrize('thin', [0, 10 ** 6], ids=['thick', 'thin'])
+@pytest.mark.parametrize('order', [a_first, b_first])
+def test_no_tensor_of_tokens_by_factor(order, thin, large, monkeypatch):
+    monkeypatch.setattr(kron_linear, 'THIN', thin)
+    A, B = (f.requires_grad_() for f in factors(*large))
+    (r, m, n), (_, p, q), tokens = A.shape, B.shape, 64
+    intermediate = r * m * q if order is a_first else r * n * p
+    x = torch.randn(tokens, n * q, dtype=torch.float64, requires_grad=True)
+    records = []
+    for function in (order, broadcast_b_first):
+        with Largest() as record:
+            function(x, A, B).square().sum().backward()
+        records.append(record.numel)
+    assert records[0] == tokens * max(n * q, m * p, intermediate)
+    assert records[1] >= tokens * max(r * m * n, r * p * q) > records[0]    # negative control
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -67,6 +67,16 @@ def test_a_rank_beyond_the_full_one_is_finite_and_trains():
     assert module.U.grad.isfinite().all() and module.U.grad.any(dim=0).all()
 
 
+def test_the_meta_device_costs_no_decomposition(monkeypatch):
+    def forbidden(*_):
+        raise AssertionError('decomposed a matrix that has no values')
+    monkeypatch.setattr(torch.linalg, 'eigh', forbidden)
+    with torch.device('meta'):
+        assert LowRankLinear(48, 96, True, 7).U.is_meta
+    with pytest.raises(AssertionError):
+        LowRankLinear(48, 96, True, 7)
+
+
 def test_bf16_parameters_are_initialised_in_fp32():
     torch.manual_seed(0)
     module = LowRankLinear(48, 96, True, 7).to(torch.bfloat16)
