@@ -132,33 +132,47 @@ def check_rules(rules, table):
         parse_spec(spec, table)
 
 
+def sentence(key, site, spec, error):
+    """A complaint about a spec as a UserError that names key, site and spec."""
+    return UserError(f'{site}: {spec}: {error}', key)
+
+
+def check_arguments(key, cls, site, spec, *leading):
+    """Refuse arguments that cls does not take; returns those that it takes, defaults filled in, without the leading ones."""
+    signature = inspect.signature(cls)
+    try:
+        bound = signature.bind(*leading, *spec.args, **spec.kwargs)
+    except TypeError as error:
+        takes = ', '.join(map(str, list(signature.parameters.values())[len(leading):]))
+        raise sentence(key, site, spec, f'{error}; it takes {spec.name}({takes})') from None
+    bound.apply_defaults()
+    return dict(list(bound.arguments.items())[len(leading):])
+
+
 def build(key, cls, site, spec, *leading):
     """cls(*leading, *spec arguments), every complaint turned into one sentence that names key, site and spec."""
-    try:
-        inspect.signature(cls).bind(*leading, *spec.args, **spec.kwargs)
-    except TypeError as error:
-        takes = list(inspect.signature(cls).parameters.values())[len(leading):]
-        raise UserError(f'{site}: {spec}: {error}; it takes {spec.name}({", ".join(map(str, takes))})', key) from None
+    check_arguments(key, cls, site, spec, *leading)
     try:
         return cls(*leading, *spec.args, **spec.kwargs)
     except (ValueError, TypeError) as error:
-        raise UserError(f'{site}: {spec}: {error}', key) from None
+        raise sentence(key, site, spec, error) from None
 
 
 def refuse_waste(cls, site, spec, in_features, out_features):
-    """Refuse a structure with as many parameters as the dense matrix; say which size would save some."""
-    bound = inspect.signature(cls).bind(in_features, out_features, None, *spec.args, **spec.kwargs)
-    bound.apply_defaults()
-    arguments = dict(list(bound.arguments.items())[3:])
-    numel, dense = cls.weight_numel(in_features, out_features, **arguments), in_features * out_features
-    if numel < dense:
-        return
-    size = cls.size_argument
-    saving = next((k for k in range(arguments[size] - 1, 0, -1)
-                   if cls.weight_numel(in_features, out_features, **{**arguments, size: k}) < dense), None)
+    """Refuse a structure with as many parameters as the dense matrix, before it is built; say which size would save some."""
+    arguments = check_arguments('linear', cls, site, spec, in_features, out_features, None)
+    dense, size = in_features * out_features, cls.size_argument
+
+    def numel(**changes):
+        return cls.weight_numel(in_features, out_features, **{**arguments, **changes})
+    try:
+        if numel() < dense:
+            return
+    except (ValueError, TypeError) as error:
+        raise sentence('linear', site, spec, error) from None
+    saving = next((k for k in range(min(arguments[size] - 1, dense), 0, -1) if numel(**{size: k}) < dense), None)
     remedy = f'{size}={saving} is the largest that saves some' if saving else 'choose other factor sizes'
-    raise UserError(f'{site}: {spec} saves nothing: {numel:,} parameters where dense has {dense:,}; {remedy}',
-                    'linear')
+    raise UserError(f'{site}: {spec} saves nothing: {numel():,} parameters where dense has {dense:,}; {remedy}', 'linear')
 
 
 def linear(config, site, in_features, out_features, bias=None):
@@ -168,9 +182,9 @@ def linear(config, site, in_features, out_features, bias=None):
     """
     spec = parse_spec(match(config.linear, site, 'dense')[1], LINEARS)
     cls = LINEARS[spec.name]
-    module = build('linear', cls, site, spec, in_features, out_features, config.bias if bias is None else bias)
     if spec.name != 'dense':
         refuse_waste(cls, site, spec, in_features, out_features)
+    module = build('linear', cls, site, spec, in_features, out_features, config.bias if bias is None else bias)
     module.spec = str(spec)
     return module
 

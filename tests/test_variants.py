@@ -59,6 +59,7 @@ def test_rules_reach_the_sites_of_the_model():
     ({'*.c_v': 'lowrank(32)'}, 'saves nothing: 4,096 parameters where dense has 4,096; rank=31 is the largest that saves'),
     ({'*.c_fc': 'kron(8, 8, terms=60)'}, 'terms=51 is the largest'),
     ({'*.c_fc': 'kron(1, 1)'}, 'choose other factor sizes'),
+    ({'*.c_v': 'lowrank(1000000000)'}, 'rank=31 is the largest'),
     ({'*.c_v': 'lowrank(0)'}, 'rank=0'),
     ({'*.c_v': 'lowrank()'}, 'it takes lowrank(rank)'),
     ({'*.c_v': 'lowrank(4, 5)'}, 'it takes lowrank(rank)'),
