@@ -42,6 +42,8 @@ def test_frozen_parameters_stand_in_no_group():
     model = small()
     model.transformer.h[0].requires_grad_(False)
     before = {n: p.clone() for n, p in model.transformer.h[0].named_parameters()}
+    grouped = {id(p) for group in optim.groups(model, 0.1) for p in group['params']}
+    assert not grouped & {id(p) for p in model.transformer.h[0].parameters()}
     steps(model, optim.adamw(model, 0.1, 1e-2, (0.9, 0.95), 'cpu'), 3)
     for name, p in model.transformer.h[0].named_parameters():
         assert torch.equal(p, before[name]), name
