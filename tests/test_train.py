@@ -107,6 +107,15 @@ def mutate(out, change):
     checkpoint.save(out, state)
 
 
+def test_randomness_follows_from_seed_step_and_micro_step():
+    def drawn(seed, step, micro_step):
+        train.seed_for(configurator.load([f'--seed={seed}']), step, micro_step)
+        return torch.rand(4).tolist()
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 11, 1), (0, 1, 11)]
+    assert len({tuple(drawn(*place)) for place in places}) == len(places)
+    assert drawn(0, 5, 3) == drawn(0, 5, 3)
+
+
 MUTANTS = {
     'the step is off by one': lambda s: s.update(step=s['step'] + 1),
     'another seed': lambda s: s['config'].update(seed=s['config']['seed'] + 1),
