@@ -22,6 +22,7 @@ class CompareConfig:
     """Settings of compare.py."""
     record: str = key('', 'name of a record to write to records/<date>_NAME')
     title: str = key('', 'title of the record')
+    note: str = key('', 'a paragraph for the record: what a reader must know')
 
 
 def read_json(path):
@@ -82,14 +83,14 @@ def commands(runs):
     return '\n'.join('    ' + ' '.join(run['env'].get('command', [])) for run in runs)
 
 
-def write_record(folder, title, runs):
+def write_record(folder, title, note, runs):
     """README.md with table, commands and machine; config.json, env.json and log.jsonl of every run."""
     os.makedirs(folder, exist_ok=True)
     env = runs[0]['env']
     machine = ', '.join(f'{name} {env.get(name)}' for name in ('torch', 'python', 'gpu', 'cpus', 'threads', 'commit'))
     changed = '; the working tree held uncommitted changes (env.json)' if any(r['env'].get('diff') for r in runs) else ''
     with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
-        file.write(f'# {title}\n\n{table(runs)}\n\nLoss in nats a token; ± is half the range over seeds.\n\n'
+        file.write(f'# {title}\n\n{table(runs)}\n\nLoss in nats a token; ± is half the range over seeds. {note}\n\n'
                    f'Machine: {machine}{changed}.\n\nCommands:\n\n{commands(runs)}\n')
     write_json(os.path.join(folder, 'config.json'), {run['folder']: run['config'] for run in runs})
     write_json(os.path.join(folder, 'env.json'), {run['folder']: run['env'] for run in runs})
@@ -111,7 +112,7 @@ def main():
     print(table(runs))
     if config.record:
         folder = os.path.join(ROOT, 'records', f'{datetime.date.today()}_{config.record}')
-        write_record(folder, config.title or config.record.replace('_', ' '), runs)
+        write_record(folder, config.title or config.record.replace('_', ' '), config.note, runs)
         print(f'written to {os.path.relpath(folder)}')
 
 

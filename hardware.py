@@ -84,7 +84,7 @@ def environment(where):
     """What env.json of a run holds: versions, hardware, commit, uncommitted changes, command."""
     return {
         'command': [os.path.basename(sys.executable), *sys.argv], 'python': platform.python_version(),
-        'torch': str(torch.__version__), 'platform': platform.platform(), 'cpus': os.cpu_count(),
+        'torch': str(torch.__version__), 'platform': f'{platform.system()} {platform.machine()}', 'cpus': os.cpu_count(),
         'threads': torch.get_num_threads(), 'device': str(where),
         'gpu': torch.cuda.get_device_name(where) if where.type == 'cuda' else None,
         'world_size': int(os.environ.get('WORLD_SIZE', 1)),

@@ -165,9 +165,9 @@ def test_the_newest_stay_and_the_best(tmp_path):
         if step == 20:
             set_best(tmp_path, 20, 1.0)
     assert steps(tmp_path) == [20, 50, 60, 70] and is_state(load(tmp_path, 'best'), 20)
-    set_best(tmp_path, 60, 0.5)
-    save(tmp_path, state(80), keep=2)
-    assert steps(tmp_path) == [60, 70, 80] and newest(tmp_path, 'best').name == 'ckpt_00000060.pt'
+    set_best(tmp_path, 70, 0.5)
+    save(tmp_path, state(80), keep=2)                   # the best is not counted
+    assert steps(tmp_path) == [60, 70, 80] and newest(tmp_path, 'best').name == 'ckpt_00000070.pt'
     assert sorted(os.listdir(tmp_path)) == sorted([f'ckpt_000000{s}.{x}' for s in (60, 70, 80) for x in ('pt', 'json')]
                                                   + ['best.json'])
 
@@ -301,6 +301,22 @@ def test_r2_killed_after_every_operation(tmp_path, capfd, name, half):
     assert seen == sorted(seen, reverse=True) and seen[0] == 'old' and (half or seen[-1] == 'new')
     assert len(seen) == (counting.done.count('write') if half else total + 1)
     assert capfd.readouterr().err == ''                 # nothing looked damaged on the way
+
+
+def test_r2_a_damaged_step_is_saved_again(tmp_path, capfd):
+    """What was damaged before the save must not count after a kill in its midst."""
+    seen, k, status = [], 0, signal.SIGKILL
+    while status == signal.SIGKILL:
+        folder = filled(tmp_path / str(k), 10, 20)
+        path = folder / 'ckpt_00000020.pt'
+        path.write_bytes(path.read_bytes().replace(b'kron(8, 8)', b'kron(9, 9)'))
+        status = in_child(save, folder, state(20, flavour=1), 3, Killed(k))
+        got = load(folder)
+        assert is_state(got, 10) or is_state(got, 20, flavour=1)
+        seen.append(got['step'])
+        k += 1
+    assert status == 0 and seen == sorted(seen) and set(seen) == {10, 20} and k >= 11
+    assert 'Traceback' not in capfd.readouterr().err
 
 
 def naive_save(folder, state, ops):
@@ -523,6 +539,13 @@ def test_r7_hostile_manifests(tmp_path, changes):
     assert 'no usable checkpoint' in refused(load, tmp_path)
 
 
+def test_r7_a_manifest_is_short(tmp_path):
+    path = agree(save(tmp_path, state(1)))
+    assert is_state(load(tmp_path), 1)
+    path.with_suffix('.json').write_text(' ' * 5000 + path.with_suffix('.json').read_text())
+    assert 'ckpt_00000001.json is damaged' in refused(load, tmp_path)
+
+
 def test_r7_contents_must_agree_with_the_name(tmp_path):
     path = tmp_path / 'ckpt_00000001.pt'
     index = stream(b'K\x01')
@@ -643,6 +666,9 @@ def test_r17_a_newer_schema_is_named(tmp_path):
     agree(path, schema=7)
     assert 'schema 7, this version reads up to 1; update' in refused(load, tmp_path)
     agree(path)
+    assert 'schema 7, this version reads up to 1; update' in refused(load, tmp_path)
+    path.write_bytes(b'something of the future')
+    agree(path, schema=7)
     assert 'schema 7, this version reads up to 1; update' in refused(load, tmp_path)
 
 
