@@ -38,6 +38,20 @@ class GPTConfig:
     dropout: float = key(0.0, 'probability of zeroing an activation, 0 <= p < 1', low=0)
     bias: bool = key(False, 'biases in linears and norms (GPT-2 has them)')
     tie_weights: bool = key(True, 'the head shares the weight of the token embedding')
+    n_kv_head: int | None = key(None, 'key and value heads (grouped queries); None = n_head; must divide it', low=1)
+    norm: str = key('layernorm', 'norm of the residual stream', choices=('layernorm', 'rmsnorm'))
+    norm_eps: float = key(1e-5, 'added to the variance in norms', low=0)
+    rope: bool = key(False, 'rotary positions instead of a position table')
+    rope_base: float = key(10000.0, 'base of the rotary wave lengths', low=1)
+    qk_norm: str = key('none', "RMS norm of queries and keys; 'split' norms each map of diff and dint alone",
+                       choices=('none', 'standard', 'split'))
+    value_residual: bool = key(False, "mix block 0's values into every block's, by a learned share")
+    softcap: float = key(0.0, 'bound the logits by softcap * tanh(logits / softcap); 0 = off', low=0)
+    loss: str = key('cross_entropy', 'loss function; stablemax is for vocabularies of some hundred tokens',
+                    choices=('cross_entropy', 'stablemax'))
+    ngpt: str = key('none', 'normalised GPT: unit vectors everywhere, weights normalised after every step',
+                    choices=('none', 'simple', 'full'))
+    ngpt_sz_init: float = key(1.0, "nGPT's first logit scale; about 10 lets short runs move", low=0)
     linear: dict | str = key({}, 'which linear stands where: {site pattern: spec}, first match wins, else dense')
     attention: dict | str = key('causal', 'attention class: a spec, or {block pattern: spec}')
     mlp: dict | str = key('gelu', "MLP class: a spec, or {block pattern: spec}; GPT-2's weights want "
@@ -65,6 +79,7 @@ class Config(GPTConfig):
     weight_decay: float = key(1e-1, 'AdamW decay of matrices, factors and embeddings', low=0)
     beta1: float = key(0.9, 'AdamW first moment', low=0)
     beta2: float = key(0.95, 'AdamW second moment', low=0)
+    orthograd: bool = key(False, 'make gradients of matrices orthogonal to the weights, norms kept')
     grad_clip: float = key(1.0, 'largest gradient norm; 0 = no clipping', low=0)
     decay_lr: bool = key(True, 'warm up, then decay by a cosine')
     warmup_iters: int = key(2000, 'steps of warm-up', low=0)
@@ -85,6 +100,7 @@ class Config(GPTConfig):
                          choices=('stop', 'skip'))
     tensorboard_log: bool = key(False, 'log to out_dir/tensorboard')
     dist_timeout: int = key(600, 'seconds that ranks wait for one another', low=1)
+    allow_leak: bool = key(False, 'train a model whose attention sees the future: for negative controls')
     dry_run: bool = key(False, 'print sites, parameters, FLOPs and memory, and stop')
     debug: bool = key(False, 'tracebacks for mistakes too')
     sources: dict = field(default_factory=dict, repr=False, compare=False)   # key -> where it was set
@@ -233,7 +249,7 @@ def coerce(setting, value):
     low, choices = setting.metadata['low'], setting.metadata['choices']
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f'{setting.name} must be finite, got {value!r}')
-    if low is not None and value < low:
+    if low is not None and value is not None and value < low:
         raise UserError(f'{setting.name} must be at least {low}, got {value!r}')
     if number(value) and abs(value) > 1e15:
         raise UserError(f'{setting.name} is too large: {value!r}')
@@ -257,6 +273,13 @@ def check(config):
     """The rules that need several settings at once: yields (key, sentence)."""
     if config.n_embd % config.n_head:
         yield 'n_head', f'n_head must divide n_embd ({config.n_embd}), got {config.n_head}'
+    heads = config.n_kv_head or config.n_head
+    if config.n_head % heads:
+        yield 'n_kv_head', f'n_kv_head must divide n_head ({config.n_head}), got {heads}'
+    if config.rope and config.n_embd // config.n_head % 2:
+        yield 'rope', f'rope needs an even head size, got {config.n_embd // config.n_head}'
+    if config.ngpt != 'none':
+        yield from check_ngpt(config)
     if config.dropout >= 1:
         yield 'dropout', f'dropout must be below 1, got {config.dropout}'
     for name, table in (('linear', variants.LINEARS), ('attention', variants.ATTENTIONS), ('mlp', variants.MLPS)):
@@ -266,6 +289,15 @@ def check(config):
             yield name, str(error)
     if isinstance(config, Config):
         yield from check_run(config)
+
+
+def check_ngpt(config):
+    """nGPT has no norms, no biases and its own scales: what would contradict that."""
+    for name, allowed in (('bias', False), ('qk_norm', 'none'), ('softcap', 0.0)):
+        if getattr(config, name) != allowed:
+            yield name, f'{name}={getattr(config, name)!r} contradicts ngpt, which has its own; set {name}={allowed!r}'
+    if config.n_kv_head not in (None, config.n_head):
+        yield 'n_kv_head', 'ngpt scales queries and keys by one table of n_head rows; leave n_kv_head=None'
 
 
 def check_run(config):

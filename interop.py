@@ -211,7 +211,7 @@ def check_state(config, state, where):
             more = f' and {len(odd) - 1} more' if len(odd) > 1 else ''
             raise UserError(f'{where} {verb} {min(odd)}{more}', 'init_from')
     for name, tensor in expected.items():
-        if state[name].shape != tensor.shape or not state[name].is_floating_point():
+        if state[name].shape != tensor.shape or state[name].is_floating_point() != tensor.is_floating_point():
             raise UserError(f'{where}: {name} is {tuple(state[name].shape)} in {state[name].dtype}, and its config '
                             f'says {tuple(tensor.shape)}', 'init_from')
     if head is not wte and not torch.equal(head, wte):

@@ -1,4 +1,4 @@
-"""Small layers that every variant stands on: the dense linear, norms, and parameter tags."""
+"""Small layers that every variant stands on: the dense linear, norms, learned scales, and parameter tags."""
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -33,6 +33,10 @@ class Linear(nn.Linear):
         """Forward FLOPs for that many tokens, a multiply-add counted as 2."""
         return 2 * tokens * self.in_features * self.out_features
 
+    def normalise_(self, dim):
+        """Every row (dim=1) or column (dim=0) of W to unit length, in place."""
+        self.weight.copy_(F.normalize(self.weight, dim=dim, eps=1e-12))
+
     @classmethod
     def from_dense(cls, weight, bias, *, method='van_loan', stats=None):
         """The matrix as it is: every method is exact for the dense structure. weight (out, in), bias (out,) or None."""
@@ -46,16 +50,85 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with an optional bias, (x - mean) / sqrt(var + 1e-5) * weight + bias over the last axis."""
+    """LayerNorm with an optional bias, (x - mean) / sqrt(var + eps) * weight + bias over the last axis."""
     tags = {'weight': 'vector', 'bias': 'vector'}
 
-    def __init__(self, features, bias):
+    def __init__(self, features, bias, eps=1e-5):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(features))
         self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+        self.eps = eps
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in fp32 at least (Zhang & Sennrich 2019)."""
+    tags = {'weight': 'vector'}
+
+    def __init__(self, features, eps=1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms(x, self.eps) * self.weight
+
+
+def rms(x, eps=1e-6):
+    """x / sqrt(mean(x^2) + eps) over the last axis, computed in fp32 at least; zeros stay zeros."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+
+
+def unit(x):
+    """x / ||x|| over the last axis in fp32 at least; zeros stay zeros."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype)
+
+
+NORMS = {'layernorm': lambda config: LayerNorm(config.n_embd, config.bias, config.norm_eps),
+         'rmsnorm': lambda config: RMSNorm(config.n_embd, config.norm_eps)}
+
+
+def norm(config):
+    """The norm of the residual stream that config.norm names; none under nGPT, whose stream has norm 1."""
+    return nn.Identity() if config.ngpt != 'none' else NORMS[config.norm](config)
+
+
+class Learned(nn.Module):
+    """nGPT's scale: stored at init_scale, acts as init_value at first, so that AdamW moves it lr * value / scale a step.
+
+    shape: of the scale. forward() -> the effective scale. Source: NVIDIA/ngpt.
+    """
+    tags = {'stored': 'vector'}
+
+    def __init__(self, shape, value, scale):
+        super().__init__()
+        self.stored, self.gain = nn.Parameter(torch.full(shape, float(scale))), value / scale
+
+    def forward(self):
+        return self.stored * self.gain
+
+
+def cross_entropy(logits, targets):
+    """Mean of -log softmax(logits)[target]; logits (N, V), targets (N,), -1 ignored."""
+    return F.cross_entropy(logits, targets, ignore_index=-1)
+
+
+def stablemax(logits, targets):
+    """Mean of -log(s_target / sum s), s = x + 1 for x >= 0 and 1 / (1 - x) below, in float64; -1 ignored.
+
+    For small vocabularies only: p grows with the logit and not its exponential, so that among 50,304 tokens a
+    probability of 0.9 takes a logit near 450,000. Source: Prieto et al. 2025, arXiv 2501.04697.
+    """
+    x = logits.double()
+    s = torch.where(x >= 0, x + 1, 1 / (1 - x.clamp(max=0)))            # clamped: the unused branch has a pole at 1
+    return F.nll_loss(s.log() - s.sum(-1, keepdim=True).log(), targets, ignore_index=-1).to(logits.dtype)
+
+
+LOSSES = {'cross_entropy': cross_entropy, 'stablemax': stablemax}
 
 
 def tags_of(model):

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import variants
 from configurator import GPTConfig
-from layers import LayerNorm, tags_of
+from heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, rotate, rotation, split_heads
+from layers import LOSSES, Learned, norm, tags_of, unit
 from variants import UserError
 
 __all__ = ['CausalSelfAttention', 'MLP', 'Block', 'GPT', 'GPTConfig', 'Context', 'UserError']
@@ -24,63 +25,83 @@ __all__ = ['CausalSelfAttention', 'MLP', 'Block', 'GPT', 'GPTConfig', 'Context',
 @dataclass
 class Context:
     """What one call of GPT.forward tells every layer; nothing else survives a call."""
-    positions: torch.Tensor                             # (T,) of the tokens of this call
-    block_size: int
+    tokens: torch.Tensor                                # (B, T) of this call
+    positions: torch.Tensor                             # (T,) theirs
+    config: GPTConfig
     cache: dict | None = None                           # this layer's own, {} at first; None while training
+    first_value: torch.Tensor | None = None             # block 0's values, for the value residual
+    first_latent: tuple | None = None                   # block 0, its latents, its W_UV: the same in mla's decoding
     losses: list = field(default_factory=list)          # auxiliary losses, added to the training loss only
+    tables: dict = field(default_factory=dict)          # RoPE's, by size
+
+    @property
+    def block_size(self):
+        return self.config.block_size
+
+    def rotate(self, x, positions=None):
+        """RoPE of x (..., T, size) at this call's positions, or at others; x itself without rope."""
+        if not self.config.rope:
+            return x
+        return self.turn(x, positions)
+
+    def turn(self, x, positions=None):
+        """RoPE whether or not config.rope is set, for classes that need it (MLA)."""
+        key = (x.size(-1), x.dtype)
+        if positions is not None:
+            return rotate(x, rotation(positions, x.size(-1), self.config.rope_base, x.dtype))
+        if key not in self.tables:
+            self.tables[key] = rotation(self.positions, x.size(-1), self.config.rope_base, x.dtype)
+        return rotate(x, self.tables[key])
 
 
 class CausalSelfAttention(nn.Module):
     """softmax(q k^T / sqrt(D) + causal mask) v, by heads (GPT-2; Radford et al. 2019).
 
-    Parameters 4 C^2; FLOPs 8 C^2 + 4 T C a token at full context; cache 2 C numbers a token.
+    config: n_kv_head groups queries (GQA), rope, qk_norm, value_residual, ngpt. gate: y of head h times
+    2 sigmoid(w_h . x), 1 at first (Qiu et al. 2025, arXiv 2505.06708). softcap: bounds the scores, off SDPA.
+    Parameters 2 C^2 (1 + H_kv/H); FLOPs 2 a parameter + 4 T C a token at full context; cache 2 H_kv D numbers a token.
     """
 
-    def __init__(self, config, site):
+    def __init__(self, config, site, gate=False, softcap=0.0):
         super().__init__()
-        width = config.n_embd
+        if not isinstance(gate, bool) or not isinstance(softcap, (int, float)) or softcap < 0:
+            raise ValueError(f'gate is True or False and softcap a number from 0, got {gate!r} and {softcap!r}')
+        width, self.n_head, self.n_kv_head = config.n_embd, config.n_head, config.n_kv_head or config.n_head
+        self.head_dim = width // self.n_head
         self.c_q = variants.linear(config, f'{site}.c_q', width, width)
-        self.c_k = variants.linear(config, f'{site}.c_k', width, width)
-        self.c_v = variants.linear(config, f'{site}.c_v', width, width)
+        self.c_k = variants.linear(config, f'{site}.c_k', width, self.n_kv_head * self.head_dim)
+        self.c_v = variants.linear(config, f'{site}.c_v', width, self.n_kv_head * self.head_dim)
         self.c_proj = variants.linear(config, f'{site}.c_proj', width, width)
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.norm_qk, self.mix_v = QueryKeyNorm(config, self.n_head, self.head_dim), ValueMix(config, site)
+        self.gate = Gate(width, self.n_head) if gate else None
+        self.dropout, self.softcap = config.dropout, float(softcap)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, ctx):
-        B, T, C = x.shape
-        # (B, T, C) -> (B, H, T, D)
-        q, k, v = (c(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-                   for c in (self.c_q, self.c_k, self.c_v))
-        k, v = extend_cache(ctx, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0,
-                                           **causal_mask(T, k.size(2), x.device))
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+        q, k = split_heads(self.c_q(x), self.n_head), split_heads(self.c_k(x), self.n_kv_head)    # (B, H, T, D)
+        v = split_heads(self.mix_v(self.c_v(x), ctx), self.n_kv_head)
+        q, k = self.norm_qk(q, k)
+        k, v = extend_cache(ctx, k=ctx.rotate(k), v=v)
+        y = attend(ctx.rotate(q), k, v, self.norm_qk.scale, self.dropout if self.training else 0.0, self.softcap)
+        if self.gate is not None:
+            y = y * self.gate(x)
+        return self.resid_dropout(self.c_proj(merge_heads(y)))
 
     def flops(self, context):
         """Forward FLOPs a token of q k^T and of the weighted sum, with `context` keys."""
-        return 4 * context * self.c_q.out_features
+        return 4 * context * self.n_head * self.head_dim
 
 
-def extend_cache(ctx, k, v):
-    """Append k, v (B, H, T, D) to this layer's cache, if there is one; return all keys and values so far."""
-    if ctx.cache is None:
-        return k, v
-    if not ctx.cache:
-        B, H, _, D = k.shape
-        ctx.cache.update(k=k.new_empty(B, H, ctx.block_size, D), v=v.new_empty(B, H, ctx.block_size, D), length=0)
-    start, end = ctx.cache['length'], ctx.cache['length'] + k.size(2)
-    ctx.cache['k'][:, :, start:end], ctx.cache['v'][:, :, start:end], ctx.cache['length'] = k, v, end
-    return ctx.cache['k'][:, :, :end], ctx.cache['v'][:, :, :end]
+class Gate(nn.Module):
+    """2 sigmoid(W x) a head, (B, T, C) -> (B, H, T, 1); W starts at 0, so the gate at 1."""
+    tags = {'weight': 'vector'}                         # to AdamW, without decay, as all gates
 
+    def __init__(self, width, heads):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, width))
 
-def causal_mask(queries, keys, device):
-    """SDPA's arguments for the last `queries` of `keys` positions: its is_causal aligns at the wrong corner for a cache."""
-    if queries == keys:
-        return {'is_causal': True}
-    if queries == 1:
-        return {}
-    return {'attn_mask': torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)}
+    def forward(self, x):
+        return 2 * torch.sigmoid(F.linear(x, self.weight)).mT.unsqueeze(-1)
 
 
 class MLP(nn.Module):
@@ -93,22 +114,73 @@ class MLP(nn.Module):
         self.c_fc = variants.linear(config, f'{site}.c_fc', config.n_embd, 4 * config.n_embd)
         self.c_proj = variants.linear(config, f'{site}.c_proj', 4 * config.n_embd, config.n_embd)
         self.approximate, self.dropout = approximate, nn.Dropout(config.dropout)
+        self.s_u = hidden_scale(config, 4 * config.n_embd)
+
+    def activation(self, u):
+        return F.gelu(u, approximate=self.approximate)
 
     def forward(self, x, ctx):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
+        u = self.c_fc(x) if self.s_u is None else self.c_fc(x) * self.s_u()
+        return self.dropout(self.c_proj(self.activation(u)))
+
+
+class ReLU2MLP(MLP):
+    """c_proj(relu(c_fc x)^2), 4 C wide (So et al. 2021, Primer)."""
+
+    def __init__(self, config, site):
+        super().__init__(config, site)
+
+    def activation(self, u):
+        return F.relu(u).square()
+
+
+class SwiGLU(nn.Module):
+    """c_proj(silu(c_gate x) * c_fc x), `hidden` wide; None = 8/3 C, up to a multiple of 64 (Shazeer 2020; LLaMA)."""
+
+    def __init__(self, config, site, hidden=None):
+        super().__init__()
+        width = config.n_embd
+        hidden = -(-8 * width // 3 // 64) * 64 if hidden is None else hidden
+        if type(hidden) is not int or hidden < 1:
+            raise ValueError(f'hidden must be a whole number of at least 1, got {hidden!r}')
+        self.c_fc = variants.linear(config, f'{site}.c_fc', width, hidden)
+        self.c_gate = variants.linear(config, f'{site}.c_gate', width, hidden)
+        self.c_proj = variants.linear(config, f'{site}.c_proj', hidden, width)
+        self.dropout, self.s_u = nn.Dropout(config.dropout), hidden_scale(config, hidden)
+
+    def forward(self, x, ctx):
+        gate = self.c_gate(x) if self.s_u is None else self.c_gate(x) * self.s_u()
+        return self.dropout(self.c_proj(F.silu(gate) * self.c_fc(x)))
+
+
+def hidden_scale(config, hidden):
+    """nGPT's s_u sqrt(C), which gives the activation inputs of std 1; None without ngpt."""
+    return None if config.ngpt == 'none' else Learned((hidden,), config.n_embd ** 0.5, 1.0)
 
 
 class Block(nn.Module):
-    """x + attn(ln_1 x), then x + mlp(ln_2 x)."""
+    """x + attn(ln_1 x), then x + mlp(ln_2 x); under ngpt each branch is a step of the unit vector x towards its own.
+
+    nGPT (Loshchilov et al. 2024): x <- unit(x + |a| (unit(branch(x)) - x)), a = 0.05 at first, one a feature ('full')
+    or one in all ('simple').
+    """
 
     def __init__(self, config, site):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.ln_1 = norm(config)
         self.attn = variants.attention(config, f'{site}.attn', site)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.ln_2 = norm(config)
         self.mlp = variants.mlp(config, f'{site}.mlp', site)
+        self.ngpt = config.ngpt != 'none'
+        if self.ngpt:
+            shape = (config.n_embd,) if config.ngpt == 'full' else (1,)
+            self.a_attn = Learned(shape, 0.05, config.n_embd ** -0.5)
+            self.a_mlp = Learned(shape, 0.05, config.n_embd ** -0.5)
 
     def forward(self, x, ctx):
+        if self.ngpt:
+            x = unit(x + self.a_attn().abs() * (unit(self.attn(x, ctx)) - x))
+            return unit(x + self.a_mlp().abs() * (unit(self.mlp(x, ctx)) - x))
         x = x + self.attn(self.ln_1(x), ctx)
         return x + self.mlp(self.ln_2(x), ctx)
 
@@ -121,13 +193,17 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict({
             'wte': nn.Embedding(config.vocab_size, config.n_embd),
-            'wpe': nn.Embedding(config.block_size, config.n_embd),
             'drop': nn.Dropout(config.dropout),
             'h': nn.ModuleList(Block(config, f'h.{i}') for i in range(config.n_layer)),
-            'ln_f': LayerNorm(config.n_embd, config.bias),
+            'ln_f': norm(config),
         })
+        if not config.rope:
+            self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+            self.transformer.wpe.tags = {'weight': 'embedding'}
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.tags = self.transformer.wpe.tags = {'weight': 'embedding'}
+        self.s_z = None if config.ngpt == 'none' else Learned((config.vocab_size,), config.ngpt_sz_init,
+                                                              config.n_embd ** -0.5)
+        self.transformer.wte.tags = {'weight': 'embedding'}
         self.lm_head.tags = {'weight': 'head'}
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
@@ -135,7 +211,14 @@ class GPT(nn.Module):
         if idle:
             raise UserError(f'linear: the pattern {idle[0]!r} wins at no site; the sites are h.0.attn.c_q, ... '
                             'and the first match wins', 'linear')
-        self.init_weights()
+        if config.ngpt != 'none':
+            stiff = [site for site, module in self.sites().items() if not hasattr(module, 'normalise_')]
+            if stiff:
+                raise UserError(f'ngpt: {stiff[0]} is {self.sites()[stiff[0]].spec}, which cannot be normalised', 'ngpt')
+        try:
+            self.init_weights()
+        except ValueError as error:
+            raise UserError(f'ngpt: {error}', 'ngpt') from None
         tags_of(self)                                   # a parameter without a tag is found here
 
     # ------------------------------------------------------------------------------------------------
@@ -147,16 +230,42 @@ class GPT(nn.Module):
 
     def init_weights(self):
         """GPT-2: N(0, 0.02), and 0.02 / sqrt(2 n_layer) where a branch joins the residual stream."""
-        for module in (self.transformer.wte, self.transformer.wpe, self.lm_head):
+        for module in (self.transformer[n] for n in ('wte', 'wpe') if n in self.transformer):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if not self.config.tie_weights:
+            nn.init.normal_(self.lm_head.weight, mean=0.0, std=0.02)
         for site, module in self.sites().items():
             joins = site.endswith('.c_proj')
             module.reset_parameters(0.02 / math.sqrt(2 * self.config.n_layer) if joins else 0.02)
+        self.normalise_weights()
+
+    @torch.no_grad()
+    def normalise_weights(self):
+        """nGPT, after every optimizer step: unit length along the axis of the residual stream; nothing without ngpt.
+
+        Rows (the input axis) of embedding, head and every site, but columns of c_proj, whose output joins the stream.
+        Frozen tensors are left alone.
+        """
+        if self.config.ngpt == 'none':
+            return
+        for module in (self.transformer.wte, self.lm_head):
+            if module.weight.requires_grad:
+                module.weight.copy_(unit(module.weight))
+        for site, module in self.sites().items():
+            if all(p.requires_grad for p in module.parameters()):
+                module.normalise_(0 if site.endswith('.c_proj') else 1)
+
+    def set_progress(self, fraction):
+        """Tell every attention on a schedule how much of the run, step / max_iters, is over."""
+        for block in self.transformer.h:
+            if hasattr(block.attn, 'set_progress'):
+                block.attn.set_progress(fraction)
 
     def num_params(self, positions=True):
         """Parameters, tied ones once (gpt2: 124,439,808); positions=False leaves out the position table (nanoGPT)."""
         total = sum(p.numel() for p in self.parameters())
-        return total if positions else total - self.transformer.wpe.weight.numel()
+        table = self.transformer.wpe.weight.numel() if 'wpe' in self.transformer else 0
+        return total if positions else total - table
 
     def flops_per_token(self):
         """Forward FLOPs a token at full context: sites, attention (no causal halving) and head; a multiply-add is 2."""
@@ -184,6 +293,8 @@ class GPT(nn.Module):
         if not 1 <= block_size <= self.config.block_size:
             raise UserError(f'block_size can be cropped to 1 .. {self.config.block_size}, got {block_size}')
         self.config.block_size = block_size
+        if 'wpe' not in self.transformer:
+            return
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
         self.transformer.wpe.num_embeddings = block_size
 
@@ -208,17 +319,30 @@ class GPT(nn.Module):
         T = idx.size(1)
         if start + T > self.config.block_size:
             raise ValueError(f'{start + T} tokens do not fit block_size {self.config.block_size}')
-        ctx = Context(torch.arange(start, start + T, device=idx.device), self.config.block_size)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(ctx.positions))   # (B, T, C)
+        ctx = Context(idx, torch.arange(start, start + T, device=idx.device), self.config)
+        x = self.transformer.wte(idx)                   # (B, T, C)
+        if 'wpe' in self.transformer:
+            x = x + self.transformer.wpe(ctx.positions)
+        x = self.transformer.drop(x if self.s_z is None else unit(x))
         for i, block in enumerate(self.transformer.h):
             ctx.cache = caches[i] if caches is not None else None
             x = block(x, ctx)
         x = self.transformer.ln_f(x)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
-        logits = self.lm_head(x)                        # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            return self.head(x[:, -1:]), None
+        logits = self.head(x)                           # (B, T, V)
+        loss = LOSSES[self.config.loss](logits.flatten(0, 1), targets.flatten())
         return logits, loss + sum(ctx.losses) if self.training and ctx.losses else loss
+
+    def head(self, x):
+        """(B, T, C) -> logits (B, T, V); nGPT's scales and the soft cap in fp32 at least."""
+        logits = self.lm_head(x)
+        if self.s_z is not None:
+            logits = logits * self.s_z()
+        if self.config.softcap:
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            logits = self.config.softcap * torch.tanh(logits.to(wide) / self.config.softcap)
+        return logits
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, generator=None,

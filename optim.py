@@ -25,6 +25,32 @@ def adamw(model, weight_decay, learning_rate, betas, device_type):
     return torch.optim.AdamW(groups(model, weight_decay), lr=learning_rate, betas=betas, fused=fused)
 
 
+def add_orthograd(optimizer, model):
+    """OrthoGrad: before every step, g <- (g - (w.g / w.w) w) ||g|| / ||that|| for each tensor tagged matrix or factor.
+
+    A step pre-hook, so that groups, state, saving and loading stay the optimizer's own, AdamW's or Muon's. In fp32 at
+    least; a gradient along w becomes 0 and not noise; w = 0 leaves g. Cost: two passes over weights and gradients.
+    Source: Prieto et al. 2025, arXiv 2501.04697, whose code keeps the norm too.
+    """
+    tags = tags_of(model)
+    matrices = [p for name, p in model.named_parameters() if tags[name] in ('matrix', 'factor')]
+
+    def before_step(optimizer, args, kwargs):
+        for p in matrices:
+            if p.grad is not None:
+                p.grad.copy_(orthogonal(p.grad, p.detach()))
+    return optimizer.register_step_pre_hook(before_step)
+
+
+def orthogonal(gradient, weight):
+    """The gradient without its part along the weight, at its old norm."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    g, w = gradient.to(wide), weight.to(wide)
+    rest = g - (w * g).sum() / (w * w).sum().clamp_min(1e-30) * w
+    norm, kept = g.norm(), rest.norm()
+    return torch.where(kept < 1e-6 * norm, torch.zeros_like(rest), rest * (norm / kept.clamp_min(1e-30)))
+
+
 def learning_rate(step, config):
     """Learning rate of step 0, 1, ...: linear warm-up to learning_rate, cosine to min_lr at lr_decay_iters, then min_lr."""
     if not config.decay_lr:

@@ -36,9 +36,10 @@ def dumps(state):
         raise
     except Exception as error:          # whatever an object's own reduction raises
         raise Refused(f'cannot be written: {one_line(error)}') from error
-    _examine_container(buffer, buffer.tell())
-    _examine_values(state, len(buffer.getbuffer()))
-    return buffer.getbuffer()
+    data = buffer.getbuffer()
+    _examine_container(buffer, len(data))
+    _examine_values(state, len(data))
+    return data
 
 
 def load(path):
@@ -88,7 +89,7 @@ def _examine_container(file, size):
             raise Refused('has other members than torch.save writes')
         if any(m.compress_type != zipfile.ZIP_STORED or m.compress_size != m.file_size for m in members):
             raise Refused('has compressed members, which torch.save never writes')
-        # overlapping members add up to more; a first one that is not at 0 would be elsewhere for torch than for zipfile
+        # overlapping members add up to more; with bytes ahead of the zip, torch and zipfile would read different ones
         if sum(m.file_size for m in members) > size or min((m.header_offset for m in members), default=1) != 0:
             raise Refused('has members that overlap or do not lie where they should')
         index = archive.read(f'{root}/data.pkl')

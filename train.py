@@ -135,7 +135,12 @@ def padded(vocab_size):
 def check_shapes(config):
     """Build the model without memory, so that a spec that does not fit is said in one line before anything is touched."""
     with torch.device('meta'):
-        return GPT(configurator.model_config(config))
+        model = GPT(configurator.model_config(config))
+    leaks = [i for i, block in enumerate(model.transformer.h) if getattr(block.attn, 'leaks', False)]
+    if leaks and not config.allow_leak:
+        raise UserError(f'attention of block {leaks[0]} sees the future, so that its loss means nothing; take a causal '
+                        'form, or --allow_leak=True for a negative control', 'attention')
+    return model
 
 
 def build(config, dataset, state, job):
@@ -178,33 +183,44 @@ def seed_for(config, step, micro_step):
 
 @torch.no_grad()
 def mean_loss(model, fast, batches, job):
-    """Mean loss a token over all ranks' batches; full-size batches take the compiled model. None when asked to stop."""
-    total, count, shape = torch.zeros((), device=job.device, dtype=torch.float64), 0, None
+    """(mean loss a token, share of tokens guessed right) over all ranks' batches; full-size batches take the compiled model.
+
+    None when asked to stop.
+    """
+    total, count, shape = torch.zeros(2, device=job.device, dtype=torch.float64), 0, None
     for x, y in batches:
         shape = shape or x.shape
         with hardware.autocast(job.device, job.dtype):
-            _, loss = (fast if x.shape == shape else model)(x.to(job.device), y.to(job.device))
-        total += loss.double() * y.numel()
+            logits, loss = (fast if x.shape == shape else model)(x.to(job.device), y.to(job.device))
+        right = (logits.argmax(-1) == y.to(job.device)).sum()
+        total += torch.stack((loss.double() * y.numel(), right.double()))
         count += y.numel()
         if job.world_size == 1 and STOP['signal']:
             return None
-    return job.agree(total.item(), dist.ReduceOp.SUM) / job.agree(count, dist.ReduceOp.SUM)
+    sums = [job.agree(value, dist.ReduceOp.SUM) for value in (*total.tolist(), count)]
+    return sums[0] / sums[2], sums[1] / sums[2]
 
 
 def evaluate(model, fast, loaders, config, job):
-    """{'train_loss', 'val_loss'}; eval_iters=0 takes the whole validation split in order, and 20 batches of training."""
+    """{'train_loss', 'val_loss', 'train_accuracy', 'val_accuracy'}.
+
+    eval_iters=0 takes the whole validation split in order, and 20 batches of training.
+    """
     model.eval()
     losses, rows = {}, max(config.batch_size, 4096 // config.block_size)        # small windows: fewer, larger batches
     for split in ('train', 'val'):
         whole = split == 'val' and config.eval_iters == 0
         batches = (loaders[split].sequential(rows, rank=job.rank, world_size=job.world_size) if whole else
                    loaders[split].fixed(config.eval_iters or 20, split, rank=job.rank, world_size=job.world_size))
-        losses[f'{split}_loss'] = mean_loss(model, fast, batches, job)
+        losses[split] = mean_loss(model, fast, batches, job)
     model.train()
-    return None if None in losses.values() else losses
+    if None in losses.values():
+        return None
+    return {f'{split}_{name}': value for i, name in enumerate(('loss', 'accuracy')) for split, value in (
+        (split, pair[i]) for split, pair in losses.items())}
 
 
-def train_step(model, optimizer, scaler, loader, step, config, job):
+def train_step(raw, model, optimizer, scaler, loader, step, config, job):
     """One optimizer step: {'loss', 'grad_norm', 'applied'}, or None when a signal came in between (nothing is changed)."""
     per_rank, total = loader.accumulation // job.world_size, 0.0
     for micro in range(per_rank):
@@ -226,6 +242,7 @@ def train_step(model, optimizer, scaler, loader, step, config, job):
     if applied:
         scaler.step(optimizer)                          # skips by itself where half precision overflowed
         scaler.update()
+        raw.normalise_weights()
     optimizer.zero_grad(set_to_none=True)
     return {'loss': loss, 'grad_norm': norm, 'applied': applied}
 
@@ -262,7 +279,7 @@ def dry_run(config, job):
     for row in model.site_table():
         shape = '{} x {}'.format(*row['shape'])
         job.say(f'{row["site"]:24}{row["spec"]:36}{shape:>14}{row["parameters"]:14,}{row["flops"]:14,}{row["share"]:8.2%}')
-    embeddings = model.num_params() - sum(model.transformer[k].weight.numel() for k in ('wte', 'wpe'))
+    embeddings = model.num_params(positions=False) - model.transformer.wte.weight.numel()
     job.say(f'parameters: {model.num_params():,} in all, {model.num_params(positions=False):,} without the position '
             f'table, {embeddings:,} without embeddings')
     job.say(f'FLOPs a token: {model.flops_per_token():,} forward, {3 * model.flops_per_token():,} training')
@@ -327,6 +344,8 @@ def loop(config, model, dataset, loaders, state, job):
     """for every step: maybe evaluate, maybe save, train, log."""
     optimizer = optim.adamw(model, config.weight_decay, config.learning_rate, (config.beta1, config.beta2),
                             job.device.type)
+    if config.orthograd:
+        optim.add_orthograd(optimizer, model)
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.dtype == torch.float16)
     progress = {'step': 0, 'tokens': 0, 'best_val_loss': math.inf, 'best_step': None, 'evaluated': None}
     if state:
@@ -342,6 +361,8 @@ def loop(config, model, dataset, loaders, state, job):
     skipped = 0
     while True:
         step = progress['step']
+        if not config.eval_only:                        # which takes the window of the checkpoint
+            model.set_progress(step / config.max_iters if config.max_iters else 1.0)
         due = step % config.eval_interval == 0 or step == config.max_iters or config.eval_only
         losses = evaluate(model, fast, loaders, config, job) if due and progress['evaluated'] != step else None
         if losses:
@@ -362,7 +383,7 @@ def loop(config, model, dataset, loaders, state, job):
         rate = optim.learning_rate(step, config)
         optim.set_learning_rate(optimizer, rate)
         log.begin()
-        result = train_step(net, optimizer, scaler, loaders['train'], step, config, job)
+        result = train_step(model, net, optimizer, scaler, loaders['train'], step, config, job)
         if result is None:
             continue                                    # a signal: the loop saves this step's beginning
         skipped = 0 if result['applied'] else skipped + 1

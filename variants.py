@@ -46,10 +46,17 @@ LINEARS = Table({
 
 ATTENTIONS = Table({
     'causal': 'model:CausalSelfAttention',
+    'window': 'attention.window:WindowAttention',
+    'linformer': 'attention.linformer:LinformerAttention',
+    'mla': 'attention.mla:LatentAttention',
+    'diff': 'attention.diff:DifferentialAttention',
+    'dint': 'attention.dint:DINTAttention',
 })
 
 MLPS = Table({
     'gelu': 'model:MLP',
+    'relu2': 'model:ReLU2MLP',
+    'swiglu': 'model:SwiGLU',
 })
 
 

@@ -170,6 +170,16 @@ class KroneckerLinear(nn.Module):
             W = torch.einsum('imn,ipq->mpnq', A, B)
         return W.reshape(self.out_features, self.in_features).to(self.A.dtype)
 
+    def normalise_(self, dim):
+        """Every row (dim=1) or column (dim=0) of W to unit length, in place: those of A (x) B are products of A's and B's.
+
+        Raises ValueError for a sum of terms, whose rows no scaling of the factors makes unit.
+        """
+        if self.A.shape[0] > 1 or self.scale is not None:
+            raise ValueError('a sum of Kronecker products cannot be normalised by its factors; take terms=1, scale=False')
+        for factor in (self.A, self.B):
+            factor.copy_(nn.functional.normalize(factor, dim=dim + 1, eps=1e-12))
+
     def flops(self, tokens):
         """Forward FLOPs of the order that forward takes for that many tokens, a multiply-add counted as 2."""
         return tokens * min(order_flops(self.A.shape, self.B.shape))

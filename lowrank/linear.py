@@ -88,6 +88,18 @@ class LowRankLinear(nn.Module):
         with torch.autocast(self.U.device.type, enabled=False):
             return (self.U.to(dtype) @ self.V.to(dtype)).to(self.U.dtype)
 
+    def normalise_(self, dim):
+        """Every row (dim=1) or column (dim=0) of W to unit length, in place and without forming W.
+
+        Row i of W has the squared norm U_i (V V^T) U_i^T, column j V_j^T (U^T U) V_j.
+        """
+        if dim == 1:
+            norms = torch.einsum('ir,rs,is->i', self.U, self.V @ self.V.t(), self.U).clamp(min=1e-24).sqrt()
+            self.U.div_(norms[:, None])
+        else:
+            norms = torch.einsum('rj,rs,sj->j', self.V, self.U.t() @ self.U, self.V).clamp(min=1e-24).sqrt()
+            self.V.div_(norms)
+
     def flops(self, tokens):
         """Forward FLOPs for that many tokens, a multiply-add counted as 2."""
         return 2 * tokens * self.rank * (self.in_features + self.out_features)

@@ -259,7 +259,8 @@ def test_overfits_one_batch_in_50_steps():
     model = GPT(GPTConfig(**GPT2))
     optimizer = optim.adamw(model, 0.1, 3e-4, (0.9, 0.95), 'cpu')
     from data.tokenizer import gpt2_encoding
-    ids = gpt2_encoding().encode('First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n' * 8)
+    text = 'First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n'
+    ids = gpt2_encoding().encode(text * 8)
     x = torch.tensor(ids[:129])
     for step in range(51):
         loss = model(x[:-1].view(4, 32), x[1:].view(4, 32))[1]

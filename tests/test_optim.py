@@ -111,3 +111,59 @@ def test_unknown_names_are_refused_and_missing_ones_start_afresh():
         optim.load_state_by_name(optimizer, model, {'nowhere.weight': {}})
     optim.load_state_by_name(optimizer, model, {})
     steps(model, optimizer, 1)
+
+
+# ---- OrthoGrad ----
+
+def handed(gradient, weight):
+    """What the optimizer sees of a gradient under OrthoGrad."""
+    model = torch.nn.Module()
+    model.weight, model.tags = torch.nn.Parameter(weight), {'weight': 'matrix'}
+    model.weight.grad = gradient.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optim.add_orthograd(optimizer, model)
+    optimizer.step()
+    return model.weight.grad
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_orthograd_hands_on_an_orthogonal_gradient_of_the_same_norm(dtype):
+    torch.manual_seed(0)
+    w, g = torch.randn(32, 48).to(dtype), torch.randn(48, 32).to(dtype).t()     # not contiguous
+    got, exact = handed(g, w).double(), 1e-2 if dtype == torch.bfloat16 else 1e-6
+    cosine = (got * w.double()).sum() / got.norm() / w.double().norm()
+    assert cosine.abs() < exact and got.norm() / g.double().norm() == pytest.approx(1, abs=max(1e-5, exact))
+
+
+def test_orthograd_of_zero_weights_and_of_parallel_gradients():
+    g = torch.randn(4, 4)
+    assert torch.allclose(handed(g, torch.zeros(4, 4)), g)
+    assert handed(3 * g, g.clone()).abs().max() == 0                            # and not noise at full size
+    assert handed(torch.zeros(4, 4), g).abs().max() == 0
+
+
+def test_orthograd_leaves_state_groups_and_vectors_to_the_optimizer():
+    model, other = small(), small()
+    runs = []
+    for m in (model, other):
+        o = optim.adamw(m, 0.1, 1e-3, (0.9, 0.95), 'cpu')
+        optim.add_orthograd(o, m)
+        runs.append(o)
+    steps(model, runs[0], 3)
+    other.load_state_dict(model.state_dict())
+    saved = {n: {k: t.clone() for k, t in e.items()} for n, e in optim.state_by_name(runs[0], model).items()}
+    optim.load_state_by_name(runs[1], other, saved)
+    for o in runs:
+        optim.set_learning_rate(o, 1e-2)                    # a schedule reaches the optimizer after a load
+    steps(model, runs[0], 2, seed=1)
+    steps(other, runs[1], 2, seed=1)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
+    plain = small()
+    steps(plain, optim.adamw(plain, 0.1, 1e-3, (0.9, 0.95), 'cpu'), 3)
+    assert not torch.equal(plain.transformer.h[0].attn.c_q.weight, model.transformer.h[0].attn.c_q.weight)
+    model.zero_grad()
+    model(torch.arange(8)[None], torch.arange(8)[None])[1].backward()
+    bias = model.transformer.h[0].mlp.c_fc.bias
+    before = bias.grad.clone()
+    runs[0].step()
+    assert torch.equal(bias.grad, before)

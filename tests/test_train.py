@@ -10,7 +10,7 @@ import checkpoint
 import configurator
 import optim
 import train
-from tests.tiny import arguments, make_data
+from tests.tiny import ROOT, arguments, make_data
 
 
 @pytest.fixture(scope='module')
@@ -203,6 +203,19 @@ def test_mistakes_found_after_torch_are_one_line_and_leave_2(data, tmp_path, mor
     assert not os.path.exists(tmp_path / 'log.jsonl')
 
 
+@pytest.mark.parametrize('rules', ["dint(version='published')", "h.1=dint(version='visible'); h.0=causal"])
+def test_attention_that_sees_the_future_is_refused_without_allow_leak(data, tmp_path, rules, capsys):
+    run(data, tmp_path, f'--attention={rules}', code=2)
+    err = capsys.readouterr().err
+    block = 0 if rules.startswith('dint') else 1
+    assert f'block {block} sees the future' in err and '--allow_leak=True' in err and err.count('\n') == 1
+    assert '--attention=' in err and not os.path.exists(tmp_path / 'log.jsonl')
+    run(data, tmp_path, f'--attention={rules}', '--dry_run=True', code=2)
+    run(data, tmp_path, f'--attention={rules}', '--allow_leak=True', '--max_iters=2')
+    assert run(data, tmp_path, '--init_from=resume', '--max_iters=3')['step'] == 3          # allowed once, allowed on
+    run(data, tmp_path / 'causal', '--attention=dint', '--max_iters=2')
+
+
 def test_resume_refuses_another_shape_and_other_data(data, tmp_path, capsys):
     run(data, tmp_path / 'a', '--max_iters=2')
     run(data, tmp_path / 'a', '--init_from=resume', '--n_layer=3', code=2)
@@ -228,16 +241,16 @@ def test_r10_a_single_bad_step_is_skipped(data, tmp_path, monkeypatch):
     """policy skip: the update of a poisoned step is not applied and training goes on."""
     real, calls = train.train_step, []
 
-    def poisoned(model, *rest):
+    def poisoned(model, net, *rest):
         calls.append(1)
         if len(calls) == 4:
             hook = next(model.parameters()).register_hook(lambda g: g * math.inf)
             before = [p.clone() for p in model.parameters()]
-            result = real(model, *rest)
+            result = real(model, net, *rest)
             hook.remove()
             assert not result['applied'] and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
             return result
-        return real(model, *rest)
+        return real(model, net, *rest)
     monkeypatch.setattr(train, 'train_step', poisoned)
     state = run(data, tmp_path, '--nonfinite=skip')
     assert state['step'] == 12 and all(t.isfinite().all() for t in state['model'].values())
@@ -290,6 +303,14 @@ def test_dry_run_prints_the_table_and_stops(data, tmp_path, capsys):
     out = capsys.readouterr().out
     assert 'h.1.attn.c_v' in out and 'lowrank(4)' in out and 'without the position table' in out and 'GiB' in out
     assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('path', sorted(str(p) for p in (ROOT / 'config').rglob('*.py')))
+def test_every_config_of_ours_builds(path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if 'from_dense' not in path:                            # which starts from a run
+        train.main(configurator.load([path, '--dry_run=True', '--device=cpu']))
+        assert 'without embeddings' in capsys.readouterr().out
 
 
 def test_dry_run_of_the_124m_config_prints_81_972_576(capsys):

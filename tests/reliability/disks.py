@@ -25,6 +25,16 @@ def in_child(action, *arguments):
     return os.waitpid(pid, 0)[1]
 
 
+class Hasty(FileOps):
+    """Without the waiting for the disk, to set scenes up."""
+
+    def fsync(self, file):
+        file.flush()
+
+    def fsync_dir(self, folder):
+        pass
+
+
 class Counting(FileOps):
     """Calls before() ahead of each operation and after() behind it, with the operation's name."""
 

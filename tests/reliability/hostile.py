@@ -110,6 +110,22 @@ def overlapping(canary):
     return plain[:offset] + directory + end(13, len(directory), offset)
 
 
+def two_in_one(canary):
+    """Two zips of one layout, one after the other: the last is what zipfile reads, the first what torch reads."""
+    evil = stream(called('builtins bytearray', number(64 * GIB)))
+    good = stream(text('x' * (len(evil) - len(stream(text(''))))))
+    return container(evil)[:-len(end(0, 0, 0))] + container(good)
+
+
+def compressed_index(canary):
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    index = stream(text('x' * 100))
+    data = packer.compress(index) + packer.flush()
+    whole = container(data)
+    stored = struct.pack('<HHHHIII', 0, 0, 0, 0, zlib.crc32(data), len(data), len(data))
+    return whole.replace(stored, struct.pack('<HHHHIII', 0, 8, 0, 0, zlib.crc32(index), len(data), len(index)))
+
+
 def zip_of(names):
     out = io.BytesIO()
     with zipfile.ZipFile(out, 'w') as archive:
@@ -151,6 +167,9 @@ HOSTILE = {
     'storage longer than its member': lambda _: container(stream(tensor(1 << 20, 1 << 20, 1)), [('data/0', bytes(4))]),
     'zip bomb': lambda _: container(stream(tensor(GIB, GIB, 1)), [('data/0', *bomb(4 * GIB - (1 << 24)))]),
     'zip bomb in the index': lambda _: bombed_index(),
+    'compressed index': compressed_index,
+    'two zips in one': two_in_one,
+    'protocol 3': lambda _: container(b'\x80\x03' + stream(b'K\x01')[2:]),
     'many members': many_members,
     'overlapping members': overlapping,
     'member twice': lambda _: container(stream(b'K\x01'), [('data.pkl', stream(b'K\x02'))]),

@@ -1,0 +1,1 @@
+"""Attention classes, one a file; variants.ATTENTIONS names them."""
