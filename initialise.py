@@ -89,6 +89,8 @@ def fill_rest(model, source_config, source_state):
     if source_config.tie_weights:
         source_state = {'lm_head.weight': source_state['transformer.wte.weight'], **source_state}
     rest = {name: t for name, t in model.state_dict().items() if not name.startswith(sites)}
+    buffers = {name for name, _ in model.named_buffers()}       # a window, say: the model's own where the source has none
+    rest = {name: t for name, t in rest.items() if name in source_state or name not in buffers}
     odd = rest.keys() ^ {name for name in source_state if not name.startswith(sites)}
     if odd:
         raise UserError(f'{min(odd)} is in the source or the model only', 'init_from')

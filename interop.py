@@ -197,7 +197,7 @@ def check_state(config, state, where):
     blocks = {name.split('.')[2] for name in state if name.startswith('transformer.h.')}
     if len(blocks) != config.n_layer:                   # before that many blocks are built
         raise UserError(f'{where}: n_layer is {config.n_layer}, and the file holds {len(blocks)} blocks', 'init_from')
-    for name, rows in (('wte', config.vocab_size), ('wpe', config.block_size)):
+    for name, rows in (('wte', config.vocab_size), *([] if config.rope else [('wpe', config.block_size)])):
         found = state.get(f'transformer.{name}.weight')
         if found is None or found.shape != (rows, config.n_embd):
             raise UserError(f'{where}: {name}.weight is {"missing" if found is None else tuple(found.shape)}, and its '

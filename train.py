@@ -165,7 +165,9 @@ def build(config, dataset, state, job):
 
 def adopt(config, source):
     """Take the sizes of the model that init_from names, where they were not set; refuse sizes that contradict them."""
-    for name in ('n_layer', 'n_head', 'n_embd', 'bias', 'mlp', 'tie_weights', 'vocab_size', 'block_size'):
+    for name in configurator.settings(configurator.GPTConfig):
+        if name in ('dropout', 'linear', 'loss'):       # the new run's own
+            continue
         theirs = getattr(source, name)
         if name == 'block_size':
             theirs = min(theirs, config.block_size)     # shorter is cropped
@@ -364,7 +366,8 @@ def loop(config, model, dataset, loaders, state, job):
         if not config.eval_only:                        # which takes the window of the checkpoint
             model.set_progress(step / config.max_iters if config.max_iters else 1.0)
         due = step % config.eval_interval == 0 or step == config.max_iters or config.eval_only
-        losses = evaluate(model, fast, loaders, config, job) if due and progress['evaluated'] != step else None
+        fresh = progress['evaluated'] != step or config.eval_only
+        losses = evaluate(model, fast, loaders, config, job) if due and fresh else None
         if losses:
             better = losses['val_loss'] < progress['best_val_loss']
             progress.update(evaluated=step)

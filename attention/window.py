@@ -138,7 +138,7 @@ class WindowAttention(nn.Module):
         mask = None if ctx.cache and q.size(2) == 1 and texts is None else visible(
             self.window, positions, places, documents, texts)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale,
-                                              enable_gqa=q.size(1) != k.size(1))
+                                              enable_gqa=self.n_head != self.n_kv_head)
 
     def flex_fits(self, q):
         """Whether FlexAttention has a kernel for q: on a CUDA GPU, not in float64, heads of 16 or more."""
@@ -146,11 +146,12 @@ class WindowAttention(nn.Module):
 
     def remember(self, ctx, k, v, documents):
         """k, v, positions (S,) and documents (B, S) or None: the ring's and this call's. The ring holds k rotated."""
-        size = ctx.cache.setdefault('size', min(int(self.window), ctx.block_size))
+        if 'size' not in ctx.cache:                     # reading the window waits for a GPU, so once a text
+            ctx.cache['size'] = min(int(self.window), ctx.block_size)
         new = {'k': k, 'v': v, 'position': ctx.positions[None, None]}
         if documents is not None:
             new['document'] = documents[:, None]
-        k, v, places, *texts = extend_ring(ctx.cache, size, **new)
+        k, v, places, *texts = extend_ring(ctx.cache, ctx.cache['size'], **new)
         return k, v, places[0, 0], texts[0][:, 0] if texts else None
 
     def number_documents(self, ctx):

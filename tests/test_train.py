@@ -8,6 +8,7 @@ import torch
 
 import checkpoint
 import configurator
+import interop
 import optim
 import train
 from tests.tiny import ROOT, arguments, make_data
@@ -181,6 +182,37 @@ def test_init_from_a_dense_checkpoint_decomposes(data, tmp_path, capsys):
     assert start['model']['transformer.h.0.mlp.c_fc.A'].shape == (2, 8, 8)
     more = run(data, tmp_path / 'kron', f'--init_from={tmp_path / "dense"}', '--max_iters=6')
     assert more['step'] == 6
+
+
+@pytest.mark.parametrize('more', [
+    ['--rope=True', '--norm=rmsnorm', '--mlp=swiglu(64)', '--attention=mla(8, qk_rope_head_dim=4)',
+     '--linear=*.mlp.c_fc=lowrank(4)'],
+    ['--rope=True', '--attention=window(4)', '--value_residual=True'],
+    ['--rope=True', '--ngpt=full', '--linear=h.*.mlp.*=kron(8, 8)', '--tie_weights=False', '--bias=False'],
+    ['--attention=dint(version=1)', '--n_head=4', '--qk_norm=split', '--n_kv_head=2']])
+def test_models_of_every_kind_are_read_back_continued_and_sampled(data, tmp_path, more):
+    first = run(data, tmp_path / 'a', *more)
+    config, state, info = interop.read_folder(str(tmp_path / 'a'))
+    model = interop.build(config, config, state).eval()
+    assert all(torch.equal(t, first['model'][name]) for name, t in model.state_dict().items())
+    idx = torch.zeros(1, 1, dtype=torch.long)
+    assert torch.equal(model.generate(idx, 20, temperature=0), model.generate(idx, 20, temperature=0, use_cache=False))
+    again = run(data, tmp_path / 'b', f'--init_from={tmp_path / "a"}', '--max_iters=0', *more)
+    assert all(torch.equal(t, first['model'][name]) for name, t in again['model'].items())
+
+
+def test_dense_weights_start_a_model_with_another_attention(data, tmp_path):
+    run(data, tmp_path / 'a', '--linear=*=dense', '--max_iters=3')
+    state = run(data, tmp_path / 'b', f'--init_from={tmp_path / "a"}', '--linear=*=dense', '--max_iters=0',
+                '--attention=window(4)')
+    assert state['model']['transformer.h.0.attn.window'] == 4
+
+
+def test_eval_only_speaks_at_a_step_that_was_evaluated_before(data, tmp_path, capsys):
+    run(data, tmp_path, '--max_iters=6')
+    capsys.readouterr()
+    train.main(configurator.load([f'--out_dir={tmp_path}', '--init_from=resume', '--eval_only=True', f'--data_dir={data}']))
+    assert 'step 6: train loss' in capsys.readouterr().out
 
 
 def test_eval_only_writes_nothing(data, tmp_path, capsys):
