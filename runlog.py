@@ -3,18 +3,18 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
 import configurator
 import hardware
+from durable import DISK, write_whole
 
 
 def write_json(path, value):
-    """Write aside and rename, so that a reader never sees half a file."""
-    with open(path + '.tmp', 'w', encoding='utf-8') as file:
-        json.dump(value, file, indent=1)
-    os.replace(path + '.tmp', path)
+    """The value as JSON in a file that is old or new, never half."""
+    write_whole(Path(path), json.dumps(value, indent=1).encode(), DISK)
 
 
 def read_log(path):
@@ -34,9 +34,7 @@ def rewind(path, step, evaluated):
     """Drop the lines that a resumed run will write again: steps from `step` on, evaluations after `evaluated`."""
     kept = [line for line in read_log(path)
             if line['step'] < step or line['step'] == step == evaluated and 'val_loss' in line]
-    with open(path + '.tmp', 'w', encoding='utf-8') as file:
-        file.writelines(json.dumps(line) + '\n' for line in kept)
-    os.replace(path + '.tmp', path)
+    write_whole(Path(path), ''.join(json.dumps(line) + '\n' for line in kept).encode(), DISK)
 
 
 def draw(folder):
