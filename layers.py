@@ -112,6 +112,21 @@ class Learned(nn.Module):
         return self.stored * self.gain
 
 
+def hidden_scale(config, hidden, features):
+    """nGPT's s_u sqrt(features), which gives the inputs of the activation std 1; None without ngpt.
+
+    hidden: how many there are; features: of the unit vectors whose products they are.
+    """
+    return None if config.ngpt == 'none' else Learned((hidden,), features ** 0.5, 1.0)
+
+
+class UnitNorm(nn.Module):
+    """x / ||x|| over the last axis: the norm of nGPT's latents."""
+
+    def forward(self, x):
+        return unit(x)
+
+
 def cross_entropy(logits, targets):
     """Mean of -log softmax(logits)[target]; logits (N, V), targets (N,), -1 ignored."""
     return F.cross_entropy(logits, targets, ignore_index=-1)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import variants
 from configurator import GPTConfig
 from heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, rotate, rotation, split_heads
-from layers import LOSSES, Learned, norm, tags_of, unit
+from layers import LOSSES, Learned, hidden_scale, norm, tags_of, unit
 from variants import UserError
 
 __all__ = ['CausalSelfAttention', 'MLP', 'Block', 'GPT', 'GPTConfig', 'Context', 'UserError']
@@ -114,7 +114,7 @@ class MLP(nn.Module):
         self.c_fc = variants.linear(config, f'{site}.c_fc', config.n_embd, 4 * config.n_embd)
         self.c_proj = variants.linear(config, f'{site}.c_proj', 4 * config.n_embd, config.n_embd)
         self.approximate, self.dropout = approximate, nn.Dropout(config.dropout)
-        self.s_u = hidden_scale(config, 4 * config.n_embd)
+        self.s_u = hidden_scale(config, 4 * config.n_embd, config.n_embd)
 
     def activation(self, u):
         return F.gelu(u, approximate=self.approximate)
@@ -146,16 +146,11 @@ class SwiGLU(nn.Module):
         self.c_fc = variants.linear(config, f'{site}.c_fc', width, hidden)
         self.c_gate = variants.linear(config, f'{site}.c_gate', width, hidden)
         self.c_proj = variants.linear(config, f'{site}.c_proj', hidden, width)
-        self.dropout, self.s_u = nn.Dropout(config.dropout), hidden_scale(config, hidden)
+        self.dropout, self.s_u = nn.Dropout(config.dropout), hidden_scale(config, hidden, width)
 
     def forward(self, x, ctx):
         gate = self.c_gate(x) if self.s_u is None else self.c_gate(x) * self.s_u()
         return self.dropout(self.c_proj(F.silu(gate) * self.c_fc(x)))
-
-
-def hidden_scale(config, hidden):
-    """nGPT's s_u sqrt(C), which gives the activation inputs of std 1; None without ngpt."""
-    return None if config.ngpt == 'none' else Learned((hidden,), config.n_embd ** 0.5, 1.0)
 
 
 class Block(nn.Module):
@@ -229,14 +224,17 @@ class GPT(nn.Module):
         return {name: module for name, module in self.transformer.named_modules() if hasattr(module, 'spec')}
 
     def init_weights(self):
-        """GPT-2: N(0, 0.02), and 0.02 / sqrt(2 n_layer) where a branch joins the residual stream."""
+        """GPT-2: N(0, 0.02), and 0.02 / sqrt(2 n_layer) where a branch joins the residual stream.
+
+        A module that gives a site another `std` has that in place of 0.02.
+        """
         for module in (self.transformer[n] for n in ('wte', 'wpe') if n in self.transformer):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if not self.config.tie_weights:
             nn.init.normal_(self.lm_head.weight, mean=0.0, std=0.02)
         for site, module in self.sites().items():
             joins = site.endswith('.c_proj')
-            module.reset_parameters(0.02 / math.sqrt(2 * self.config.n_layer) if joins else 0.02)
+            module.reset_parameters(getattr(module, 'std', 0.02) / (math.sqrt(2 * self.config.n_layer) if joins else 1))
         self.normalise_weights()
 
     @torch.no_grad()

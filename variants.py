@@ -57,6 +57,7 @@ MLPS = Table({
     'gelu': 'model:MLP',
     'relu2': 'model:ReLU2MLP',
     'swiglu': 'model:SwiGLU',
+    'latent': 'lowrank.latent_mlp:LatentMLP',
 })
 
 
@@ -205,4 +206,11 @@ def attention(config, site, block):
 def mlp(config, site, block):
     """The MLP that `config.mlp` names for `block` (h.3), built for `site` (h.3.mlp)."""
     spec = parse_spec(match(config.mlp, block, 'gelu')[1], MLPS)
-    return build('mlp', MLPS[spec.name], site, spec, config, site)
+    cls = MLPS[spec.name]
+    if hasattr(cls, 'refuse_waste'):
+        arguments = check_arguments('mlp', cls, site, spec, config, site)
+        try:
+            cls.refuse_waste(config, **arguments)
+        except ValueError as error:
+            raise sentence('mlp', site, spec, error) from None
+    return build('mlp', cls, site, spec, config, site)
