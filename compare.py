@@ -83,15 +83,18 @@ def commands(runs):
     return '\n'.join('    ' + ' '.join(run['env'].get('command', [])) for run in runs)
 
 
-def write_record(folder, title, note, runs):
-    """README.md with table, commands and machine; config.json, env.json and log.jsonl of every run."""
+def write_record(folder, title, note, runs, text=None, lines=None):
+    """README.md with table, commands and machine; config.json, env.json and log.jsonl of every run.
+
+    text: another text in place of the table; lines: the commands to print it again, in place of one a run.
+    """
     os.makedirs(folder, exist_ok=True)
     env = runs[0]['env']
     machine = ', '.join(f'{name} {env.get(name)}' for name in ('torch', 'python', 'gpu', 'cpus', 'threads', 'commit'))
     changed = '; the working tree held uncommitted changes (env.json)' if any(r['env'].get('diff') for r in runs) else ''
     with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
-        file.write(f'# {title}\n\n{table(runs)}\n\nLoss in nats a token; ± is half the range over seeds. {note}\n\n'
-                   f'Machine: {machine}{changed}.\n\nCommands:\n\n{commands(runs)}\n')
+        file.write(f'# {title}\n\n{text or table(runs)}\n\nLoss in nats a token; ± is half the range over seeds. {note}\n\n'
+                   f'Machine: {machine}{changed}.\n\nCommands:\n\n{chr(10).join(lines) if lines else commands(runs)}\n')
     write_json(os.path.join(folder, 'config.json'), {run['folder']: run['config'] for run in runs})
     write_json(os.path.join(folder, 'env.json'), {run['folder']: run['env'] for run in runs})
     with open(os.path.join(folder, 'log.jsonl'), 'w', encoding='utf-8') as file:

@@ -119,18 +119,21 @@ class RunLog:
 
     def begin(self):
         """A step begins: what lies between two steps, evaluation and saving, counts for neither."""
-        self.then = time.perf_counter()
+        self.then, self.cpu_then = time.perf_counter(), time.process_time()
 
     def step(self, step, result):
-        """A training line: step, loss, lr, grad_norm, tokens, ms, tokens_per_s, mfu, peak_memory."""
+        """A training line: step, loss, lr, grad_norm, tokens, ms, cpu_ms, tokens_per_s, mfu, peak_memory.
+
+        cpu_ms is the processor time of this rank: what to compare on a machine that does other work too.
+        """
         now = time.perf_counter()
-        seconds = now - self.then
+        seconds, cpu = now - self.then, time.process_time() - self.cpu_then
         self.started = self.started or now                  # the first step is slower than the others: not in the ETA
         done, self.tokens = result['tokens'] - self.tokens, result['tokens']
         if not self.job.main or step % self.config.log_interval:
             return
         line = {'step': step, 'loss': result['loss'], 'lr': result['lr'], 'grad_norm': result['grad_norm'],
-                'tokens': result['tokens'], 'ms': seconds * 1e3, 'tokens_per_s': done / seconds,
+                'tokens': result['tokens'], 'ms': seconds * 1e3, 'cpu_ms': cpu * 1e3, 'tokens_per_s': done / seconds,
                 'mfu': 3 * self.flops * done / seconds / self.peak / self.job.world_size,
                 'peak_memory': hardware.peak_memory(self.job.device)}
         if not result['applied']:

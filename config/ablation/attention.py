@@ -1,0 +1,41 @@
+"""Attention classes and blocks at equal parameters and equal tokens, by characters and by byte pairs.
+
+Launch: python ablate.py config/ablation/attention.py --jobs=2
+About 160 runs of about a minute of one core each, 1.5 to 3 hours with --jobs=2; needs data/shakespeare_char and
+data/enwik8_prose_4096 (python data/NAME/prepare.py). The table: python ablate.py report out/attention
+The answers are in records/: this is small models and short runs, so compare differences over seeds, not absolute losses.
+"""
+base = 'config/attention/causal.py'
+baseline = 'llama'
+
+# the hidden width of SwiGLU makes up for what an attention class has more or fewer
+variants = {
+    'llama': {},
+    'gpt2': {'rope': False, 'norm': 'layernorm', 'mlp': 'gelu'},
+    'window': {'attention': 'window(32)'},
+    'linformer': {'attention': 'linformer(4, chunk=32)'},
+    'mla': {'attention': 'mla(64, qk_rope_head_dim=16)', 'mlp': 'swiglu(338)'},
+    'diff': {'attention': 'diff(version=1)'},
+    'diff 2': {'attention': 'diff(version=2)', 'mlp': 'swiglu(300)'},
+    'dint': {'attention': 'dint(version=1)'},
+    'dint 2': {'attention': 'dint(version=2)'},
+    'dint published (leaks)': {'attention': "dint(version='published')", 'allow_leak': True},
+    'ngpt full': {'ngpt': 'full', 'ngpt_sz_init': 10.0, 'tie_weights': False, 'weight_decay': 0.0, 'warmup_iters': 0},
+    'ngpt simple': {'ngpt': 'simple', 'ngpt_sz_init': 10.0, 'tie_weights': False, 'weight_decay': 0.0, 'warmup_iters': 0},
+    'ngpt dint': {'ngpt': 'simple', 'ngpt_sz_init': 10.0, 'tie_weights': False, 'weight_decay': 0.0, 'warmup_iters': 0,
+                  'attention': 'dint(version=1)'},
+    'untied': {'tie_weights': False},
+    'orthograd': {'orthograd': True},
+    'stablemax': {'loss': 'stablemax'},
+    'latent 31%': {'mlp': 'latent(32)'},
+    'latent equal': {'mlp': 'latent(64, hidden=600)'},
+}
+only = {'stablemax': ['shakespeare_char'], 'dint published (leaks)': ['shakespeare_char']}
+tasks = {
+    'shakespeare_char': {'dataset': 'shakespeare_char', 'max_iters': 500, 'lr_decay_iters': 500, 'eval_interval': 500,
+                         'warmup_iters': 50, 'min_lr': 1e-4},
+    'enwik8_prose': {'dataset': 'enwik8_prose_4096', 'max_iters': 400, 'lr_decay_iters': 400, 'eval_interval': 400,
+                     'warmup_iters': 50, 'min_lr': 1e-4, 'eval_iters': 100},
+}
+search = {'learning_rate': [1e-3, 3e-3, 1e-2]}
+seeds = 3
