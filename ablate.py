@@ -60,7 +60,8 @@ class Run:
         return os.path.join(grid.out_dir, self.task, self.variant, f'{values}seed={self.seed}')
 
     def __str__(self):
-        return ' '.join(filter(None, (self.task, self.variant, *(f'{n}={v}' for n, v in self.searched), f'seed={self.seed}')))
+        words = (self.task, self.variant, *(f'{name}={value}' for name, value in self.searched), f'seed={self.seed}')
+        return ' '.join(filter(None, words))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -211,6 +212,10 @@ def find_runs(folder):
     return grid, found
 
 
+def shown(value):
+    return f'{value:g}' if isinstance(value, float) else str(value)
+
+
 def last_losses(runs):
     return [run['evals'][-1]['val_loss'] for run in runs]
 
@@ -229,9 +234,9 @@ def speed(runs):
     return best
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def cache_bytes(settings):
-    """Bytes of generation cache a token, all layers, at full context; settings: of the model, as JSON; None without cache."""
+    """Bytes of generation cache a token, all layers, at full context, or None; settings: a run's, as JSON."""
     import torch
 
     from model import GPT
@@ -248,8 +253,8 @@ def cache_bytes(settings):
 def table(grid, found, task):
     """The Markdown table of one task: a row a variant, the difference to the baseline seed by seed."""
     searched = list(grid.search)
-    head = ['variant', 'parameters', 'FLOPs a token', 'cache, bytes a token', *searched, 'validation loss', 'beside the baseline',
-            'tokens/s of one core']
+    head = ['variant', 'parameters', 'FLOPs a token', 'cache, bytes a token', *searched, 'validation loss',
+            'beside the baseline', 'tokens/s of one core']
     lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
     baseline = grid.baseline or next(iter(grid.variants))
     reference = {}
@@ -261,8 +266,7 @@ def table(grid, found, task):
                        if r['config']['seed'] in reference]
         env, size = runs[0]['env'], cache_bytes(json.dumps(runs[0]['config']))
         row = [variant, f'{env["parameters"]:,}', f'{env["flops_per_token"]:,}', f'{size:,.0f}' if size else 'none',
-               *(f'{value:g}' if isinstance(value, float) else str(value) for _, value in values),
-               compare.spread(last_losses(runs), 4), compare.spread(differences, 4) if differences else '',
+               *(shown(value) for _, value in values), compare.spread(last_losses(runs), 4), compare.spread(differences, 4) if differences else '',
                f'{speed(runs):,.0f}']
         lines.append(f'| {" | ".join(row)} |')
     return '\n'.join(lines)
@@ -271,7 +275,7 @@ def table(grid, found, task):
 def searched_table(grid, found, task):
     """Every searched value's loss on the first seed, so that a value at the edge of its range shows."""
     choices = list(dict.fromkeys(values for searched in found.values() for values in searched))
-    head = ['variant', *(', '.join(f'{n} {v:g}' if isinstance(v, float) else f'{n} {v}' for n, v in values) for values in choices)]
+    head = ['variant', *(', '.join(f'{name} {shown(value)}' for name, value in values) for values in choices)]
     lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
     for (_, variant), searched in ((k, v) for k, v in found.items() if k[0] == task):
         cells = [f'{last_losses(searched[values])[0]:.4f}' if values in searched else 'failed' for values in choices]
@@ -306,19 +310,20 @@ def write_record(grid, found, text, options):
     print(f'written to {os.path.relpath(folder)}')
 
 
-def main():
-    arguments = sys.argv[1:]
-    try:
-        if arguments[:1] == ['report']:
-            if len(arguments) < 2:
-                raise UserError('name the folder of a grid: python ablate.py report DIR')
-            options = configurator.load(arguments[2:], Grid)
-            grid, found, text = report(arguments[1])
-            print(text)
-            return write_record(grid, found, text, options) if options.record else None
-        grid, passed = read(arguments)
-    except UserError as error:
-        configurator.say_mistake('ablate.py', error)
+def main_report(arguments):
+    """`ablate.py report DIR [--record=NAME --title= --note=]`."""
+    if not arguments:
+        raise UserError('name the folder of a grid: python ablate.py report DIR')
+    options = configurator.load(arguments[1:], Grid)
+    grid, found, text = report(arguments[0])
+    print(text)
+    if options.record:
+        write_record(grid, found, text, options)
+
+
+def main_run(arguments):
+    """`ablate.py config/ablation/X.py [--key=value]`; exit code 1 when a run failed."""
+    grid, passed = read(arguments)
     runs = first_runs(grid)
     print(f'{len(grid.variants)} variants, {len(runs)} runs to search, then {grid.seeds - 1} more seeds each', flush=True)
     if grid.dry_run:
@@ -327,10 +332,18 @@ def main():
     os.makedirs(grid.out_dir, exist_ok=True)
     write_json(os.path.join(grid.out_dir, 'grid.json'), configurator.as_dict(grid))
     failures = carry_out_all(grid, passed)
-    print(report(grid.out_dir)[2] if any(find_runs(grid.out_dir)[1]) else 'nothing finished')
+    print(report(grid.out_dir)[2] if find_runs(grid.out_dir)[1] else 'nothing finished')
     if failures:
         print('\n'.join(('failed:', *failures)), file=sys.stderr)
         raise SystemExit(1)
+
+
+def main():
+    reporting = sys.argv[1:2] == ['report']
+    try:
+        main_report(sys.argv[2:]) if reporting else main_run(sys.argv[1:])
+    except UserError as error:
+        configurator.say_mistake('ablate.py', error)
 
 
 if __name__ == '__main__':

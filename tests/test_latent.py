@@ -64,7 +64,8 @@ def test_c3_a_quarter_of_gpt2s_width_is_31_percent_of_its_swiglu():
 
 
 def test_the_products_start_with_the_dense_standard_deviations():
-    mlp = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=16, vocab_size=61, mlp='latent(64)')).transformer.h[0].mlp
+    config = GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=16, vocab_size=61, mlp='latent(64)')
+    mlp = GPT(config).transformer.h[0].mlp
     assert product(mlp, 'c_a', 'c_fc').std().item() == pytest.approx(0.02, rel=0.05)
     assert product(mlp, 'c_a', 'c_gate').std().item() == pytest.approx(0.02, rel=0.05)
     assert product(mlp, 'c_b', 'c_proj').std().item() == pytest.approx(0.02 / 2, rel=0.05)
@@ -97,7 +98,8 @@ def test_ngpt_latents_are_unit_vectors_and_gates_start_at_std_1(kind):
 def test_every_parameter_gets_a_gradient():
     model, x = small(mlp='latent(8, norm=True)'), torch.randint(61, (2, 16))
     model(x, x)[1].backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.transformer.h[0].mlp.parameters())
+    for p in model.transformer.h[0].mlp.parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any()
 
 
 @pytest.mark.parametrize('spec, words', [

@@ -30,11 +30,12 @@ variants = {
     'latent 31%': {'mlp': 'latent(32)'},
     'latent equal': {'mlp': 'latent(64, hidden=600)'},
 }
-only = {'stablemax': ['shakespeare_char'], 'dint published (leaks)': ['shakespeare_char']}
+only = {'stablemax': ['shakespeare_char'], 'dint published (leaks)': ['shakespeare_char'],      # the rest runs on both
+        'untied': ['shakespeare_char'], 'ngpt dint': ['shakespeare_char']}
 tasks = {
     'shakespeare_char': {'dataset': 'shakespeare_char', 'max_iters': 500, 'lr_decay_iters': 500, 'eval_interval': 500,
                          'warmup_iters': 50, 'min_lr': 1e-4},
-    'enwik8_prose': {'dataset': 'enwik8_prose_4096', 'max_iters': 400, 'lr_decay_iters': 400, 'eval_interval': 400,
+    'enwik8_prose': {'dataset': 'enwik8_prose_4096', 'max_iters': 300, 'lr_decay_iters': 300, 'eval_interval': 300,
                      'warmup_iters': 50, 'min_lr': 1e-4, 'eval_iters': 100},
 }
 search = {'learning_rate': [1e-3, 3e-3, 1e-2]}
