@@ -266,8 +266,8 @@ def table(grid, found, task):
                        if r['config']['seed'] in reference]
         env, size = runs[0]['env'], cache_bytes(json.dumps(runs[0]['config']))
         row = [variant, f'{env["parameters"]:,}', f'{env["flops_per_token"]:,}', f'{size:,.0f}' if size else 'none',
-               *(shown(value) for _, value in values), compare.spread(last_losses(runs), 4), compare.spread(differences, 4) if differences else '',
-               f'{speed(runs):,.0f}']
+               *(shown(value) for _, value in values), compare.spread(last_losses(runs), 4),
+               compare.spread(differences, 4) if differences else '', f'{speed(runs):,.0f}']
         lines.append(f'| {" | ".join(row)} |')
     return '\n'.join(lines)
 

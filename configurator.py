@@ -90,6 +90,10 @@ class Config(GPTConfig):
     device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = key('auto', "autocast type; 'auto' = bfloat16 where the GPU has it, float16 on older ones, "
                      'float32 on a CPU', choices=('auto', 'float32', 'bfloat16', 'float16'))
+    weights: str = key('float32', 'what weights and gradients are kept in; half precision computes everything in it, '
+                       'without autocast', choices=('float32', 'bfloat16', 'float16'))
+    master_weights: bool = key(True, 'with half-precision weights: the optimizer keeps them in fp32 too')
+    loss_scaling: bool = key(True, 'in float16: multiply the loss, so that small gradients do not round to 0')
     compile: bool | None = key(None, 'torch.compile; default True on a GPU, False elsewhere (it gains little there)')
     seed: int = key(1337, 'all randomness of a run follows from it', low=0)
     data_dir: str = key('data', 'folder that holds the data set folders')

@@ -128,8 +128,8 @@ class UnitNorm(nn.Module):
 
 
 def cross_entropy(logits, targets):
-    """Mean of -log softmax(logits)[target]; logits (N, V), targets (N,), -1 ignored."""
-    return F.cross_entropy(logits, targets, ignore_index=-1)
+    """Mean of -log softmax(logits)[target] in fp32 at least; logits (N, V), targets (N,), -1 ignored."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, ignore_index=-1)
 
 
 def stablemax(logits, targets):

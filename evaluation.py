@@ -1,0 +1,42 @@
+"""The loss of a model on a data set's splits, over all ranks; draws from generators of its own."""
+import torch
+import torch.distributed as dist
+
+
+@torch.no_grad()
+def mean_loss(model, fast, batches, job):
+    """(mean loss a token, share of tokens guessed right) over all ranks' batches; full-size batches take the compiled model.
+
+    None when asked to stop.
+    """
+    total, count, shape = torch.zeros(2, device=job.device, dtype=torch.float64), 0, None
+    for x, y in batches:
+        shape = shape or x.shape
+        with job.autocast():
+            logits, loss = (fast if x.shape == shape else model)(x.to(job.device), y.to(job.device))
+        right = (logits.argmax(-1) == y.to(job.device)).sum()
+        total += torch.stack((loss.double() * y.numel(), right.double()))
+        count += y.numel()
+        if job.world_size == 1 and job.stop.get('signal'):
+            return None
+    sums = [job.agree(value, dist.ReduceOp.SUM) for value in (*total.tolist(), count)]
+    return sums[0] / sums[2], sums[1] / sums[2]
+
+
+def evaluate(model, fast, loaders, config, job):
+    """{'train_loss', 'val_loss', 'train_accuracy', 'val_accuracy'}.
+
+    eval_iters=0 takes the whole validation split in order, and 20 batches of training.
+    """
+    model.eval()
+    losses, rows = {}, max(config.batch_size, 4096 // config.block_size)        # small windows: fewer, larger batches
+    for split in ('train', 'val'):
+        whole = split == 'val' and config.eval_iters == 0
+        batches = (loaders[split].sequential(rows, rank=job.rank, world_size=job.world_size) if whole else
+                   loaders[split].fixed(config.eval_iters or 20, split, rank=job.rank, world_size=job.world_size))
+        losses[split] = mean_loss(model, fast, batches, job)
+    model.train()
+    if None in losses.values():
+        return None
+    return {f'{split}_{name}': value for i, name in enumerate(('loss', 'accuracy')) for split, value in (
+        (split, pair[i]) for split, pair in losses.items())}

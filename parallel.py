@@ -1,0 +1,80 @@
+"""This process among the ranks of a run: device, precision, agreement, and each rank's share of a batch."""
+import dataclasses
+import datetime
+import math
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+
+import hardware
+from variants import UserError
+
+
+@dataclasses.dataclass
+class Job:
+    """This process's place among the ranks, and its device and precision."""
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype                                  # of the computation: autocast's, or the weights' own
+    half_weights: bool = False
+    stop: dict = dataclasses.field(default_factory=dict)            # train.py's STOP: 'signal' is set when one came
+    control: object = None                              # gloo group for small agreements that must not wait for a GPU
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def autocast(self):
+        """The context of a forward pass: none where the weights themselves are in half precision."""
+        return hardware.autocast(self.device, torch.float32 if self.half_weights else self.dtype)
+
+    def agree(self, value, op=dist.ReduceOp.MAX):
+        """The same number on every rank: the largest (or the sum) of all."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(float(value), dtype=torch.float64)
+        dist.all_reduce(tensor, op, group=self.control)
+        return tensor.item()
+
+    def say(self, text):
+        if self.main:
+            print(text, flush=True)
+
+
+def start(config):
+    """This process's Job: rank, device and precision found, the process group joined under torchrun."""
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device = hardware.device(config.device, int(os.environ.get('LOCAL_RANK', 0)))
+    half = config.weights != 'float32'
+    job = Job(rank, world_size, device, hardware.dtype(config.weights if half else config.dtype, device), half)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.fp32_precision = 'tf32'
+        torch.backends.cudnn.conv.fp32_precision = 'tf32'
+    if world_size > 1:
+        timeout = datetime.timedelta(seconds=config.dist_timeout)
+        backend = config.backend if device.type == 'cuda' else 'gloo'
+        warnings.filterwarnings('ignore', message='Grad strides do not match')      # of factors with one term: harmless
+        dist.init_process_group(backend, timeout=timeout)
+        job.control = dist.new_group(backend='gloo', timeout=timeout)
+    return job
+
+
+def split_batch(config, world_size):
+    """(sequences a micro-step, micro-steps of the whole job) for this many ranks, tokens a step unchanged.
+
+    Accumulation counts the whole job, as in nanoGPT; where the ranks do not divide it, micro-steps get smaller instead.
+    """
+    accumulation, sequences = config.gradient_accumulation_steps, config.batch_size
+    if accumulation % world_size == 0:
+        return sequences, accumulation
+    total = accumulation * sequences
+    if total % world_size:
+        raise UserError(f'{total} sequences a step (batch_size * gradient_accumulation_steps) do not divide over '
+                        f'{world_size} ranks', 'gradient_accumulation_steps')
+    micro = next(n for n in range(math.ceil(total / sequences / world_size), total + 1)
+                 if total % (n * world_size) == 0) * world_size
+    return total // micro, micro

@@ -1,0 +1,75 @@
+"""What a run starts from: a checkpoint's settings, another model's sizes and weights, or nothing."""
+import torch
+
+import configurator
+import interop
+import precision
+from model import GPT
+from variants import UserError
+
+
+def resumed(config, state):
+    """The configuration of a resumed run: what was given now, else what the checkpoint holds; the model is its own."""
+    model_keys = configurator.settings(configurator.GPTConfig)
+    for name, value in state['config'].items():
+        if name in ('init_from', 'out_dir', 'dry_run', 'eval_only', 'debug') or name not in configurator.as_dict(config):
+            continue
+        if name in model_keys and name not in ('dropout', 'vocab_size') and name in config.sources:
+            if getattr(config, name) != value:
+                raise UserError(f'{name} is {value!r} in the checkpoint of {config.out_dir}, got '
+                                f'{getattr(config, name)!r}; drop it or start in another out_dir', name)
+        elif name not in config.sources or name == 'vocab_size':
+            setattr(config, name, value)
+    return config
+
+
+def padded(vocab_size):
+    """Rows of the embedding: a large vocabulary is padded to a multiple of 64, which GPUs like (50257 -> 50304)."""
+    return vocab_size if vocab_size <= 1024 else -(-vocab_size // 64) * 64
+
+
+def check_shapes(config):
+    """Build the model without memory, so that a spec that does not fit is said in one line before anything is touched."""
+    with torch.device('meta'):
+        model = GPT(configurator.model_config(config))
+    leaks = [i for i, block in enumerate(model.transformer.h) if getattr(block.attn, 'leaks', False)]
+    if leaks and not config.allow_leak:
+        raise UserError(f'attention of block {leaks[0]} sees the future, so that its loss means nothing; take a causal '
+                        'form, or --allow_leak=True for a negative control', 'attention')
+    return model
+
+
+def build(config, dataset, state, job):
+    """The model on its device: from a checkpoint, from another model's weights, or from scratch."""
+    torch.manual_seed(config.seed)
+    if state is None and config.init_from != 'scratch':
+        source_config, source, _ = interop.read_source(config.init_from)
+        adopt(config, source_config)
+        check_shapes(config)
+        model = GPT(configurator.model_config(config))
+        for row in interop.initialise(model, source_config, source, config.decompose):
+            if row['spec'] != 'dense':
+                job.say(f'{row["site"]}: {row["spec"]}, relative error {row["error"]:.3f}, norm kept {row["norm"]:.3f}')
+    else:
+        model = GPT(configurator.model_config(config))
+        if state is not None:
+            model.load_state_dict(state['model'])
+    if dataset.vocab_size > config.vocab_size:
+        raise UserError(f'{dataset.folder} has {dataset.vocab_size} tokens, the model {config.vocab_size}', 'dataset')
+    if job.half_weights:
+        precision.halve(model, job.dtype)
+    return model.to(job.device)
+
+
+def adopt(config, source):
+    """Take the sizes of the model that init_from names, where they were not set; refuse sizes that contradict them."""
+    for name in configurator.settings(configurator.GPTConfig):
+        if name in ('dropout', 'linear', 'loss'):       # the new run's own
+            continue
+        theirs = getattr(source, name)
+        if name == 'block_size':
+            theirs = min(theirs, config.block_size)     # shorter is cropped
+        if name in config.sources and name in ('n_layer', 'n_head', 'n_embd') and getattr(config, name) != theirs:
+            raise UserError(f'{name} is {theirs} in {config.init_from}, got {getattr(config, name)}; drop it', name)
+        if name not in config.sources or name == 'block_size':
+            setattr(config, name, theirs)
