@@ -31,7 +31,8 @@ variants = {
     'latent equal': {'mlp': 'latent(64, hidden=600)'},
 }
 only = {'stablemax': ['shakespeare_char'], 'dint published (leaks)': ['shakespeare_char'],      # the rest runs on both
-        'untied': ['shakespeare_char'], 'ngpt dint': ['shakespeare_char']}
+        'untied': ['shakespeare_char'], 'ngpt dint': ['shakespeare_char'], 'dint 2': ['shakespeare_char'],
+        'latent equal': ['shakespeare_char']}
 tasks = {
     'shakespeare_char': {'dataset': 'shakespeare_char', 'max_iters': 500, 'lr_decay_iters': 500, 'eval_interval': 500,
                          'warmup_iters': 50, 'min_lr': 1e-4},
