@@ -14,6 +14,7 @@ import time
 import typing
 from dataclasses import dataclass, field
 
+import schedules
 import variants
 from variants import UserError, did_you_mean
 
@@ -49,6 +50,9 @@ class GPTConfig:
     softcap: float = key(0.0, 'bound the logits by softcap * tanh(logits / softcap); 0 = off', low=0)
     loss: str = key('cross_entropy', 'loss function; stablemax is for vocabularies of some hundred tokens',
                     choices=('cross_entropy', 'stablemax'))
+    zero_init: bool = key(False, 'branches start at 0: c_proj (one factor of it, where it is a product)')
+    loss_chunk: int = key(0, 'tokens whose logits exist at a time while training; 0 = all', low=0)
+    recompute: bool = key(False, 'keep only the inputs of blocks for the backward pass, and compute the rest again')
     ngpt: str = key('none', 'normalised GPT: unit vectors everywhere, weights normalised after every step',
                     choices=('none', 'simple', 'full'))
     ngpt_sz_init: float = key(1.0, "nGPT's first logit scale; about 10 lets short runs move", low=0)
@@ -65,6 +69,7 @@ class Config(GPTConfig):
     eval_interval: int = key(2000, 'steps between evaluations', low=1)
     log_interval: int = key(1, 'steps between lines of log.jsonl', low=1)
     eval_iters: int = key(200, 'random batches an evaluation; 0 = the whole validation split in order', low=0)
+    target_val_loss: float = key(0.0, 'stop at an evaluation that reaches it; 0 = never', low=0)
     eval_only: bool = key(False, 'evaluate once and stop')
     always_save_checkpoint: bool = key(True, 'save after every evaluation, not only after a better one')
     init_from: str = key('scratch', "'scratch', 'resume', 'gpt2*', or a folder: ours, nanoGPT's, Hugging Face's")
@@ -79,9 +84,27 @@ class Config(GPTConfig):
     weight_decay: float = key(1e-1, 'AdamW decay of matrices, factors and embeddings', low=0)
     beta1: float = key(0.9, 'AdamW first moment', low=0)
     beta2: float = key(0.95, 'AdamW second moment', low=0)
+    optimizer: str = key('adamw', "'muon': Muon for matrices and factors (docs/muon.md), AdamW for the rest",
+                         choices=('adamw', 'muon'))
+    muon_lr: float = key(0.02, "Muon's peak learning rate; it follows the schedule of learning_rate", low=0)
+    muon_momentum: float = key(0.95, "Muon's momentum", low=0)
+    muon_momentum_warmup: int = key(300, 'steps in which it rises from 0.85', low=0)
+    muon_weight_decay: float = key(0.0, "Muon's decoupled weight decay", low=0)
+    muon_cautious: bool = key(False, 'decay only where update and weight have the same sign')
+    muon_adjust_lr: str = key('original', "scale of an update by its shape; 'match_rms' makes AdamW's learning rates fit",
+                              choices=('original', 'match_rms'))
+    muon_coefficients: str = key('quintic', 'polynomials of the iteration', choices=('quintic', 'polar_express'))
     orthograd: bool = key(False, 'make gradients of matrices orthogonal to the weights, norms kept')
     grad_clip: float = key(1.0, 'largest gradient norm; 0 = no clipping', low=0)
-    decay_lr: bool = key(True, 'warm up, then decay by a cosine')
+    skip_zscore: float = key(0.0, 'skip steps whose loss or gradient norm lies this many standard deviations above the '
+                             'last 128; 0 = none', low=0)
+    ema_decay: float = key(0.0, 'evaluate and sample an exponential moving average of the weights; 0 = the weights', low=0)
+    decay_lr: bool = key(True, 'warm up, then decay')
+    lr_schedule: str = key('cosine', "how it decays; 'wsd' stays at the peak and cools down on a line",
+                           choices=('cosine', 'wsd'))
+    cooldown: float = key(0.4, "share of lr_decay_iters that wsd's cool-down takes", low=0)
+    batch_schedule: dict | str = key({}, 'share of the micro-steps by fraction of the run: {0: 0.25, 0.5: 1}')
+    block_schedule: dict | str = key({}, 'share of block_size that sequences have, by fraction of the run')
     warmup_iters: int = key(2000, 'steps of warm-up', low=0)
     lr_decay_iters: int = key(600000, 'step at which min_lr is reached', low=0)
     min_lr: float = key(6e-5, 'lowest learning rate, about learning_rate / 10', low=0)
@@ -95,6 +118,10 @@ class Config(GPTConfig):
     master_weights: bool = key(True, 'with half-precision weights: the optimizer keeps them in fp32 too')
     loss_scaling: bool = key(True, 'in float16: multiply the loss, so that small gradients do not round to 0')
     compile: bool | None = key(None, 'torch.compile; default True on a GPU, False elsewhere (it gains little there)')
+    parallel: str = key('ddp', "several ranks: 'ddp' copies the model, 'fsdp' shards it (FSDP2)", choices=('ddp', 'fsdp'))
+    prefetch: int = key(2, 'micro-batches that a thread makes ahead; 0 = no thread', low=0)
+    memory_budget_gb: float = key(0.0, 'lower batch_size, tokens a step unchanged, until a device needs no more; 0 = off',
+                                  low=0)
     seed: int = key(1337, 'all randomness of a run follows from it', low=0)
     data_dir: str = key('data', 'folder that holds the data set folders')
     save_interval: int = key(0, 'steps between checkpoints besides those at evaluations; 0 = none', low=0)
@@ -284,6 +311,8 @@ def check(config):
         yield 'rope', f'rope needs an even head size, got {config.n_embd // config.n_head}'
     if config.ngpt != 'none':
         yield from check_ngpt(config)
+    if config.loss_chunk and config.loss != 'cross_entropy':
+        yield 'loss_chunk', f"loss_chunk is for loss='cross_entropy', got {config.loss!r}; set loss_chunk=0"
     if config.dropout >= 1:
         yield 'dropout', f'dropout must be below 1, got {config.dropout}'
     for name, table in (('linear', variants.LINEARS), ('attention', variants.ATTENTIONS), ('mlp', variants.MLPS)):
@@ -297,7 +326,7 @@ def check(config):
 
 def check_ngpt(config):
     """nGPT has no norms, no biases and its own scales: what would contradict that."""
-    for name, allowed in (('bias', False), ('qk_norm', 'none'), ('softcap', 0.0)):
+    for name, allowed in (('bias', False), ('qk_norm', 'none'), ('softcap', 0.0), ('zero_init', False)):
         if getattr(config, name) != allowed:
             yield name, f'{name}={getattr(config, name)!r} contradicts ngpt, which has its own; set {name}={allowed!r}'
     if config.n_kv_head not in (None, config.n_head):
@@ -305,7 +334,15 @@ def check_ngpt(config):
 
 
 def check_run(config):
-    for name in ('beta1', 'beta2'):
+    for name in ('batch_schedule', 'block_schedule'):
+        try:
+            schedules.stages(name, getattr(config, name))
+            schedules.block_size(0, config)
+        except UserError as error:
+            yield name, str(error)
+    if not 0 < config.cooldown <= 1:
+        yield 'cooldown', f'cooldown must be above 0 and at most 1, got {config.cooldown}'
+    for name in ('beta1', 'beta2', 'muon_momentum', 'ema_decay'):
         if getattr(config, name) >= 1:
             yield name, f'{name} must be below 1, got {getattr(config, name)}'
     if config.decay_lr and config.warmup_iters > config.lr_decay_iters:

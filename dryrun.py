@@ -5,6 +5,7 @@ import checkpoint
 import interop
 from data.loader import open_dataset
 from startup import adopt, check_shapes, padded, resumed
+from variants import UserError
 
 
 def dry_run(config, job):
@@ -29,8 +30,30 @@ def dry_run(config, job):
             'gradients, AdamW, activations, logits)')
 
 
+def fit_memory(config, model, job):
+    """Lower batch_size and raise gradient_accumulation_steps, product unchanged, until memory_budget_gb holds a step."""
+    if not config.memory_budget_gb:
+        return
+    total, budget = config.batch_size * config.gradient_accumulation_steps, config.memory_budget_gb * 1e9
+    for rows in range(config.batch_size, 0, -1):
+        config.batch_size = rows
+        if total % rows == 0 and memory_estimate(model, config, job.dtype.itemsize) <= budget:
+            config.gradient_accumulation_steps = total // rows
+            job.say(f'memory_budget_gb={config.memory_budget_gb:g}: batch_size {rows}, gradient_accumulation_steps '
+                    f'{total // rows}')
+            return
+    needed = memory_estimate(model, config, job.dtype.itemsize) / 1e9
+    raise UserError(f'memory_budget_gb={config.memory_budget_gb:g} is below the {needed:.2f} that one sequence takes; set '
+                    'recompute=True, loss_chunk, a smaller block_size or model', 'memory_budget_gb')
+
+
 def memory_estimate(model, config, itemsize):
-    """Bytes: 16 a parameter (weight, gradient, two moments), about 17 C activations a token and block, two fp32 logits."""
+    """Bytes: 16 a parameter (weight, gradient, two moments), activations, logits twice in fp32.
+
+    Activations: about 17 C a token and block, or C where they are recomputed, and one block's; a chunk of logits where
+    the loss is chunked.
+    """
     tokens = config.batch_size * config.block_size
-    activations = 17 * config.n_embd * tokens * config.n_layer * itemsize
-    return 16 * model.num_params() + activations + 2 * 4 * tokens * config.vocab_size
+    blocks = config.n_layer / 17 + 1 if config.recompute else config.n_layer
+    rows = min(tokens, config.loss_chunk) if config.loss_chunk else tokens
+    return int(16 * model.num_params() + 17 * config.n_embd * tokens * blocks * itemsize + 2 * 4 * rows * config.vocab_size)

@@ -30,6 +30,8 @@ def evaluate(model, fast, loaders, config, job):
     """
     model.eval()
     losses, rows = {}, max(config.batch_size, 4096 // config.block_size)        # small windows: fewer, larger batches
+    if config.loss_chunk:                               # evaluation makes all logits of a batch
+        rows = max(1, config.loss_chunk // config.block_size)
     for split in ('train', 'val'):
         whole = split == 'val' and config.eval_iters == 0
         batches = (loaders[split].sequential(rows, rank=job.rank, world_size=job.world_size) if whole else

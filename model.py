@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import variants
 from configurator import GPTConfig
 from heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, rotate, rotation, split_heads
-from layers import LOSSES, Learned, hidden_scale, norm, tags_of, unit
+from layers import LOSSES, ChunkedCrossEntropy, Learned, hidden_scale, norm, tags_of, unit
 from variants import UserError
 
 __all__ = ['CausalSelfAttention', 'MLP', 'Block', 'GPT', 'GPTConfig', 'Context', 'UserError']
@@ -235,6 +236,8 @@ class GPT(nn.Module):
         for site, module in self.sites().items():
             joins = site.endswith('.c_proj')
             module.reset_parameters(getattr(module, 'std', 0.02) / (math.sqrt(2 * self.config.n_layer) if joins else 1))
+            if joins and self.config.zero_init:
+                nn.init.zeros_(getattr(module, module.zero_factor))
         self.normalise_weights()
 
     @torch.no_grad()
@@ -312,6 +315,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, caches=None, start=0):
         """idx (B, T) -> (logits, loss): all logits with targets (-1 is ignored), the last position's without.
 
+        While training with loss_chunk > 0 there are no logits: None.
+
         caches: one dict a layer, filled here; start: position of idx[:, 0] when caches hold the tokens before it.
         """
         T = idx.size(1)
@@ -324,12 +329,16 @@ class GPT(nn.Module):
         x = self.transformer.drop(x if self.s_z is None else unit(x))
         for i, block in enumerate(self.transformer.h):
             ctx.cache = caches[i] if caches is not None else None
-            x = block(x, ctx)
+            again = self.config.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, x, ctx, use_reentrant=False) if again else block(x, ctx)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.head(x[:, -1:]), None
-        logits = self.head(x)                           # (B, T, V)
-        loss = LOSSES[self.config.loss](logits.flatten(0, 1), targets.flatten())
+        if self.training and self.config.loss_chunk:
+            logits, loss = None, self.chunked_loss(x.flatten(0, 1), targets.flatten())
+        else:
+            logits = self.head(x)                       # (B, T, V)
+            loss = LOSSES[self.config.loss](logits.flatten(0, 1), targets.flatten())
         return logits, loss + sum(ctx.losses) if self.training and ctx.losses else loss
 
     def head(self, x):
@@ -341,6 +350,11 @@ class GPT(nn.Module):
             wide = torch.promote_types(logits.dtype, torch.float32)
             logits = self.config.softcap * torch.tanh(logits.to(wide) / self.config.softcap)
         return logits
+
+    def chunked_loss(self, x, targets):
+        """The loss of x (N, C) without all logits at once; nGPT's scales of the logits act on the rows of the head."""
+        weight = self.lm_head.weight if self.s_z is None else self.lm_head.weight * self.s_z()[:, None]
+        return ChunkedCrossEntropy.apply(x, weight, targets, self.config.softcap, self.config.loss_chunk)
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, generator=None,

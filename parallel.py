@@ -7,6 +7,8 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import hardware
 from variants import UserError
@@ -78,3 +80,36 @@ def split_batch(config, world_size):
     micro = next(n for n in range(math.ceil(total / sequences / world_size), total + 1)
                  if total % (n * world_size) == 0) * world_size
     return total // micro, micro
+
+
+def shard(model, config, job):
+    """With parallel='fsdp': every block's parameters, and the rest, split over the ranks on dim 0 (FSDP2); in place."""
+    if job.world_size > 1 and config.parallel == 'fsdp':
+        mesh = dist.device_mesh.init_device_mesh(job.device.type, (job.world_size,))
+        for block in model.transformer.h:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def wrap(model, config, job):
+    """(the model compiled or as it is, the same with gradients averaged over the ranks)."""
+    compiled = config.compile if config.compile is not None else job.device.type == 'cuda'
+    fast = torch.compile(model) if compiled else model
+    if job.world_size == 1 or isinstance(model, FSDPModule):
+        return fast, fast
+    return fast, DistributedDataParallel(fast, device_ids=[job.device] if job.device.type == 'cuda' else None)
+
+
+def sync_gradients(net, wanted):
+    """Whether the next backward pass sends gradients over the ranks: only a step's last micro-step need."""
+    inner = getattr(net, '_orig_mod', net)              # below torch.compile
+    if isinstance(inner, FSDPModule):
+        inner.set_requires_gradient_sync(wanted)
+    elif isinstance(net, DistributedDataParallel):
+        net.require_backward_grad_sync = wanted
+
+
+def whole(tensor):
+    """All of a tensor that may be sharded; every rank must ask."""
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor

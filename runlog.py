@@ -1,10 +1,12 @@
 """What a run writes and shows: config.json, env.json, log.jsonl, loss.png, a progress line, wandb, tensorboard."""
+import contextlib
 import json
 import os
 import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import configurator
@@ -60,7 +62,8 @@ class RunLog:
     """The log of one run; only rank 0 writes. Logging draws no random number and changes no state of training."""
 
     def __init__(self, config, model, progress, job):
-        self.config, self.job, self.started = config, job, None
+        self.config, self.job, self.progress, self.started = config, job, progress, None
+        self.spent, self.seconds = {}, 0.0
         self.flops, self.tokens = model.flops_per_token(), progress['tokens']
         self.peak = hardware.peak_flops(job.device, job.dtype) if job.main else 1.0
         self.file = self.bar = self.wandb = self.board = None
@@ -117,17 +120,31 @@ class RunLog:
             self.write({'step': step, **losses})
             self.show(f'step {step}: train loss {losses["train_loss"]:.4f}, val loss {losses["val_loss"]:.4f}')
 
+    @contextlib.contextmanager
+    def part(self, name):
+        """Time spent inside counts for `name` in the next line: data, forward_backward, optimizer, eval, save.
+
+        On a GPU work is queued, and the device is waited for here only in steps that are logged.
+        """
+        begin = time.perf_counter()
+        yield
+        if self.job.device.type == 'cuda' and self.progress['step'] % self.config.log_interval == 0:
+            torch.cuda.synchronize(self.job.device)
+        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - begin
+
     def begin(self):
         """A step begins: what lies between two steps, evaluation and saving, counts for neither."""
         self.then, self.cpu_then = time.perf_counter(), time.process_time()
+        self.spent = {name: self.spent[name] for name in ('eval', 'save') if name in self.spent}
 
     def step(self, step, result):
-        """A training line: step, loss, lr, grad_norm, tokens, ms, cpu_ms, tokens_per_s, mfu, peak_memory.
+        """A training line: step, loss, lr, grad_norm, tokens, ms, cpu_ms, tokens_per_s, mfu, peak_memory, and parts.
 
         cpu_ms is the processor time of this rank: what to compare on a machine that does other work too.
         """
         now = time.perf_counter()
         seconds, cpu = now - self.then, time.process_time() - self.cpu_then
+        self.seconds = seconds
         self.started = self.started or now                  # the first step is slower than the others: not in the ETA
         done, self.tokens = result['tokens'] - self.tokens, result['tokens']
         if not self.job.main or step % self.config.log_interval:
@@ -136,6 +153,8 @@ class RunLog:
                 'tokens': result['tokens'], 'ms': seconds * 1e3, 'cpu_ms': cpu * 1e3, 'tokens_per_s': done / seconds,
                 'mfu': 3 * self.flops * done / seconds / self.peak / self.job.world_size,
                 'peak_memory': hardware.peak_memory(self.job.device)}
+        line.update({f'{name}_ms': 1e3 * spent for name, spent in self.spent.items()})
+        self.spent = {}
         if not result['applied']:
             line['skipped'] = True
         self.write(line)

@@ -7,6 +7,8 @@ import precision
 from model import GPT
 from variants import UserError
 
+FREE = ('dropout', 'zero_init', 'loss_chunk', 'recompute')          # model settings that no checkpoint depends on
+
 
 def resumed(config, state):
     """The configuration of a resumed run: what was given now, else what the checkpoint holds; the model is its own."""
@@ -14,7 +16,7 @@ def resumed(config, state):
     for name, value in state['config'].items():
         if name in ('init_from', 'out_dir', 'dry_run', 'eval_only', 'debug') or name not in configurator.as_dict(config):
             continue
-        if name in model_keys and name not in ('dropout', 'vocab_size') and name in config.sources:
+        if name in model_keys and name not in (*FREE, 'vocab_size') and name in config.sources:
             if getattr(config, name) != value:
                 raise UserError(f'{name} is {value!r} in the checkpoint of {config.out_dir}, got '
                                 f'{getattr(config, name)!r}; drop it or start in another out_dir', name)
@@ -64,7 +66,7 @@ def build(config, dataset, state, job):
 def adopt(config, source):
     """Take the sizes of the model that init_from names, where they were not set; refuse sizes that contradict them."""
     for name in configurator.settings(configurator.GPTConfig):
-        if name in ('dropout', 'linear', 'loss'):       # the new run's own
+        if name in (*FREE, 'linear', 'loss'):           # the new run's own
             continue
         theirs = getattr(source, name)
         if name == 'block_size':

@@ -31,19 +31,20 @@ if __name__ == '__main__':                              # before torch: its impo
     # waiting CPU threads sleep instead of spinning: 6 times faster on 2 busy cores, no slower on idle ones
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
+import dataclasses
 import hashlib
 import math
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import optim
 import parallel
 import precision
-from data.loader import Loader, open_dataset
-from dryrun import dry_run
+import schedules
+from data.loader import Loader, Prefetcher, open_dataset
+from dryrun import dry_run, fit_memory
 from evaluation import evaluate
 from parallel import split_batch
 from runlog import RunLog
@@ -57,50 +58,81 @@ def seed_for(config, step, micro_step):
     torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), 'little') >> 1)
 
 
-def train_step(raw, model, optimizer, scaler, loader, step, config, job):
+@dataclasses.dataclass
+class Run:
+    """Everything that a training run holds."""
+    config: object
+    job: parallel.Job
+    dataset: object
+    loaders: dict                                       # 'train', 'val'
+    model: torch.nn.Module                              # plain, or sharded in place
+    fast: torch.nn.Module                               # the same compiled, or the same
+    net: torch.nn.Module                                # the same under DDP, or `fast`
+    optimizer: optim.Optimizers
+    scaler: torch.amp.GradScaler
+    average: optim.Average
+    outliers: optim.Outliers
+    rounds: schedules.Rounds
+    progress: dict
+    log: RunLog = None
+
+
+def train_step(run, batches, step):
     """One optimizer step: {'loss', 'grad_norm', 'applied'}, or None when a signal came in between (nothing is changed)."""
-    per_rank, total = loader.accumulation // job.world_size, 0.0
+    config, job, optimizer, scaler = run.config, run.job, run.optimizer, run.scaler
+    per_rank, length, total = run.rounds.count(step), schedules.block_size(step, config), 0.0
     for micro in range(per_rank):
-        x, y = (t.to(job.device, non_blocking=True) for t in loader.batch(step, micro, job.rank))
-        if job.world_size > 1:
-            model.require_backward_grad_sync = micro == per_rank - 1
+        with run.log.part('data'):
+            x, y = (t.view(-1, length).to(job.device, non_blocking=True)
+                    for t in batches.batch(run.rounds.before(step) + micro))
+        parallel.sync_gradients(run.net, micro == per_rank - 1)
         seed_for(config, step, micro * job.world_size + job.rank)
-        with job.autocast():
-            _, loss = model(x, y)
-        scaler.scale(loss / per_rank).backward()
-        total = total + loss.detach().double()
+        with run.log.part('forward_backward'):
+            with job.autocast():
+                _, loss = run.net(x, y)
+            scaler.scale(loss / per_rank).backward()
+            total = total + loss.detach().double()
         if micro < per_rank - 1 and job.agree(bool(STOP['signal'])):
             optimizer.zero_grad(set_to_none=True)
             return None
     loss = job.agree(total.item() / per_rank, dist.ReduceOp.SUM) / job.world_size
-    with precision.widened(optimizer, job.half_weights, config.master_weights):
+    with run.log.part('optimizer'), precision.widened(optimizer, job.half_weights, config.master_weights):
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
-        applied = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
-        if applied:
+        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)).item()
+        finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
+        outlier = finite and math.isfinite(norm) and run.outliers.check(loss=loss, grad_norm=norm)
+        if finite and not outlier:
             scaler.step(optimizer)                      # skips by itself where half precision overflowed
             scaler.update()
-            raw.normalise_weights()
+            run.model.normalise_weights()
+            run.average.update(step)
     optimizer.zero_grad(set_to_none=True)
-    return {'loss': loss, 'grad_norm': norm, 'applied': applied}
+    return {'loss': loss, 'grad_norm': norm, 'applied': finite and not outlier, 'finite': finite}
 
 
-def save(config, model, optimizer, scaler, dataset, progress, job, last=False):
+def state_of(run):
+    """What a checkpoint holds; all ranks take part, as sharded tensors are gathered."""
+    return {'step': run.progress['step'], 'config': configurator.as_dict(run.config),
+            'model': {name: parallel.whole(t) for name, t in run.model.state_dict().items()},
+            'optimizer': optim.state_by_name(run.optimizer, run.model), 'scaler': run.scaler.state_dict(),
+            'average': {name: parallel.whole(t) for name, t in run.average.state.items()}, 'outliers': run.outliers.state,
+            'data': run.dataset.tokenizer, 'data_digest': run.dataset.digest, 'torch': str(torch.__version__),
+            **{k: run.progress[k] for k in ('tokens', 'seconds', 'best_val_loss', 'evaluated')}}
+
+
+def save(run, last=False):
     """Write a checkpoint (rank 0). A failed write warns and training goes on; only a failed last one is fatal."""
-    if job.main:
-        state = {'step': progress['step'], 'config': configurator.as_dict(config), 'model': model.state_dict(),
-                 'optimizer': optim.state_by_name(optimizer, model), 'scaler': scaler.state_dict(),
-                 'data': dataset.tokenizer, 'data_digest': dataset.digest, 'torch': str(torch.__version__),
-                 **{k: progress[k] for k in ('tokens', 'best_val_loss', 'evaluated')}}
+    state, progress, folder = state_of(run), run.progress, run.config.out_dir
+    if run.job.main:
         try:
-            checkpoint.save(config.out_dir, state, keep=config.keep_checkpoints)
+            checkpoint.save(folder, state, keep=run.config.keep_checkpoints)
             if progress['best_step'] == progress['step']:
-                checkpoint.set_best(config.out_dir, progress['step'], progress['best_val_loss'])
+                checkpoint.set_best(folder, progress['step'], progress['best_val_loss'])
         except (OSError, ValueError) as error:
             print(f'train.py: step {progress["step"]} was not saved: {error}', file=sys.stderr, flush=True)
             if last:
                 raise SystemExit(4) from None
-    job.agree(0)                                        # the others wait for the writer
+    run.job.agree(0)                                    # the others wait for the writer
 
 
 def announce(config, model, dataset, loader, job):
@@ -109,7 +141,7 @@ def announce(config, model, dataset, loader, job):
         job.say("gradient_accumulation_steps is nanoGPT's default 40, as no config sets it: 40 micro-steps for every step")
     if config.decay_lr and config.warmup_iters >= config.max_iters > 0:
         job.say(f'warmup_iters ({config.warmup_iters}) is not over at max_iters ({config.max_iters})')
-    tokens = loader.accumulation * loader.batch_size * config.block_size
+    tokens = split_batch(config, job.world_size)[1] * loader.batch_size * config.block_size
     job.say(f'{model.num_params():,} parameters ({model.num_params(positions=False):,} without positions), '
             f'{dataset.folder}, {tokens:,} tokens a step, {job.world_size} x {job.device} in {job.dtype}')
 
@@ -133,78 +165,106 @@ def train(config, job):
     if not state and 'vocab_size' not in config.sources:
         config.vocab_size = padded(dataset.vocab_size)
     if config.init_from in ('scratch', 'resume'):
-        check_shapes(config)
-    batch_size, accumulation = split_batch(config, job.world_size)
-    loaders = {split: Loader(dataset, split, config.block_size, batch_size, accumulation, job.world_size, config.seed)
-               for split in ('train', 'val')}
+        fit_memory(config, check_shapes(config), job)
     lock = checkpoint.Lock(config.out_dir) if job.main and not config.eval_only else None
     try:
         model = build(config, dataset, state, job)
         if lock and not state:
             checkpoint.set_aside(config.out_dir)
-        announce(config, model, dataset, loaders['train'], job)
-        loop(config, model, dataset, loaders, state, job)
+        run = assemble(config, model, dataset, state, job)
+        announce(config, model, dataset, run.loaders['train'], job)
+        loop(run)
     finally:
         if lock:
             lock.release()
 
 
-def loop(config, model, dataset, loaders, state, job):
-    """for every step: maybe evaluate, maybe save, train, log."""
-    optimizer = optim.adamw(model, config.weight_decay, config.learning_rate, (config.beta1, config.beta2),
-                            job.device.type)
-    if config.orthograd:
-        optim.add_orthograd(optimizer, model)
-    scaler = precision.scaler(config, job)
-    progress = {'step': 0, 'tokens': 0, 'best_val_loss': math.inf, 'best_step': None, 'evaluated': None}
+def assemble(config, model, dataset, state, job):
+    """Loaders, optimizer and wrappers around a model, with what a checkpoint's state holds of them."""
+    batch_size, accumulation = split_batch(config, job.world_size)
+    loaders = {split: Loader(dataset, split, config.block_size, batch_size, job.world_size, job.world_size, config.seed)
+               for split in ('train', 'val')}
+    model = parallel.shard(model, config, job)
+    optimizer = optim.build(model, config, job.device.type, dist.group.WORLD if job.world_size > 1 else None)
+    fast, net = parallel.wrap(model, config, job)
+    progress = {'step': 0, 'tokens': 0, 'seconds': 0.0, 'best_val_loss': math.inf, 'best_step': None, 'evaluated': None}
+    run = Run(config, job, dataset, loaders, model, fast, net, optimizer, precision.scaler(config, job),
+              optim.Average(model, config.ema_decay, state and state['average']), optim.Outliers(config.skip_zscore),
+              schedules.Rounds(config, accumulation, job.world_size), progress)
     if state:
         optim.load_state_by_name(optimizer, model, state['optimizer'])
-        scaler.load_state_dict(state['scaler'])
-        progress.update({k: state[k] for k in ('step', 'tokens', 'best_val_loss', 'evaluated')})
-    compiled = config.compile if config.compile is not None else job.device.type == 'cuda'
-    fast = torch.compile(model) if compiled else model
-    net = fast
-    if job.world_size > 1:
-        net = DistributedDataParallel(fast, device_ids=[job.device] if job.device.type == 'cuda' else None)
-    log = RunLog(config, model, progress, job)
-    skipped = 0
-    while True:
-        step = progress['step']
-        if not config.eval_only:                        # which takes the window of the checkpoint
-            model.set_progress(step / config.max_iters if config.max_iters else 1.0)
-        due = step % config.eval_interval == 0 or step == config.max_iters or config.eval_only
-        fresh = progress['evaluated'] != step or config.eval_only
-        losses = evaluate(model, fast, loaders, config, job) if due and fresh else None
-        if losses:
-            better = losses['val_loss'] < progress['best_val_loss']
-            progress.update(evaluated=step)
-            if better:
-                progress.update(best_val_loss=losses['val_loss'], best_step=step)
-            log.evaluation(step, losses)
-        last = step >= config.max_iters
-        wanted = (losses and (better or config.always_save_checkpoint) or
-                  config.save_interval and step % config.save_interval == 0)
-        stop = job.agree(STOP['signal'] or 0)
-        if not config.eval_only and (last or stop or wanted and step > 0):
-            save(config, model, optimizer, scaler, dataset, progress, job, last or stop)
-        if last or stop or config.eval_only:
-            log.close(f'stopped by {signal.Signals(int(stop)).name} at step {step}' if stop else '')
-            return
-        rate = optim.learning_rate(step, config)
-        optim.set_learning_rate(optimizer, rate)
-        log.begin()
-        result = train_step(model, net, optimizer, scaler, loaders['train'], step, config, job)
-        if result is None:
-            continue                                    # a signal: the loop saves this step's beginning
-        skipped = 0 if result['applied'] else skipped + 1
-        if skipped and (config.nonfinite == 'stop' or skipped == 5):
-            log.close('')
-            job.say(f'train.py: loss {result["loss"]}, gradient norm {result["grad_norm"]} at step {step} is not finite; '
-                    f'lower learning_rate (now {rate:.2g}) or resume from the last checkpoint')
-            raise SystemExit(3)
-        progress['step'] += 1
-        progress['tokens'] += loaders['train'].accumulation * loaders['train'].batch_size * config.block_size
-        log.step(step, {**result, 'lr': rate, 'tokens': progress['tokens']})
+        run.scaler.load_state_dict(state['scaler'])
+        run.outliers.state = state['outliers']
+        progress.update({k: state[k] for k in ('step', 'tokens', 'seconds', 'best_val_loss', 'evaluated')})
+    run.log = RunLog(config, model, progress, job)
+    return run
+
+
+def check_in(run):
+    """At a step's beginning: maybe evaluate, maybe save. Returns the words with which the run ends here, or None."""
+    config, progress, step = run.config, run.progress, run.progress['step']
+    due = step % config.eval_interval == 0 or step == config.max_iters or config.eval_only
+    fresh, losses, better = progress['evaluated'] != step or config.eval_only, None, False
+    if due and fresh:
+        with run.log.part('eval'), run.average.swapped_in():
+            losses = evaluate(run.model, run.fast, run.loaders, config, run.job)
+    if losses:
+        better = losses['val_loss'] < progress['best_val_loss']
+        progress.update(evaluated=step)
+        if better:
+            progress.update(best_val_loss=losses['val_loss'], best_step=step)
+        run.log.evaluation(step, losses)
+    reached = losses and losses['val_loss'] <= config.target_val_loss
+    stop = run.job.agree(STOP['signal'] or 0)
+    ends = step >= config.max_iters or stop or reached
+    wanted = (losses and (better or config.always_save_checkpoint) or
+              config.save_interval and step % config.save_interval == 0)
+    if not config.eval_only and (ends or wanted and step > 0):
+        with run.log.part('save'):
+            save(run, ends)
+    if stop:
+        return f'stopped by {signal.Signals(int(stop)).name} at step {step}'
+    if reached:
+        return (f'target_val_loss {config.target_val_loss} reached at step {step}: {progress["tokens"]:,} tokens, '
+                f'{progress["seconds"]:.1f} s of training')
+    return '' if ends or config.eval_only else None
+
+
+def loop(run):
+    """for every step: maybe evaluate, maybe save, train, log."""
+    config, job, progress, skipped = run.config, run.job, run.progress, 0
+    with Prefetcher(run.loaders['train'], job.rank, config.prefetch, job.device,
+                    run.rounds.before(config.max_iters)) as batches:
+        while True:
+            step = progress['step']
+            if not config.eval_only:                    # which takes the window of the checkpoint
+                run.model.set_progress(step / config.max_iters if config.max_iters else 1.0)
+            words = check_in(run)
+            if words is not None:
+                return run.log.close(words)
+            rate = schedules.learning_rate(step, config)
+            optim.set_learning_rate(run.optimizer, rate)
+            run.log.begin()
+            result = train_step(run, batches, step)
+            if result is None:
+                continue                                # a signal: the loop saves this step's beginning
+            skipped = 0 if result['finite'] else skipped + 1
+            if skipped and (config.nonfinite == 'stop' or skipped == 5):
+                give_up(run, result, rate)
+            progress['step'] += 1
+            rows = run.rounds.count(step) * job.world_size * run.loaders['train'].batch_size
+            progress['tokens'] += rows * config.block_size
+            run.log.step(step, {**result, 'lr': rate, 'tokens': progress['tokens']})
+            progress['seconds'] += run.log.seconds
+
+
+def give_up(run, result, rate):
+    """Leave with exit code 3: the loss or the gradient is not finite."""
+    run.log.close('')
+    step = run.progress['step']
+    run.job.say(f'train.py: loss {result["loss"]}, gradient norm {result["grad_norm"]} at step {step} is not finite; lower'
+                f' learning_rate (now {rate:.2g}) or resume from the last checkpoint')
+    raise SystemExit(3)
 
 
 def main(config):

@@ -100,6 +100,7 @@ class KroneckerLinear(nn.Module):
     """
     tags = {'A': 'factor', 'B': 'factor', 'scale': 'vector', 'bias': 'vector'}
     size_argument = 'terms'                 # the argument to lower for fewer parameters
+    zero_factor = 'B'                       # zeros in it make W zero, and gradients still flow
 
     def __init__(self, in_features, out_features, bias, m, n, terms=1, scale=False):
         super().__init__()

@@ -29,6 +29,7 @@ class LowRankLinear(nn.Module):
     """
     tags = {'U': 'factor', 'V': 'factor', 'bias': 'vector'}
     size_argument = 'rank'                  # the argument to lower for fewer parameters
+    zero_factor = 'U'                       # zeros in it make W zero, and gradients still flow
 
     def __init__(self, in_features, out_features, bias, rank):
         super().__init__()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import optim
+import schedules
 from model import GPT, GPTConfig
 from variants import UserError
 
@@ -72,11 +73,15 @@ def test_adamw_is_the_published_update():
 
 
 def test_learning_rate():
-    c = SimpleNamespace(decay_lr=True, warmup_iters=10, lr_decay_iters=110, learning_rate=1.0, min_lr=0.1)
-    rate = lambda step: optim.learning_rate(step, c)                                    # noqa: E731
+    c = SimpleNamespace(decay_lr=True, warmup_iters=10, lr_decay_iters=110, learning_rate=1.0, min_lr=0.1,
+                        lr_schedule='cosine', cooldown=0.25)
+    rate = lambda step: schedules.learning_rate(step, c)                                    # noqa: E731
     assert rate(0) == pytest.approx(1 / 11) and rate(9) == pytest.approx(10 / 11) and rate(10) == 1.0
     assert rate(60) == pytest.approx(0.55) and rate(35) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
     assert rate(110) == rate(10 ** 6) == 0.1
+    c.lr_schedule = 'wsd'                                                   # the last quarter of 110 steps
+    assert rate(9) == pytest.approx(10 / 11) and rate(10) == rate(82) == 1.0 and rate(110) == 0.1
+    assert rate(96) == pytest.approx(0.1 + 0.9 * 14 / 27.5)
     c.decay_lr = False
     assert rate(0) == rate(500) == 1.0
     c.decay_lr, c.warmup_iters, c.lr_decay_iters = True, 10, 10             # no division by zero

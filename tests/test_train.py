@@ -273,16 +273,17 @@ def test_r10_a_single_bad_step_is_skipped(data, tmp_path, monkeypatch):
     """policy skip: the update of a poisoned step is not applied and training goes on."""
     real, calls = train.train_step, []
 
-    def poisoned(model, net, *rest):
+    def poisoned(run, *rest):
         calls.append(1)
+        model = run.model
         if len(calls) == 4:
             hook = next(model.parameters()).register_hook(lambda g: g * math.inf)
             before = [p.clone() for p in model.parameters()]
-            result = real(model, net, *rest)
+            result = real(run, *rest)
             hook.remove()
             assert not result['applied'] and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
             return result
-        return real(model, net, *rest)
+        return real(run, *rest)
     monkeypatch.setattr(train, 'train_step', poisoned)
     state = run(data, tmp_path, '--nonfinite=skip')
     assert state['step'] == 12 and all(t.isfinite().all() for t in state['model'].values())
