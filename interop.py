@@ -110,6 +110,10 @@ def read_ours(folder, which):
     saved = checkpoint.load(folder, which)
     settings, state = parts(saved, 'config', folder)
     config = checked_config(configurator.as_dict(configurator.model_config(settings)), folder)
+    if saved.get('average'):                            # of a run with ema_decay: what it evaluated
+        state.update(parts({**saved, 'model': saved['average']}, 'config', folder)[1])
+        if config.tie_weights:
+            state['lm_head.weight'] = state['transformer.wte.weight']
     return config, state, {'kind': 'nanokron', 'step': saved.get('step'), 'data': saved.get('data')}
 
 

@@ -10,6 +10,7 @@ import hashlib
 import lzma
 from pathlib import Path
 
+from data.prices.returns import PriceTokenizer
 from variants import UserError, did_you_mean
 
 GPT2_MERGES = Path(__file__).resolve().parent / 'gpt2_vocab' / 'vocab.bpe.xz'
@@ -90,7 +91,7 @@ class GPT2Tokenizer:
                         for t in known).decode('utf-8', errors='replace')
 
 
-TOKENIZERS = {kind.name: kind for kind in (CharTokenizer, GPT2Tokenizer, ByteTokenizer)}
+TOKENIZERS = {kind.name: kind for kind in (CharTokenizer, GPT2Tokenizer, ByteTokenizer, PriceTokenizer)}
 
 
 def load(meta):
@@ -113,7 +114,7 @@ def load(meta):
 
 def describe(meta):
     """The part of a meta that says what its tokens mean: what load() reads, and nothing else."""
-    return {key: meta[key] for key in ('tokenizer', 'vocab_size', 'chars', 'source') if key in meta}
+    return {key: meta[key] for key in ('tokenizer', 'vocab_size', 'chars', 'returns', 'source') if key in meta}
 
 
 def short(value):

@@ -6,6 +6,7 @@ import torch
 
 import checkpoint
 import configurator
+import interop
 import schedules
 import train
 from tests.tiny import arguments, make_data
@@ -117,6 +118,9 @@ def test_the_average_is_what_is_evaluated(data, tmp_path):
     plain = run(data, tmp_path / 'b', '--eval_iters=0')
     assert same(state, plain)                                            # the weights themselves do not care
     assert lines(tmp_path / 'a')[-1]['val_loss'] != lines(tmp_path / 'b')[-1]['val_loss']
+    _, sampled, _ = interop.read_folder(str(tmp_path / 'a'))              # what sample.py and evaluate.py take
+    assert torch.equal(sampled['transformer.wte.weight'], state['average']['transformer.wte.weight'])
+    assert torch.equal(sampled['lm_head.weight'], state['average']['transformer.wte.weight'])
     name, decay, average = 'transformer.h.0.ln_1.weight', 0.9, None
     run(data, tmp_path / 'c', '--save_interval=1', '--keep_checkpoints=20')
     for step in range(1, 13):

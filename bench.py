@@ -1,0 +1,97 @@
+"""Measurements. `python bench.py PART [--key=value ...]`; the table PARTS below names the parts.
+
+    python bench.py attention
+    python bench.py linear --in_features=768 --out_features=3072 --json
+    python bench.py attention --a="window(64)" --b="window(128)" --json=windows.json
+    python bench.py attention --maps=maps.png --out_dir=out/kron_mlp --text=FILE
+
+`python bench.py PART --help` lists the settings. Exit codes: 0 done; 2 a mistake, said in one line; 4 out of memory.
+"""
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import configurator
+from variants import UserError, did_you_mean
+
+# part -> the module in bench/ that measures it; bench/__init__.py says what such a module has
+PARTS = {
+    'attention': 'bench.modules',       # every attention class beside causal attention; --maps draws a model's maps
+    'linear': 'bench.modules',          # every structure beside the dense linear
+    'mlp': 'bench.modules',             # every MLP class beside GELU's
+}
+
+
+def read_arguments(words):
+    """(part, its settings): the first word is the part, and --json alone means --json=-."""
+    if not words:
+        raise UserError(f'name what to measure: python bench.py PART [--key=value], PART one of {", ".join(PARTS)}')
+    if words[0] in ('--help', '-h'):
+        print(__doc__.strip())
+        raise SystemExit(0)
+    if words[0] not in PARTS:
+        raise UserError(f'{words[0]!r} is not one of {", ".join(PARTS)}{did_you_mean(words[0], PARTS)}')
+    return words[0], ['--json=-' if word == '--json' else word for word in words[1:]]
+
+
+def check_output(path):
+    """Refuse a file that could not be written before anything is measured for it."""
+    folder = os.path.dirname(path) or '.'
+    if path not in ('', '-') and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
+        raise UserError(f'{path!r} cannot be written; name a file in a folder that is there', 'json')
+
+
+def write(result, path):
+    """The result as JSON on stdout ('-') or in a file."""
+    if path == '-':
+        print(json.dumps(result, indent=1, allow_nan=False))
+        return
+    from durable import DISK, write_whole
+    try:
+        write_whole(Path(path), json.dumps(result, indent=1, allow_nan=False).encode(), DISK)
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror or error}', 'json') from None
+
+
+def measure(part, config, module):
+    """Check, measure, and write what was measured."""
+    check_output(config.json)
+    module.check(config, part)
+    result = module.run(config, part)
+    if config.json != '-':
+        print(module.text(result))
+    if config.json:
+        write(result, config.json)
+
+
+def out_of_memory(error):
+    return isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError' or (
+        "can't allocate memory" in str(error))
+
+
+def main():
+    try:
+        part, sys.argv[1:] = read_arguments(sys.argv[1:])
+    except UserError as error:
+        configurator.say_mistake('bench.py', error)
+    module = importlib.import_module(PARTS[part])
+    config = configurator.run_program('bench.py', module.Settings)
+    try:
+        measure(part, config, module)
+    except UserError as error:
+        if config.debug:
+            raise
+        configurator.say_mistake('bench.py', configurator.placed(config, error))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print('bench.py: out of memory; lower batch_size or block_size', file=sys.stderr)
+        raise SystemExit(4) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == '__main__':
+    main()
