@@ -59,7 +59,7 @@ class ValueMix(nn.Module):
         super().__init__()
         self.used, self.first = config.value_residual, site.startswith('h.0.')
         if self.used and not self.first:
-            self.lam = nn.Parameter(torch.tensor(0.5))
+            self.lam = nn.Parameter(torch.full((1,), 0.5))           # FSDP2 shards no scalars
 
     def forward(self, v, ctx):
         """v (B, T, features of all value heads) of the tokens of this call."""
