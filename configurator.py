@@ -94,6 +94,8 @@ class Config(GPTConfig):
     muon_adjust_lr: str = key('original', "scale of an update by its shape; 'match_rms' makes AdamW's learning rates fit",
                               choices=('original', 'match_rms'))
     muon_coefficients: str = key('quintic', 'polynomials of the iteration', choices=('quintic', 'polar_express'))
+    muon_dtype: str = key('auto', "type that the iteration runs in; 'auto' = bfloat16 on a GPU, float32 elsewhere",
+                          choices=('auto', 'float32', 'bfloat16'))
     orthograd: bool = key(False, 'make gradients of matrices orthogonal to the weights, norms kept')
     grad_clip: float = key(1.0, 'largest gradient norm; 0 = no clipping', low=0)
     skip_zscore: float = key(0.0, 'skip steps whose loss or gradient norm lies this many standard deviations above the '
@@ -119,7 +121,7 @@ class Config(GPTConfig):
     loss_scaling: bool = key(True, 'in float16: multiply the loss, so that small gradients do not round to 0')
     compile: bool | None = key(None, 'torch.compile; default True on a GPU, False elsewhere (it gains little there)')
     parallel: str = key('ddp', "several ranks: 'ddp' copies the model, 'fsdp' shards it (FSDP2)", choices=('ddp', 'fsdp'))
-    prefetch: int = key(2, 'micro-batches that a thread makes ahead; 0 = no thread', low=0)
+    prefetch: int | None = key(None, 'micro-batches that a thread makes ahead; None = 2 on a GPU, 0 elsewhere', low=0)
     memory_budget_gb: float = key(0.0, 'lower batch_size, tokens a step unchanged, until a device needs no more; 0 = off',
                                   low=0)
     seed: int = key(1337, 'all randomness of a run follows from it', low=0)

@@ -127,7 +127,7 @@ def chunked(stacks, most):
 
 def descend(weights, updates, rate, decay, cautious):
     """W <- W (1 - decay) - rate U for each pair; a cautious decay acts only where U W >= 0. In fp32 at least."""
-    wide = [w.to(u.dtype) for w, u in zip(weights, updates)]
+    wide = [w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights]
     if cautious:
         for w, u in zip(wide, updates):
             w.sub_(decay * w * (w * u >= 0))
@@ -196,8 +196,8 @@ class Muon(torch.optim.Optimizer):
             elif p.grad is not None:
                 state, wide = self.state[p], torch.promote_types(p.dtype, torch.float32)
                 if not state:
-                    state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p, dtype=wide))
-                state['momentum'] = state['momentum'].to(wide)      # Optimizer.load_state_dict casts to the weight's
+                    state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
+                state['momentum'] = state['momentum'].to(wide)      # and after load_state_dict, which casts
                 shape = tuple(p.shape[-2:]) if by_rows(p) else tuple(sorted(p.shape[-2:]))
                 mesh = getattr(p, 'device_mesh', None)
                 key = (shape, by_rows(p), mesh, p.device, p.dtype, state['step'].item())
@@ -226,10 +226,16 @@ class Muon(torch.optim.Optimizer):
             state['step'] += 1
 
     def orthogonal(self, directions, first, coefficients):
-        """The orthogonalised directions, a list of stacks of equal-shaped (or transposed) matrices, in their dtype."""
+        """The orthogonalised directions, a list of stacks of equal-shaped (or transposed) matrices, in ns_dtype."""
         dtype = self.ns_dtype or (torch.bfloat16 if first.is_cuda else directions[0].dtype)
+        counts = [len(d) for d in directions]
         turned = [d.shape[-2] > d.shape[-1] and not by_rows(first) for d in directions]
-        x = torch.cat([d.mT if t else d for d, t in zip(directions, turned)]).to(dtype)
+        shape = (directions[0].mT if turned[0] else directions[0]).shape[1:]
+
+        def parts(x):
+            return [part.mT if t else part for part, t in zip(x.split(counts), turned)]
+        x = torch.empty(sum(counts), *shape, dtype=dtype, device=first.device)
+        torch._foreach_copy_(parts(x), directions)      # stacks, turns and casts in one pass
         compile = self.compile if self.compile is not None else x.is_cuda and importlib.util.find_spec('triton')
         run = functools.partial(compiled_newton_schulz() if compile else newton_schulz, coefficients=coefficients)
         if by_rows(first):
@@ -238,5 +244,4 @@ class Muon(torch.optim.Optimizer):
             x = split_over_ranks(x, run, self.process_group)
         else:
             x = run(x)
-        parts = x.to(directions[0].dtype).split([len(d) for d in directions])
-        return [u.mT if t else u for u, t in zip(parts, turned)]
+        return parts(x)

@@ -233,8 +233,8 @@ def check_in(run):
 def loop(run):
     """for every step: maybe evaluate, maybe save, train, log."""
     config, job, progress, skipped = run.config, run.job, run.progress, 0
-    with Prefetcher(run.loaders['train'], job.rank, config.prefetch, job.device,
-                    run.rounds.before(config.max_iters)) as batches:
+    ahead = config.prefetch if config.prefetch is not None else 2 * (job.device.type == 'cuda')
+    with Prefetcher(run.loaders['train'], job.rank, ahead, job.device, run.rounds.before(config.max_iters)) as batches:
         while True:
             step = progress['step']
             if not config.eval_only:                    # which takes the window of the checkpoint

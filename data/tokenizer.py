@@ -4,6 +4,8 @@ The dict stands in a data set's meta.json and in every checkpoint, so that sampl
 
     {'tokenizer': 'char', 'vocab_size': 3, 'chars': ['a', 'b', 'c'], 'source': 'where the text came from'}
     {'tokenizer': 'gpt2', 'vocab_size': 50257}          {'tokenizer': 'bytes', 'vocab_size': 256}
+
+'gpt2' takes any vocab_size from 257 to 50257: the first merges of GPT-2, and <|endoftext|> as the last token.
 """
 import functools
 import hashlib
@@ -15,7 +17,8 @@ from variants import UserError, did_you_mean
 
 GPT2_MERGES = Path(__file__).resolve().parent / 'gpt2_vocab' / 'vocab.bpe.xz'
 GPT2_MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'
-END_OF_TEXT, END_OF_TEXT_TOKEN = '<|endoftext|>', 50256
+END_OF_TEXT = '<|endoftext|>'
+FEWEST_GPT2, MOST_GPT2 = 257, 50257         # 256 bytes and <|endoftext|>; and all 50,000 merges besides
 MOST_CHARACTERS = 0x110000                  # all of Unicode
 UNKNOWN = '\ufffd'                          # what a token outside the vocabulary reads as (padded models have such)
 
@@ -65,16 +68,27 @@ class ByteTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding through tiktoken, from the merges that lie in gpt2_vocab/; needs no network."""
+    """GPT-2's byte-pair encoding through tiktoken, from the merges that lie in gpt2_vocab/; needs no network.
+
+    vocab_size N < 50257: the first N - 1 ranks, which are a byte-pair encoding of their own, since a merge stands after
+    the two tokens that it joins; for small models. The last token, N - 1, is always <|endoftext|>.
+    """
     name = 'gpt2'
-    vocab_size = 50257
 
     def __init__(self, meta):
-        pass
+        self.vocab_size = meta.get('vocab_size', MOST_GPT2)
+        if type(self.vocab_size) is not int or not FEWEST_GPT2 <= self.vocab_size <= MOST_GPT2:
+            raise UserError(f"'vocab_size' is {short(self.vocab_size)}, but a gpt2 tokenizer has from {FEWEST_GPT2} to "
+                            f'{MOST_GPT2} tokens')
 
     @property
     def encoding(self):
-        return gpt2_encoding()              # built at first use: a trainer never needs it
+        return gpt2_encoding(self.vocab_size)       # built at first use: a trainer never needs it
+
+    @property
+    def end_of_text(self):
+        """The token of <|endoftext|>, which begins every document of a data set."""
+        return self.vocab_size - 1
 
     def encode(self, text):
         """text -> [token]; `<|endoftext|>` is the one special token, as in nanoGPT's sample.py."""
@@ -161,9 +175,11 @@ def gpt2_bytes():
     return [(byte, chr(byte)) for byte in printing] + [(byte, chr(256 + k)) for k, byte in enumerate(others)]
 
 
-@functools.lru_cache(maxsize=1)
-def gpt2_encoding():
+@functools.lru_cache(maxsize=4)
+def gpt2_encoding(vocab_size=MOST_GPT2):
     """tiktoken's Encoding of GPT-2 from the vendored merges: 256 bytes, 50,000 merges, <|endoftext|>; about 0.2 s.
+
+    vocab_size: tokens; the last merges are left out where it is smaller, and <|endoftext|> is token vocab_size - 1.
 
     Raises UserError when the file is missing or is not the published one.
     """
@@ -171,10 +187,11 @@ def gpt2_encoding():
     letters = gpt2_bytes()
     ranks = {bytes([byte]): rank for rank, (byte, _) in enumerate(letters)}
     byte_of = {letter: byte for byte, letter in letters}
-    for line in gpt2_merges().splitlines()[1:]:                     # the first line is a version
+    merges = gpt2_merges().splitlines()[1:]                         # the first line is a version
+    for line in merges[:vocab_size - FEWEST_GPT2]:
         ranks[bytes(byte_of[letter] for letter in line.replace(' ', ''))] = len(ranks)
-    return tiktoken.Encoding('gpt2', pat_str=gpt2_pattern(), mergeable_ranks=ranks, explicit_n_vocab=50257,
-                             special_tokens={END_OF_TEXT: END_OF_TEXT_TOKEN})
+    return tiktoken.Encoding('gpt2', pat_str=gpt2_pattern(), mergeable_ranks=ranks, explicit_n_vocab=vocab_size,
+                             special_tokens={END_OF_TEXT: vocab_size - 1})
 
 
 def gpt2_merges():

@@ -353,6 +353,22 @@ def test_none_gradients_are_skipped_and_frozen_parameters_start_afresh():
     assert (fresh - params[1]).abs().max() < 1e-6       # no momentum from before it was frozen
 
 
+def test_the_momentum_schedule_counts_a_parameters_own_steps():
+    """Two matrices of one shape, one of which joins late: each as if it were alone."""
+    together = parameters((8, 12), (12, 8))
+    alone = copies(together)
+    a, separate = Muon(together, momentum_warmup=6), [Muon([p], momentum_warmup=6) for p in alone]
+    for step in range(5):
+        for params in (together, alone):
+            with_gradients(params, step)
+            if step < 3:
+                params[1].grad = None
+        for optimizer in (a, *separate):
+            optimizer.step()
+    assert max((p - q).abs().max() for p, q in zip(together, alone)) < 1e-6
+    assert [a.state[p]['step'].item() for p in together] == [5, 2]
+
+
 def test_mistakes_are_said():
     with pytest.raises(ValueError, match=r'matrices and stacks of them.*\(7,\)'):
         Muon(parameters((7,)))

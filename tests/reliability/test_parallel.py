@@ -7,13 +7,14 @@ import sys
 import pytest
 
 import checkpoint
-from tests.reliability.test_processes import finish, fingerprint, start
+from tests.reliability.test_processes import fingerprint, finish, start
 from tests.tiny import ROOT, arguments, make_data
 
 SAME = ['--max_iters=20', '--lr_decay_iters=20', '--dropout=0.1', '--eval_interval=20']
 WAYS = {'ddp': [], 'ddp muon': ['--optimizer=muon'], 'fsdp': ['--parallel=fsdp'],
         'fsdp muon': ['--parallel=fsdp', '--optimizer=muon'],
-        'fsdp average': ['--parallel=fsdp', '--ema_decay=0.9', '--value_residual=True', '--recompute=True', '--loss_chunk=16']}
+        'fsdp average': ['--parallel=fsdp', '--ema_decay=0.9', '--value_residual=True', '--recompute=True',
+                         '--loss_chunk=16']}
 
 
 @pytest.fixture(scope='module')
