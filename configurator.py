@@ -70,6 +70,7 @@ class Config(GPTConfig):
     log_interval: int = key(1, 'steps between lines of log.jsonl', low=1)
     eval_iters: int = key(200, 'random batches an evaluation; 0 = the whole validation split in order', low=0)
     target_val_loss: float = key(0.0, 'stop at an evaluation that reaches it; 0 = never', low=0)
+    eval_first: bool = key(True, 'evaluate before the first step too')
     eval_only: bool = key(False, 'evaluate once and stop')
     always_save_checkpoint: bool = key(True, 'save after every evaluation, not only after a better one')
     init_from: str = key('scratch', "'scratch', 'resume', 'gpt2*', or a folder: ours, nanoGPT's, Hugging Face's")

@@ -204,6 +204,7 @@ def check_in(run):
     """At a step's beginning: maybe evaluate, maybe save. Returns the words with which the run ends here, or None."""
     config, progress, step = run.config, run.progress, run.progress['step']
     due = step % config.eval_interval == 0 or step == config.max_iters or config.eval_only
+    due = due and (step > 0 or config.eval_first or config.eval_only)
     fresh, losses, better = progress['evaluated'] != step or config.eval_only, None, False
     if due and fresh:
         with run.log.part('eval'), run.average.swapped_in():

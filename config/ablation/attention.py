@@ -35,9 +35,9 @@ only = {'stablemax': ['shakespeare_char'], 'dint published (leaks)': ['shakespea
         'latent equal': ['shakespeare_char']}
 tasks = {
     'shakespeare_char': {'dataset': 'shakespeare_char', 'max_iters': 500, 'lr_decay_iters': 500, 'eval_interval': 500,
-                         'warmup_iters': 50, 'min_lr': 1e-4},
+                         'eval_first': False, 'warmup_iters': 50, 'min_lr': 1e-4},
     'enwik8_prose': {'dataset': 'enwik8_prose_4096', 'max_iters': 300, 'lr_decay_iters': 300, 'eval_interval': 300,
-                     'warmup_iters': 50, 'min_lr': 1e-4, 'eval_iters': 100},
+                     'eval_first': False, 'warmup_iters': 50, 'min_lr': 1e-4, 'eval_iters': 100},
 }
 search = {'learning_rate': [1e-3, 3e-3, 1e-2]}
 seeds = 3
