@@ -141,6 +141,9 @@ def announce(config, model, dataset, loader, job):
         job.say("gradient_accumulation_steps is nanoGPT's default 40, as no config sets it: 40 micro-steps for every step")
     if config.decay_lr and config.warmup_iters >= config.max_iters > 0:
         job.say(f'warmup_iters ({config.warmup_iters}) is not over at max_iters ({config.max_iters})')
+    if config.loss == 'stablemax' and config.vocab_size > 1024:
+        job.say(f'loss=stablemax among {config.vocab_size:,} tokens: a probability of 0.9 takes a logit near '
+                f'{9 * config.vocab_size:,}; it is for vocabularies of some hundred')
     tokens = split_batch(config, job.world_size)[1] * loader.batch_size * config.block_size
     job.say(f'{model.num_params():,} parameters ({model.num_params(positions=False):,} without positions), '
             f'{dataset.folder}, {tokens:,} tokens a step, {job.world_size} x {job.device} in {job.dtype}')

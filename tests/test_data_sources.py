@@ -20,8 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import (documents, enwik8_source, prepare_documents, prepare_enwik8, shard_writer, tokenizer, wiki_markup,
-                  workers)
+from data import documents, enwik8_source, prepare_documents, prepare_enwik8, shard_writer, tokenizer, wiki_markup, workers
 from data.dataset import open_dataset
 from data.loader import Loader, Prefetcher
 from data.prepare_documents import Recipe
