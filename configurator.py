@@ -129,6 +129,16 @@ class Config(GPTConfig):
     data_dir: str = key('data', 'folder that holds the data set folders')
     save_interval: int = key(0, 'steps between checkpoints besides those at evaluations; 0 = none', low=0)
     keep_checkpoints: int = key(3, 'newest checkpoints kept, the best one not counted', low=2)
+    grow_from: int = key(0, 'blocks at the start of a run that grows to n_layer; 0 = all from the start', low=0)
+    grow_every: int = key(0, 'steps between new blocks; 0 = not by steps', low=0)
+    grow_on_plateau: bool = key(False, 'a new block when three evaluations gained less than 0.005 nats')
+    grow_freeze: bool = key(False, 'blocks before the newest do not train')
+    grow_init: str = key('zero', "new blocks: 'zero' branches; 'copy' of the last one with zero branches; 'stack' it whole",
+                         choices=('zero', 'copy', 'stack'))
+    grow_rewarm: int = key(0, 'steps in which the learning rate comes back after a change of the model', low=0)
+    finish_dense_at: float = key(0.0, 'fraction of the run at which every structured site becomes dense; 0 = never', low=0)
+    finish_dense_state: str = key('reset', "optimizer state of what became dense: none, or an 'estimate' from the factors'",
+                                  choices=('reset', 'estimate'))
     decompose: str = key('van_loan', 'how dense weights become structured ones when init_from names a dense model')
     nonfinite: str = key('stop', "a loss or gradient that is not finite: 'stop' (exit 3) or 'skip' the step",
                          choices=('stop', 'skip'))
@@ -343,6 +353,12 @@ def check_run(config):
             schedules.block_size(0, config)
         except UserError as error:
             yield name, str(error)
+    if config.grow_from > config.n_layer:
+        yield 'grow_from', f'grow_from must not exceed n_layer ({config.n_layer}), got {config.grow_from}'
+    if config.grow_from and config.grow_from < config.n_layer and not (config.grow_every or config.grow_on_plateau):
+        yield 'grow_from', 'grow_from needs grow_every=STEPS or grow_on_plateau=True, or no block is ever added'
+    if config.finish_dense_at >= 1:
+        yield 'finish_dense_at', f'finish_dense_at must be below 1, got {config.finish_dense_at}'
     if not 0 < config.cooldown <= 1:
         yield 'cooldown', f'cooldown must be above 0 and at most 1, got {config.cooldown}'
     for name in ('beta1', 'beta2', 'muon_momentum', 'ema_decay'):

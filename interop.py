@@ -109,6 +109,7 @@ def read_ours(folder, which):
     import checkpoint
     saved = checkpoint.load(folder, which)
     settings, state = parts(saved, 'config', folder)
+    settings = {**settings, **(saved.get('built') or {}).get('model', {})}          # as far as it had grown
     config = checked_config(configurator.as_dict(configurator.model_config(settings)), folder)
     if saved.get('average'):                            # of a run with ema_decay: what it evaluated
         state.update(parts({**saved, 'model': saved['average']}, 'config', folder)[1])

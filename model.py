@@ -233,12 +233,17 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if not self.config.tie_weights:
             nn.init.normal_(self.lm_head.weight, mean=0.0, std=0.02)
-        for site, module in self.sites().items():
-            joins = site.endswith('.c_proj')
-            module.reset_parameters(getattr(module, 'std', 0.02) / (math.sqrt(2 * self.config.n_layer) if joins else 1))
-            if joins and self.config.zero_init:
-                nn.init.zeros_(getattr(module, module.zero_factor))
+        self.init_sites('', self.config.zero_init)
         self.normalise_weights()
+
+    def init_sites(self, prefix, zero):
+        """Random weights, biases 0, for the sites that begin with prefix; zero: c_proj at 0."""
+        for site, module in self.sites().items():
+            if site.startswith(prefix):
+                joins = site.endswith('.c_proj')
+                module.reset_parameters(getattr(module, 'std', 0.02) / (math.sqrt(2 * self.config.n_layer) if joins else 1))
+                if joins and zero:
+                    nn.init.zeros_(getattr(module, module.zero_factor))
 
     @torch.no_grad()
     def normalise_weights(self):
@@ -255,6 +260,52 @@ class GPT(nn.Module):
         for site, module in self.sites().items():
             if all(p.requires_grad for p in module.parameters()):
                 module.normalise_(0 if site.endswith('.c_proj') else 1)
+
+    def add_block(self, linear=None, attention=None, mlp=None, compile=False):
+        """Append a block whose branches are 0, so that the logits stay; returns it. config.n_layer grows with it.
+
+        linear, attention, mlp: specs for its sites where they differ from config's (linear may be rules too); the
+        config holds them afterwards. compile: torch.compile the block. Raises UserError for specs that do not fit.
+        """
+        number, config = len(self.transformer.h), self.config
+        site = f'h.{number}'
+        if linear is not None:
+            config.linear = {f'{site}.*' if p == '*' else p: s for p, s in variants.as_rules(linear).items()} | (
+                variants.as_rules(config.linear))
+        for name, spec in (('attention', attention), ('mlp', mlp)):
+            if spec is not None:
+                setattr(config, name, {site: spec} | variants.as_rules(getattr(config, name)))
+        config.n_layer = number + 1
+        block = Block(config, site).to(self.lm_head.weight.device, self.lm_head.weight.dtype).train(self.training)
+        self.transformer.h.append(block)
+        self.init_sites(f'{site}.', zero=config.ngpt == 'none')
+        for scale in (block.a_attn, block.a_mlp) if block.ngpt else ():
+            nn.init.zeros_(scale.stored)                # a branch of unit length cannot be 0, its step can
+        self.normalise_weights()
+        if compile:
+            block.compile()
+        return block
+
+    def freeze_block(self, index, frozen=True):
+        """No gradients for block `index`; build the optimizer anew, so that it is neither decayed nor moved."""
+        for p in self.transformer.h[index].requires_grad_(not frozen).parameters():
+            p.grad = None
+
+    def unfreeze_block(self, index):
+        """Gradients for block `index` again; build the optimizer anew."""
+        self.freeze_block(index, frozen=False)
+
+    @torch.no_grad()
+    def realise(self):
+        """Put the dense matrix in the place of every structured one, in place: the same function, config.linear dense.
+
+        Logits stay within rounding. Parameters are new tensors; build the optimizer anew. A frozen site stays frozen.
+        """
+        for name, module in ((n, m) for n, m in self.sites().items() if m.spec != 'dense'):
+            dense = variants.LINEARS['dense'].from_dense(module.dense_weight(), module.bias)
+            dense.requires_grad_(next(module.parameters()).requires_grad).spec = 'dense'
+            self.transformer.set_submodule(name, dense)
+        self.config.linear = {}
 
     def set_progress(self, fraction):
         """Tell every attention on a schedule how much of the run, step / max_iters, is over."""

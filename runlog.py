@@ -166,6 +166,12 @@ class RunLog:
             left = (now - self.started) / max(1, step - self.first_step) * (self.config.max_iters - step - 1)
             print(f'iter {step}: {text}' + f', {left:.0f} s left' * (step > self.first_step), flush=True)
 
+    def leave(self):
+        """Close the files for another RunLog that goes on."""
+        for thing in (self.bar, self.file, self.board):
+            if thing is not None:
+                thing.close()
+
     def close(self, words):
         """Close the files, draw loss.png, and say why the run ends."""
         if self.bar is not None:

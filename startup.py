@@ -2,6 +2,7 @@
 import torch
 
 import configurator
+import growth
 import interop
 import precision
 from model import GPT
@@ -53,7 +54,8 @@ def build(config, dataset, state, job):
             if row['spec'] != 'dense':
                 job.say(f'{row["site"]}: {row["spec"]}, relative error {row["error"]:.3f}, norm kept {row["norm"]:.3f}')
     else:
-        model = GPT(configurator.model_config(config))
+        built = growth.begin(config) if state is None else state['built']
+        model = GPT(growth.model_config(config, built))
         if state is not None:
             model.load_state_dict(state['model'])
     if dataset.vocab_size > config.vocab_size:

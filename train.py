@@ -31,6 +31,7 @@ if __name__ == '__main__':                              # before torch: its impo
     # waiting CPU threads sleep instead of spinning: 6 times faster on 2 busy cores, no slower on idle ones
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
+import copy
 import dataclasses
 import hashlib
 import math
@@ -39,6 +40,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
+import growth
 import optim
 import parallel
 import precision
@@ -74,6 +76,7 @@ class Run:
     outliers: optim.Outliers
     rounds: schedules.Rounds
     progress: dict
+    built: dict                                         # what growth.py made of the model
     log: RunLog = None
 
 
@@ -115,8 +118,9 @@ def state_of(run):
     return {'step': run.progress['step'], 'config': configurator.as_dict(run.config),
             'model': {name: parallel.whole(t) for name, t in run.model.state_dict().items()},
             'optimizer': optim.state_by_name(run.optimizer, run.model), 'scaler': run.scaler.state_dict(),
-            'average': {name: parallel.whole(t) for name, t in run.average.state.items()}, 'outliers': run.outliers.state,
-            'data': run.dataset.tokenizer, 'data_digest': run.dataset.digest, 'torch': str(torch.__version__),
+            'average': {name: parallel.whole(t) for name, t in run.average.state.items()},
+            'outliers': run.outliers.state, 'built': copy.deepcopy(run.built), 'data': run.dataset.tokenizer,
+            'data_digest': run.dataset.digest, 'torch': str(torch.__version__),
             **{k: run.progress[k] for k in ('tokens', 'seconds', 'best_val_loss', 'evaluated')}}
 
 
@@ -187,13 +191,16 @@ def assemble(config, model, dataset, state, job):
     batch_size, accumulation = split_batch(config, job.world_size)
     loaders = {split: Loader(dataset, split, config.block_size, batch_size, job.world_size, job.world_size, config.seed)
                for split in ('train', 'val')}
+    for index in growth.frozen(config, state['built']) if state else ():
+        model.freeze_block(index)
     model = parallel.shard(model, config, job)
     optimizer = optim.build(model, config, job.device.type, dist.group.WORLD if job.world_size > 1 else None)
     fast, net = parallel.wrap(model, config, job)
     progress = {'step': 0, 'tokens': 0, 'seconds': 0.0, 'best_val_loss': math.inf, 'best_step': None, 'evaluated': None}
     run = Run(config, job, dataset, loaders, model, fast, net, optimizer, precision.scaler(config, job),
               optim.Average(model, config.ema_decay, state and state['average']), optim.Outliers(config.skip_zscore),
-              schedules.Rounds(config, accumulation, job.world_size), progress)
+              schedules.Rounds(config, accumulation, job.world_size), progress,
+              copy.deepcopy(state['built']) if state else growth.begin(config))
     if state:
         optim.load_state_by_name(optimizer, model, state['optimizer'])
         run.scaler.load_state_dict(state['scaler'])
@@ -217,6 +224,7 @@ def check_in(run):
         progress.update(evaluated=step)
         if better:
             progress.update(best_val_loss=losses['val_loss'], best_step=step)
+        run.built['losses'] = [*run.built['losses'], losses['val_loss']][-4:]
         run.log.evaluation(step, losses)
     reached = losses and losses['val_loss'] <= config.target_val_loss
     stop = run.job.agree(STOP['signal'] or 0)
@@ -246,7 +254,11 @@ def loop(run):
             words = check_in(run)
             if words is not None:
                 return run.log.close(words)
-            rate = schedules.learning_rate(step, config)
+            action = growth.due(config, run.built, step)
+            if action:
+                run = changed(run, action)
+                progress = run.progress
+            rate = schedules.learning_rate(step, config) * growth.warmth(config, run.built, step)
             optim.set_learning_rate(run.optimizer, rate)
             run.log.begin()
             result = train_step(run, batches, step)
@@ -260,6 +272,19 @@ def loop(run):
             progress['tokens'] += rows * config.block_size
             run.log.step(step, {**result, 'lr': rate, 'tokens': progress['tokens']})
             progress['seconds'] += run.log.seconds
+
+
+def changed(run, action):
+    """The run with another model, built anew from its state as a resumed one would be."""
+    state, job, best = state_of(run), run.job, run.progress['best_step']
+    torch.manual_seed(run.config.seed + state['step'])
+    model = build(run.config, run.dataset, state, job)
+    words = growth.change(action, model, run.config, state)
+    run.log.show(f'step {state["step"]}: {words}, {model.num_params():,} parameters')
+    run.log.leave()
+    run = assemble(run.config, model, run.dataset, state, job)
+    run.progress['best_step'] = best
+    return run
 
 
 def give_up(run, result, rate):
