@@ -29,6 +29,7 @@ class SampleConfig:
     temperature: float = key(0.8, 'divides the logits: below 1 is less random, 0 takes the likeliest token', low=0)
     top_k: int = key(200, 'keep only the likeliest tokens; 0 = all', low=0)
     top_p: float = key(1.0, 'keep the fewest tokens whose probabilities sum to this, 0 < p <= 1', low=0)
+    use_cache: bool = key(True, 'keep what earlier tokens left; False reads the text afresh for every token')
     seed: int = key(1337, 'the same seed gives the same text on the same machine', low=0)
     device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = key('auto', "autocast type; 'auto' = bfloat16 where the GPU has it, float16 on older ones, "
@@ -176,6 +177,7 @@ def sample(config, prompt):
         write(prompt)
         with hardware.autocast(device, dtype):
             stream = model.stream(idx, config.max_new_tokens, config.temperature, config.top_k or None, config.top_p,
+                                  config.use_cache,
                                   generator=generator, n_tokens=tokenizer.vocab_size)
             for text in decode((token.item() for token in stream), tokenizer):
                 write(text)

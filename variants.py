@@ -51,6 +51,8 @@ ATTENTIONS = Table({
     'mla': 'attention.mla:LatentAttention',
     'diff': 'attention.diff:DifferentialAttention',
     'dint': 'attention.dint:DINTAttention',
+    'mla_diff': 'attention.latent_diff:LatentDifferentialAttention',
+    'mla_dint': 'attention.latent_diff:LatentDINTAttention',
 })
 
 MLPS = Table({

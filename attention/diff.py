@@ -16,7 +16,41 @@ from layers import RMSNorm, unit
 PAD_FROM = 256                                          # queries; measured on a CPU
 
 
-class DifferentialAttention(nn.Module):
+class TwoMaps:
+    """What heads of two maps share: version 1's lam, norm and factor, and the two outputs. Stands beside nn.Module."""
+    tags = {'lambdas': 'vector'}
+    leaks = False                                       # train.py refuses those that do
+
+    def make_lambda(self, config, site, map_dim, value_dim):
+        """lam's four vectors, as long as a query; the norm of a head, and the factor 1 - lambda_init."""
+        self.lambdas = nn.Parameter(0.1 * torch.randn(4, map_dim))
+        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * int(site.split('.')[1]))         # the first layer is 0
+        self.norm_head = RMSNorm(value_dim, eps=1e-5) if config.ngpt == 'none' else None
+        self.head_scale = 1 - self.lambda_init
+
+    def lam(self, x):
+        """lam of the layer, (), in fp32 at least."""
+        q1, k1, q2, k2 = widen(self.lambdas)
+        return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
+
+    def outputs(self, q, k, v, scale):
+        """The maps' outputs, (B, P, T, D_v) each, by SDPA: q (B, 2, P, T, D), k (B, 2 or 1, G, S, D), v (B, G, S, D_v).
+
+        Kernels that make no T x S map want one size for q, k and v: long calls are padded with zeros to get them (short
+        ones are faster without; nor does flops count the zeros).
+        """
+        if q.size(-2) >= PAD_FROM and v.size(-1) > q.size(-1):
+            q, k = (F.pad(t, (0, v.size(-1) - t.size(-1))) for t in (q, k))
+        dropout = self.dropout if self.training else 0.0
+        return tuple(attend(q[:, i], k[:, i % k.size(1)], v, scale, dropout) for i in (0, 1))
+
+    def finish(self, y):
+        """The norm and factor a head."""
+        y = unit(y) * y.size(-1) ** 0.5 if self.norm_head is None else self.norm_head(y)
+        return y * self.head_scale
+
+
+class DifferentialAttention(TwoMaps, nn.Module):
     """(softmax(q1 k1) - lam softmax(q2 k2)) v, by heads.
 
     Version 1 (Ye et al. 2024, arXiv 2410.05258): P = H / 2 heads with two keys each and values 2 D wide; lam =
@@ -31,8 +65,7 @@ class DifferentialAttention(nn.Module):
     gain (the branch's own norm hides 1 - lambda_init); w is used as a unit vector, times sqrt(C).
     Raises ValueError for another version, and in version 1 for an odd n_head or n_kv_head.
     """
-    tags = {'lambdas': 'vector', 'w_lambda': 'vector'}
-    leaks = False                                       # train.py refuses those that do
+    tags = {**TwoMaps.tags, 'w_lambda': 'vector'}
 
     def __init__(self, config, site, version=1):
         super().__init__()
@@ -55,11 +88,8 @@ class DifferentialAttention(nn.Module):
         self.dropout, self.resid_dropout = config.dropout, nn.Dropout(config.dropout)
         if version == 2:
             self.w_lambda = nn.Parameter(0.02 * torch.randn(self.pairs, width))
-            return
-        self.lambdas = nn.Parameter(0.1 * torch.randn(4, self.head_dim))
-        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * int(site.split('.')[1]))         # the first layer is 0
-        self.norm_head = None if self.ngpt else RMSNorm(self.value_dim, eps=1e-5)
-        self.head_scale = 1 - self.lambda_init
+        else:
+            self.make_lambda(config, site, self.head_dim, self.value_dim)
 
     def forward(self, x, ctx):
         q, k, v = self.project(x, ctx)
@@ -79,35 +109,20 @@ class DifferentialAttention(nn.Module):
         return ctx.rotate(q), k.unflatten(1, (self.key_maps, self.groups)), v
 
     def lam(self, x):
-        """lam in fp32 at least: of the layer, (), or of each token and head, (B, P, T, 1)."""
-        if self.version == 2:
-            w = unit(self.w_lambda) * x.size(-1) ** 0.5 if self.ngpt else self.w_lambda
-            return torch.sigmoid(widen(F.linear(x, w))).mT.unsqueeze(-1)
-        q1, k1, q2, k2 = widen(self.lambdas)
-        return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
-
-    def attended(self, q, k, v):
-        """The two maps' outputs, (B, P, T, D_v) each, by SDPA.
-
-        Kernels that make no T x S map want one size for q, k and v: long calls are padded with zeros to get them (short
-        ones are faster without; nor does flops count the zeros).
-        """
-        if q.size(-2) >= PAD_FROM:
-            q, k = (F.pad(t, (0, self.value_dim - self.head_dim)) for t in (q, k))
-        dropout = self.dropout if self.training else 0.0
-        return (attend(q[:, i], k[:, i % self.key_maps], v, self.norm_qk.scale, dropout) for i in (0, 1))
+        """lam in fp32 at least: of the layer, (), or in version 2 of each token and head, (B, P, T, 1)."""
+        if self.version == 1:
+            return super().lam(x)
+        w = unit(self.w_lambda) * x.size(-1) ** 0.5 if self.ngpt else self.w_lambda
+        return torch.sigmoid(widen(F.linear(x, w))).mT.unsqueeze(-1)
 
     def mix(self, q, k, v, lam, ctx):
         """The heads' outputs before their norm, (B, P, T, D_v), in fp32 at least."""
-        first, second = self.attended(q, k, v)
+        first, second = self.outputs(q, k, v, self.norm_qk.scale)
         return widen(first) - lam * widen(second)
 
     def finish(self, y):
         """Version 1's norm and factor a head."""
-        if self.version == 2:
-            return y
-        y = unit(y) * self.value_dim ** 0.5 if self.ngpt else self.norm_head(y)
-        return y * self.head_scale
+        return y if self.version == 2 else super().finish(y)
 
     def flops(self, context):
         """Forward FLOPs a token of two maps' scores and weighted sums, with `context` keys, and of version 2's lam."""

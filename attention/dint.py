@@ -50,12 +50,8 @@ class DINTAttention(DifferentialAttention):
             mask = causal_mask(T, S, q.device) & (True if self.eot is None else self.same_document(ctx))
         if self.form != 1:
             return self.mix_by_maps(q, k, v, lam, mask, ctx)
-        first, second = (widen(y) for y in self.attended(q, k, v, mask))
-        past = None if ctx.cache is None else ctx.cache.get('mean')
-        mean = running_mean(first, S - T, past) if mask is None else document_mean(first, mask, past)
-        if ctx.cache is not None:
-            ctx.cache['mean'] = mean[:, :, -1:]
-        return first + lam * (mean - second)
+        first, second = self.outputs(q, k, v, self.norm_qk.scale) if mask is None else self.masked(q, k, v, mask)
+        return integrate(first, second, lam, S - T, ctx, mask)
 
     def same_document(self, ctx):
         """(B, 1, T, S), True where a key's document is the query's; a document begins with its end-of-text token."""
@@ -67,10 +63,8 @@ class DINTAttention(DifferentialAttention):
             ctx.cache['document'] = document            # (B, S)
         return (document[:, -ctx.tokens.size(1):, None] == document[:, None]).unsqueeze(1)
 
-    def attended(self, q, k, v, mask=None):
-        """As in diff, or under a mask (B, 1, T, S)."""
-        if mask is None:
-            return super().attended(q, k, v)
+    def masked(self, q, k, v, mask):
+        """As outputs, under a mask (B, 1, T, S)."""
         settings = dict(attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, scale=self.norm_qk.scale,
                         enable_gqa=self.pairs != self.groups)
         return (F.scaled_dot_product_attention(q[:, i], k[:, i], v, **settings) for i in (0, 1))
@@ -105,6 +99,19 @@ class DINTAttention(DifferentialAttention):
         if self.form != 1:
             return 4 * context * width
         return super().flops(context) + (width if self.eot is None else 2 * context * width)
+
+
+def integrate(first, second, lam, start, ctx, mask=None):
+    """O1 - lam O2 + lam M of two maps' outputs (B, P, T, D_v), M the mean of O1 so far; its last row stays in the cache.
+
+    start: tokens before this call; mask: of documents, or None. In fp32 at least.
+    """
+    first, second = widen(first), widen(second)
+    past = None if ctx.cache is None else ctx.cache.get('mean')
+    mean = running_mean(first, start, past) if mask is None else document_mean(first, mask, past)
+    if ctx.cache is not None:
+        ctx.cache['mean'] = mean[:, :, -1:]
+    return first + lam * (mean - second)
 
 
 def running_mean(y, start, past=None):

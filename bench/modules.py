@@ -62,8 +62,8 @@ def halved(size):
     return size // next((k for k in range(2, size + 1) if size % k == 0), 1)
 
 
-def mla(s):
-    return f'mla({divided(s.n_embd, 3)}, qk_rope_head_dim={s.n_embd // s.n_head // 4 * 2})'
+def mla(s, name):
+    return f'{name}({divided(s.n_embd, 3)}, qk_rope_head_dim={s.n_embd // s.n_head // 4 * 2})'
 
 
 def kron(s):
@@ -79,7 +79,7 @@ EXAMPLES = {
     'attention': {
         'window': lambda s: f'window({divided(s.block_size, 4)})',
         'linformer': lambda s: f'linformer({divided(s.block_size, 32)}, chunk={divided(s.block_size, 8)})',
-        'mla': mla,
+        **{name: lambda s, name=name: mla(s, name) for name in ('mla', 'mla_diff', 'mla_dint')},
     },
     'linear': {'kron': kron, 'lowrank': lowrank},           # a quarter and a half of the dense parameters
     'mlp': {'latent': lambda s: f'latent({divided(s.n_embd, 4)})'},

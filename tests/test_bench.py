@@ -31,7 +31,10 @@ SPECS = {
     'mla': ['mla(12, qk_rope_head_dim=4)', 'mla(20, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4)'],
     'diff': ['diff', 'diff(version=2)'],
     'dint': ['dint', 'dint(version=2)', 'dint(head_scale=True, documents=54)'],
+    'mla_diff': ['mla_diff(12, qk_rope_head_dim=4)'],
+    'mla_dint': ['mla_dint(12, qk_rope_head_dim=4)'],
 }
+LATENT = {'mla', 'mla_diff', 'mla_dint'}                # refuse grouped queries and QK norms
 EVERY = [spec for specs in SPECS.values() for spec in specs]
 
 
@@ -173,7 +176,7 @@ def test_parameters_and_flops_are_those_of_the_formulas():
 def test_a_module_that_does_not_fit_says_so_in_its_row_and_the_others_are_measured():
     rows = {row['name']: row for row in modules.run(small(n_kv_head=2), 'attention')['rows']}
     assert 'set n_kv_head=None' in rows['mla']['note'] and 'measures' not in rows['mla']
-    assert all('measures' in row for name, row in rows.items() if name != 'mla')
+    assert all('measures' in row for name, row in rows.items() if name not in LATENT)
 
 
 def test_a_newcomer_without_an_example_is_measured_by_its_name(monkeypatch):
@@ -197,7 +200,7 @@ def test_examples_parse_at_every_size(part, settings):
                                      dict(qk_norm='split', value_residual=True), dict(bias=True, norm='rmsnorm')])
 def test_every_class_is_measured_under_other_settings(changes):
     rows = modules.run(small(**changes), 'attention')['rows']
-    refused = {'mla'} if 'qk_norm' in changes else set()
+    refused = LATENT if 'qk_norm' in changes else set()
     assert {row['name'] for row in rows if 'note' in row} == refused
 
 
@@ -346,6 +349,8 @@ CACHES = {
     'diff(version=2)': lambda S: 2 * 32 * S,
     'dint': lambda S: 2 * 32 * S + 32,
     'dint(version=2)': lambda S: 2 * 32 * S + 2 * S,
+    'mla_diff(12, qk_rope_head_dim=4)': lambda S: (12 + 2 * 4) * S,
+    'mla_dint(12, qk_rope_head_dim=4)': lambda S: (12 + 2 * 4) * S + 32,
 }
 
 

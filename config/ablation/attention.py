@@ -29,10 +29,14 @@ variants = {
     'stablemax': {'loss': 'stablemax'},
     'latent 31%': {'mlp': 'latent(32)'},
     'latent equal': {'mlp': 'latent(64, hidden=600)'},
+    'mla diff': {'attention': 'mla_diff(48, qk_nope_head_dim=32, qk_rope_head_dim=16)'},
+    'mla dint': {'attention': 'mla_dint(48, qk_nope_head_dim=32, qk_rope_head_dim=16)'},
+    'ngpt mla dint': {'attention': 'mla_dint(48, qk_nope_head_dim=32, qk_rope_head_dim=16)', 'ngpt': 'simple',
+                      'ngpt_sz_init': 10.0, 'tie_weights': False, 'weight_decay': 0.0, 'warmup_iters': 0},
 }
 only = {'stablemax': ['shakespeare_char'], 'dint published (leaks)': ['shakespeare_char'],      # the rest runs on both
         'untied': ['shakespeare_char'], 'ngpt dint': ['shakespeare_char'], 'dint 2': ['shakespeare_char'],
-        'latent equal': ['shakespeare_char']}
+        'latent equal': ['shakespeare_char'], 'ngpt mla dint': ['shakespeare_char']}
 tasks = {
     'shakespeare_char': {'dataset': 'shakespeare_char', 'max_iters': 500, 'lr_decay_iters': 500, 'eval_interval': 500,
                          'eval_first': False, 'warmup_iters': 50, 'min_lr': 1e-4},

@@ -13,6 +13,7 @@ import math
 import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,12 +37,15 @@ EXAMPLES = {
             'mla(20, q_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=4)'],
     'diff': ['diff', 'diff(version=2)'],
     'dint': ['dint', 'dint(version=2)', 'dint(head_scale=True, documents=54)', 'dint(version=2, documents=54)'],
+    'mla_diff': ['mla_diff(12, qk_rope_head_dim=4)',
+                 'mla_diff(20, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=2, v_head_dim=8)'],
+    'mla_dint': ['mla_dint(12, qk_rope_head_dim=4)',
+                 'mla_dint(20, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=2, v_head_dim=8)'],
 }
 
 # name -> what its specs refuse: {pattern of the sentence: how many combinations below, over all examples}
-REFUSALS = {
-    'mla': {'one latent for all heads, so there are no groups': 16, 'norms its latents instead of queries': 14},
-}
+LATENT_REFUSALS = {'one latent for all heads, so there are no groups': 16, 'norms its latents instead of queries': 14}
+REFUSALS = {'mla': LATENT_REFUSALS, 'mla_diff': LATENT_REFUSALS, 'mla_dint': LATENT_REFUSALS}
 
 
 def scales(s, heads, features):
@@ -70,6 +74,14 @@ def mla_numel(s, kv_lora_rank, q_lora_rank=None, qk_nope_head_dim=None, qk_rope_
     return queries + rest + gains + scales(s, s.H, s.H * n + r)
 
 
+def latent_diff_numel(s, kv_lora_rank, q_lora_rank=None, qk_nope_head_dim=None, qk_rope_head_dim=32, v_head_dim=None):
+    n, r, v, pairs = qk_nope_head_dim or s.D, qk_rope_head_dim, v_head_dim or 2 * s.D, s.H // 2
+    queries = (q_lora_rank or s.C) * s.H * (n + r) + s.C * (q_lora_rank or 0)
+    gains = (kv_lora_rank + (q_lora_rank or 0) + v) if s.ngpt == 'none' else 0
+    rest = s.C * (kv_lora_rank + 2 * r) + kv_lora_rank * pairs * (2 * n + v) + pairs * v * s.C
+    return queries + rest + gains + 4 * (n + r) + scales(s, pairs, pairs * n + r)
+
+
 # name -> parameters of one attention with dense projections and without the value residual's lam: f(s, *spec arguments)
 # with s.C = n_embd, s.H heads, s.D = C / H, s.C_kv = D n_kv_head, s.ngpt
 NUMEL = {
@@ -80,10 +92,17 @@ NUMEL = {
                                                   + scales(s, s.H, s.C)),
     'diff': diff_numel,
     'dint': lambda s, version=1, head_scale=False, documents=None: diff_numel(s),
+    'mla_diff': latent_diff_numel,
+    'mla_dint': latent_diff_numel,
 }
 
 # parameters whose gradient may be zero everywhere: {name of the attention: pattern of the parameter}
 NO_GRADIENT = {
+}
+
+# {name of the attention: (functions that break a graph in a forward for training, in decoding)}; none where none stands
+GRAPH_BREAKS = {
+    'window': (set(), {'remember'}),                    # reads the window from its buffer, once a text and block
 }
 
 # they see the future: only the negative control may have them
@@ -550,26 +569,29 @@ def test_p5_batch_heads_and_time_are_not_confused(shape):
 # ---------------------------------------------------------------------------------------------------
 # compilation and imports
 
-@pytest.mark.slow
-@each(['dense', 'dense-vrl-qk_split-rope', 'dense-ngpt_full-vrl-rope'])
-def test_compiled_logits_equal_eager(case):
-    case.model()
+def compiled_again(model, **more):
     torch._dynamo.reset()
-    model = build(case.spec, case.label, dtype=torch.float32)
-    compiled = torch.compile(model, fullgraph=True)     # a graph break is an error that names it
+    return torch.compile(model, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', list(ATTENTIONS))
+def test_compiled_logits_equal_eager(name):
+    """By the compiler proper; one spec a class, as each takes it a quarter of a minute."""
+    model = build(EXAMPLES[name][0], 'dense-ngpt_full-vrl-rope', dtype=torch.float32)
+    compiled = compiled_again(model, fullgraph=True)    # a graph break is an error that names it
     with torch.no_grad():
         eager = logits_of(model, tokens(2, 16))
         assert difference(logits_of(compiled, tokens(2, 16)), eager) < 1e-5 * max(1, eager.abs().max().item())
 
 
 @pytest.mark.slow
-@each_spec
+@each(['dense', 'dense-vrl-qk_split-rope', 'dense-ngpt_full-vrl-rope'])
 def test_traces_without_a_graph_break_and_trains(case):
     """Forward and backward as torch.compile sees them, without the compiler's minutes."""
     case.model()
-    torch._dynamo.reset()
     model = build(case.spec, case.label, dtype=torch.float32)
-    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    compiled = compiled_again(model, backend='aot_eager', fullgraph=True)
     found = []
     for run in (model, compiled):
         model.zero_grad()
@@ -579,6 +601,61 @@ def test_traces_without_a_graph_break_and_trains(case):
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     for a, b in zip(found[0][1], found[1][1]):
         assert difference(a, b) < 1e-5 * max(1, a.abs().max().item())
+
+
+def breaks(model, *args, **kwargs):
+    """(graph breaks, names of the functions that make them) of one call, whose cache is filled on the way."""
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model)(*args, **kwargs)
+    return found.graph_break_count, {reason.user_stack[-1].name for reason in found.break_reasons}
+
+
+@pytest.mark.slow
+@each_spec
+@torch.no_grad()
+def test_graph_breaks_are_those_of_the_table(case):
+    """Training forward and decoding: prefill, then tokens one by one. docs/attention.md has the same table."""
+    case.model()
+    model, idx = build(case.spec, case.label, dtype=torch.float32), tokens(2, 16)
+    forward, decoding = GRAPH_BREAKS.get(case.name, (set(), set()))
+    number, found = breaks(model, idx, idx)
+    assert found == forward and bool(number) == bool(forward)
+    caches, start = [{}, {}], 0
+    for n in (5, 1, 1):
+        number, found = breaks(model, idx[:, start:start + n], caches=caches, start=start)
+        assert found == (decoding if start == 0 else set()) and bool(number) == bool(found)
+        start += n
+
+
+def test_the_count_finds_a_graph_break():
+    """Negative control: a module that asks for a number."""
+    class Asks(torch.nn.Module):
+        def forward(self, x):
+            return x * int(x.sum())
+    number, found = breaks(Asks(), torch.ones(3, requires_grad=False))
+    assert number and found == {'forward'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', list(ATTENTIONS))
+@torch.no_grad()
+def test_compiled_decoding_equals_eager(name):
+    """As sample.py --compile=True decodes, dynamic shapes, a prompt and then tokens; by the compiler's front half."""
+    model, idx = build(EXAMPLES[name][0], 'dense', dtype=torch.float32), tokens(1, 12)
+    compiled = compiled_again(model, backend='eager', dynamic=True)
+    found = [in_pieces(run, idx, [5] + [1] * 7) for run in (compiled, model)]
+    assert difference(*found) < 1e-5 * max(1, found[1].abs().max().item())
+
+
+@pytest.mark.parametrize('name', list(ATTENTIONS))
+def test_the_page_for_newcomers_describes_it(name):
+    page = (Path(__file__).parents[2] / 'docs' / 'attention.md').read_text(encoding='utf-8')
+    assert f'\n### `{name}(' in page, f'docs/attention.md has no section ### `{name}(...)`'
+    table = page.partition('## Under torch.compile')[2]
+    row = re.search(rf'^\| `{name}` \|(.+)\|(.+)\|$', table, re.MULTILINE)
+    assert row, f'docs/attention.md has no row for {name} in its table of graph breaks'
+    for cell, functions in zip(row.groups(), GRAPH_BREAKS.get(name, (set(), set()))):
+        assert set(re.findall(r'`(\w+)`', cell)) == functions
 
 
 @pytest.mark.parametrize('name', [n for n in ATTENTIONS if n != 'causal'])

@@ -1,0 +1,32 @@
+"""DINT + nGPT: the causal differential integral attention among unit vectors; each map's queries and keys normed alone.
+
+Launch: bash run.sh config/attention/dint_ngpt.py
+About 3 minutes on 2 CPU cores (an estimate). Not run yet: no loss to expect.
+"""
+out_dir = 'out/attention_dint_ngpt'
+dataset = 'shakespeare_char'
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 128
+rope = True
+mlp = 'swiglu(344)'                  # as many parameters as a GELU MLP 4 C wide
+attention = 'dint(version=1)'
+ngpt = 'full'
+ngpt_sz_init = 10.0                  # lets a short run move
+tie_weights = False
+weight_decay = 0.0
+
+batch_size = 8
+gradient_accumulation_steps = 1
+learning_rate = 3e-3
+min_lr = 3e-4
+beta2 = 0.99
+warmup_iters = 0
+max_iters = 1500
+lr_decay_iters = 1500
+
+eval_interval = 500
+eval_iters = 0
+log_interval = 10
