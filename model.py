@@ -205,12 +205,11 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         idle = variants.idle_rules(config.linear, self.sites())
         if idle:
-            raise UserError(f'linear: the pattern {idle[0]!r} wins at no site; the sites are h.0.attn.c_q, ... '
-                            'and the first match wins', 'linear')
-        if config.ngpt != 'none':
-            stiff = [site for site, module in self.sites().items() if not hasattr(module, 'normalise_')]
-            if stiff:
-                raise UserError(f'ngpt: {stiff[0]} is {self.sites()[stiff[0]].spec}, which cannot be normalised', 'ngpt')
+            raise UserError(f'linear: the pattern {idle[0]!r} wins at no site (the first match wins); the sites are '
+                            'h.0.attn.c_q, ...', 'linear')
+        for site, module in self.sites().items():
+            if config.ngpt != 'none' and not hasattr(module, 'normalise_'):
+                raise UserError(f'ngpt: {site} is {module.spec}, which cannot be normalised', 'ngpt')
         try:
             self.init_weights()
         except ValueError as error:
@@ -262,20 +261,19 @@ class GPT(nn.Module):
                 module.normalise_(0 if site.endswith('.c_proj') else 1)
 
     def add_block(self, linear=None, attention=None, mlp=None, compile=False):
-        """Append a block whose branches are 0, so that the logits stay; returns it. config.n_layer grows with it.
+        """Append a block whose branches are 0, so that the logits stay; returns it.
 
         linear, attention, mlp: specs for its sites where they differ from config's (linear may be rules too); the
         config holds them afterwards. compile: torch.compile the block. Raises UserError for specs that do not fit.
         """
-        number, config = len(self.transformer.h), self.config
-        site = f'h.{number}'
+        config, site = self.config, f'h.{len(self.transformer.h)}'
         if linear is not None:
             config.linear = {f'{site}.*' if p == '*' else p: s for p, s in variants.as_rules(linear).items()} | (
                 variants.as_rules(config.linear))
         for name, spec in (('attention', attention), ('mlp', mlp)):
             if spec is not None:
                 setattr(config, name, {site: spec} | variants.as_rules(getattr(config, name)))
-        config.n_layer = number + 1
+        config.n_layer += 1
         block = Block(config, site).to(self.lm_head.weight.device, self.lm_head.weight.dtype).train(self.training)
         self.transformer.h.append(block)
         self.init_sites(f'{site}.', zero=config.ngpt == 'none')
@@ -345,10 +343,9 @@ class GPT(nn.Module):
         if not 1 <= block_size <= self.config.block_size:
             raise UserError(f'block_size can be cropped to 1 .. {self.config.block_size}, got {block_size}')
         self.config.block_size = block_size
-        if 'wpe' not in self.transformer:
-            return
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
-        self.transformer.wpe.num_embeddings = block_size
+        if 'wpe' in self.transformer:
+            wpe = self.transformer.wpe
+            wpe.weight, wpe.num_embeddings = nn.Parameter(wpe.weight[:block_size].detach().clone()), block_size
 
     @classmethod
     def from_pretrained(cls, name_or_folder, override_args=None):

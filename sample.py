@@ -177,8 +177,7 @@ def sample(config, prompt):
         write(prompt)
         with hardware.autocast(device, dtype):
             stream = model.stream(idx, config.max_new_tokens, config.temperature, config.top_k or None, config.top_p,
-                                  config.use_cache,
-                                  generator=generator, n_tokens=tokenizer.vocab_size)
+                                  config.use_cache, generator, tokenizer.vocab_size)
             for text in decode((token.item() for token in stream), tokenizer):
                 write(text)
         write('\n---------------\n')

@@ -165,6 +165,8 @@ def train(config, job):
     """Everything of a run but its set-up: data, model, the loop."""
     state = checkpoint.load(config.out_dir) if config.init_from == 'resume' else None
     config = resumed(config, state) if state else config
+    if state:                                           # what older checkpoints lack
+        state = {'average': {}, 'outliers': optim.Outliers(0).state, 'seconds': 0.0, 'built': growth.begin(config), **state}
     dataset = open_data(config, job)
     if state and state['data_digest'] != dataset.digest:
         raise UserError(f'{dataset.folder} is not the data that {config.out_dir} was trained on; '

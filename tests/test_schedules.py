@@ -171,3 +171,15 @@ def test_a_memory_budget_lowers_the_batch_and_keeps_the_step(data, tmp_path, cap
     with pytest.raises(SystemExit) as leave:
         run(data, tmp_path / 'c', '--memory_budget_gb=0.0001')
     assert leave.value.code == 2 and 'is below the' in capsys.readouterr().err
+
+
+def test_checkpoints_from_before_these_entries_resume(data, tmp_path):
+    whole = run(data, tmp_path / 'a')
+    run(data, tmp_path / 'b', '--max_iters=7')
+    state = checkpoint.load(tmp_path / 'b')
+    for name in ('average', 'outliers', 'seconds', 'built'):
+        del state[name]
+    for name in [name for name in state['config'] if name.startswith(('grow', 'muon', 'finish', 'batch_s', 'block_s'))]:
+        del state['config'][name]
+    checkpoint.save(tmp_path / 'b', state)
+    assert same(whole, run(data, tmp_path / 'b', '--init_from=resume'))

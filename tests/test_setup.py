@@ -173,8 +173,8 @@ def import_faults(path, text):
         wrong |= foreign - {'torch', 'layers', 'heads', 'variants', top, ''}
     if str(path) == 'model.py':
         wrong |= (foreign - MODEL - {'interop'}) | ({'interop'} & here)
-    if str(path) in ('variants.py', 'configurator.py', 'schedules.py'):
-        wrong |= here - set(sys.stdlib_module_names) - {'variants', 'schedules'}
+    if str(path) in ('variants.py', 'configurator.py', 'configfile.py', 'schedules.py'):
+        wrong |= here - set(sys.stdlib_module_names) - {'variants', 'schedules', 'configfile'}
     return wrong
 
 

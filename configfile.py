@@ -1,0 +1,90 @@
+"""The reader of config files: Python syntax, read with ast and never run. Imports no torch.
+
+A docstring, `name = literal`, arithmetic, earlier names, and `import time` with `str(time.time())`.
+"""
+import ast
+import operator
+import time
+
+from variants import UserError
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+
+
+def number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def arithmetic(node, names):
+    left, right = evaluate(node.left, names), evaluate(node.right, names)
+    if type(node.op) not in OPERATORS:
+        raise UserError('only + - * / // % ** are read in a config file')
+    if not (number(left) and number(right)) and not (
+            isinstance(node.op, ast.Add) and isinstance(left, str) and isinstance(right, str)):
+        raise UserError('arithmetic takes two numbers, and + two strings')
+    if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
+        raise UserError(f'{left} ** {right} is too large for a config')
+    return OPERATORS[type(node.op)](left, right)
+
+
+def evaluate(node, names):
+    """The value of an expression made of literals, earlier names, arithmetic and str(time.time())."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in names:
+        return names[node.id]
+    if isinstance(node, ast.BinOp):
+        return arithmetic(node, names)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        value = evaluate(node.operand, names)
+        if number(value):
+            return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [evaluate(item, names) for item in node.elts]
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {evaluate(k, names): evaluate(v, names) for k, v in zip(node.keys, node.values)}
+    if isinstance(node, ast.Call) and not node.keywords:
+        call = ast.unparse(node)
+        if call == 'time.time()' and 'time' in names:
+            return time.time()
+        if isinstance(node.func, ast.Name) and node.func.id == 'str' and len(node.args) == 1:
+            return str(evaluate(node.args[0], names))
+    raise UserError(f'{ast.unparse(node)[:60]!r} is not read in a config file, which is never run; write a literal')
+
+
+def read_file(path):
+    """[(key, value, 'path:line')] of a config file; names that begin with _ are helpers and not keys."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            tree = ast.parse(file.read(1 << 20), filename=path)
+    except FileNotFoundError:
+        raise UserError(f'{path}: there is no such config file') from None
+    except SyntaxError as error:
+        raise UserError(f'{path}:{error.lineno or 1}: not Python syntax: {error.msg}') from None
+    except (OSError, UnicodeDecodeError, ValueError, MemoryError, RecursionError) as error:
+        raise UserError(f'{path}: not readable as a config file: {error}') from None
+    found, names = [], {}
+    for statement in tree.body:
+        where = f'{path}:{statement.lineno}'
+        try:
+            found += read_statement(statement, names, where)
+        except UserError as error:
+            raise UserError(f'{where}: {error}') from None
+        except (ArithmeticError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(f'{where}: {error}') from None
+    return found
+
+
+def read_statement(statement, names, where):
+    """[(key, value, where)] of one statement, [] for a docstring or an import; fills names."""
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+        return []
+    if isinstance(statement, ast.Import) and [(a.name, a.asname) for a in statement.names] == [('time', None)]:
+        names['time'] = None
+        return []
+    target = statement.targets[0] if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else None
+    if not isinstance(target, ast.Name):
+        raise UserError(f'{ast.unparse(statement)[:60]!r} is not read; a config file holds `name = literal` lines')
+    names[target.id] = evaluate(statement.value, names)
+    return [] if target.id.startswith('_') else [(target.id, names[target.id], where)]
