@@ -48,19 +48,21 @@ def autocast(where, kind):
 
 
 def peak_flops(where, kind):
-    """FLOP/s that 100 % MFU stands for: the data sheet's on a known GPU, else a matrix product timed here (0.1 s)."""
-    if where.type == 'cuda':
-        name = torch.cuda.get_device_name(where)
-        for part, flops in PEAK_BF16.items():
-            if part in name:
-                return flops if kind != torch.float32 else flops / 2
-    n, best = 1024, float('inf')
-    a, b = (torch.randn(n, n, device=where) for _ in range(2))
+    """FLOP/s that 100 % MFU stands for: the best of several matrix products in `kind`, timed here in 0.1 s."""
+    n, kind = (8192, kind) if where.type == 'cuda' else (1024, torch.float32)       # CPUs: half precision may be slower
+    a, b, best = *(torch.randn(n, n, device=where, dtype=kind) for _ in range(2)), float('inf')
     for _ in range(12):
         begin = time.perf_counter()
         (a @ b)[0, 0].item()                            # .item() waits for the device
         best = min(best, time.perf_counter() - begin)
     return 2 * n ** 3 / best
+
+
+def data_sheet_flops(where, kind):
+    """FLOP/s that the data sheet of a known GPU promises for dense products in `kind`; None for others."""
+    name = torch.cuda.get_device_name(where) if where.type == 'cuda' else ''
+    flops = next((flops for part, flops in PEAK_BF16.items() if part in name), None)
+    return flops / 2 if flops and kind == torch.float32 else flops
 
 
 def peak_memory(where):

@@ -66,6 +66,7 @@ class RunLog:
         self.spent, self.seconds = {}, 0.0
         self.flops, self.tokens = model.flops_per_token(), progress['tokens']
         self.peak = hardware.peak_flops(job.device, job.dtype) if job.main else 1.0
+        self.sheet = hardware.data_sheet_flops(job.device, job.dtype)
         self.file = self.bar = self.wandb = self.board = None
         self.first_step = progress['step']
         if job.main and not config.eval_only:
@@ -153,6 +154,8 @@ class RunLog:
                 'tokens': result['tokens'], 'ms': seconds * 1e3, 'cpu_ms': cpu * 1e3, 'tokens_per_s': done / seconds,
                 'mfu': 3 * self.flops * done / seconds / self.peak / self.job.world_size,
                 'peak_memory': hardware.peak_memory(self.job.device)}
+        if self.sheet:
+            line['mfu_data_sheet'] = line['mfu'] * self.peak / self.sheet
         line.update({f'{name}_ms': 1e3 * spent for name, spent in self.spent.items()})
         self.spent = {}
         if not result['applied']:
