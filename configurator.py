@@ -137,7 +137,14 @@ class Config(GPTConfig):
     finish_dense_at: float = key(0.0, 'fraction of the run at which every structured site becomes dense; 0 = never', low=0)
     finish_dense_state: str = key('reset', "optimizer state of what became dense: none, or an 'estimate' from the factors'",
                                   choices=('reset', 'estimate'))
-    decompose: str = key('van_loan', 'how dense weights become structured ones when init_from names a dense model')
+    decompose: str = key('van_loan', 'how dense weights become structured ones when init_from names a dense model: '
+                         'van_loan, van_loan_normalised, prune, als, als_hessian, svd, ...; any with _sequential: layer by '
+                         'layer; several with commas: each structure takes the first that it knows')
+    calibration_tokens: int = key(65536, 'training tokens on which the inputs of decomposed sites are measured', low=0)
+    prune_before: str = key('none', 'zero weights before decomposing: the smallest, or those of least effect on calibration '
+                            'text', choices=('none', 'magnitude', 'wanda'))
+    prune_fraction: float = key(0.0, 'share of the weights that prune_before zeroes', low=0)
+    decompose_report: bool = key(False, "measure each decomposed site's own damage to the validation loss")
     nonfinite: str = key('stop', "a loss or gradient that is not finite: 'stop' (exit 3) or 'skip' the step",
                          choices=('stop', 'skip'))
     tensorboard_log: bool = key(False, 'log to out_dir/tensorboard')
@@ -263,6 +270,9 @@ def check_ngpt(config):
 
 
 def check_run(config):
+    if not config.prune_fraction < 1 or (config.prune_before == 'none') != (config.prune_fraction == 0):
+        yield 'prune_fraction', ('prune_fraction must be above 0 and below 1 with prune_before, and 0 without, got '
+                                 f'{config.prune_fraction} with prune_before={config.prune_before!r}')
     for name in ('batch_schedule', 'block_schedule'):
         try:
             schedules.stages(name, getattr(config, name))
@@ -273,6 +283,8 @@ def check_run(config):
         yield 'grow_from', f'grow_from must not exceed n_layer ({config.n_layer}), got {config.grow_from}'
     if config.grow_from and config.grow_from < config.n_layer and not (config.grow_every or config.grow_on_plateau):
         yield 'grow_from', 'grow_from needs grow_every=STEPS or grow_on_plateau=True, or no block is ever added'
+    if config.grow_from and config.init_from not in ('scratch', 'resume'):
+        yield 'grow_from', f"grow_from grows a model from scratch, and init_from is {config.init_from!r}; drop one of them"
     if config.finish_dense_at >= 1:
         yield 'finish_dense_at', f'finish_dense_at must be below 1, got {config.finish_dense_at}'
     if not 0 < config.cooldown <= 1:

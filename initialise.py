@@ -1,47 +1,74 @@
 """Fill a model from another one, site by site: dense weights are decomposed, structured ones realised or copied."""
-import inspect
+import contextlib
+import sys
 
 import torch
+from tqdm import tqdm
 
-import variants
+from decompose import Decomposition, Work, structure, tensors_of
 from model import GPT
 from variants import UserError
 
 
 @torch.no_grad()
-def initialise(model, source_config, source_state, method='van_loan', progress=None):
+def initialise(model, source_config, source_state, method='van_loan', progress=None, how=None):
     """Give `model` the weights of a source with the same n_layer, n_head, n_embd and bias; return what it cost.
 
     A site with the source's own structure is copied bit by bit; any other is decomposed from the source's dense
-    weight by its class's from_dense(method=...). A shorter block_size takes the first positions. A larger vocab_size
-    takes the mean of the source's rows in its new ones: their logit is the mean logit, so that by Jensen they get at
-    most (new rows) / (old rows) of the probability, whereas rows near zero would win over GPT-2's logits near -100.
-    progress: called with one line a decomposed site. Memory: the model, the source and one site.
-    Returns one dict a site: site, spec, error = ||W - What|| / ||W||, norm = ||What|| / ||W||, parameters.
-    Raises UserError in one line for sizes, sites or tensors that do not fit, or an unknown method.
+    weight by its class's from_dense, as `how`, a Decomposition, says (None: Decomposition(method)). A shorter block_size
+    takes the first positions. A larger vocab_size takes the mean of the source's rows in its new ones: their logit is the
+    mean logit, so that by Jensen they get at most (new rows) / (old rows) of the probability, whereas rows near zero
+    would win over GPT-2's logits near -100.
+    progress: called with one line a decomposed site. Memory: the model, the source, one site, and calibration's.
+    Returns one dict a site: site, spec, error = ||W - What|| / ||W||, norm = ||What|| / ||W||, parameters; with
+    calibration output_error, the rms of the outputs' error over that of the outputs without bias; with validation loss,
+    that of the source with this site alone replaced, and dense_loss.
+    Raises UserError in one line for sizes, sites or tensors that do not fit, an unknown method, or too little text.
     """
+    how = how or Decomposition(method)
     check_sizes(model.config, source_config)
     with torch.device('meta'):
         sources = GPT(source_config).sites()
     if sources.keys() != model.sites().keys():
         raise UserError(f'the linears are not those of the source: {min(sources.keys() ^ model.sites().keys())} is in '
                         'one only; take its attention and mlp', 'init_from')
-    report = []
+    rows, work = {}, Work(model, source_config, source_state, how)
     for site, module in model.sites().items():
-        prefix = f'transformer.{site}.'
-        tensors = {name[len(prefix):]: t for name, t in source_state.items() if name.startswith(prefix)}
-        try:
-            error, norm = fill_site(module, sources.pop(site), tensors, method)
-        except (ValueError, RuntimeError) as fault:
-            if isinstance(fault, torch.OutOfMemoryError) or 'allocate memory' in str(fault):
-                raise
-            raise UserError(f'{site}: {fault}'.replace('\n', ' ')) from None
-        report.append({'site': site, 'spec': module.spec, 'error': error, 'norm': norm,
-                       'parameters': sum(p.numel() for p in module.parameters())})
-        if progress and error:
-            progress(f'{site}: {module.spec}, relative error {error:.4f}, norm kept {norm:.4f}')
+        if structure(module) == structure(sources[site]):
+            with one_line(site):
+                module.load_state_dict(tensors_of(source_state, site))
+            rows[site] = {'error': 0.0, 'norm': 1.0}
+    todo = [site for site in model.sites() if site not in rows]
+    bar = tqdm(work.walk(todo), total=len(todo), unit='site', leave=False, disable=not sys.stderr.isatty())
+    for site, stats in bar:
+        with one_line(site):
+            rows[site] = work.fill(site, sources.pop(site), stats)
+        if progress and rows[site]['error']:
+            progress(describe(site, model.sites()[site].spec, rows[site]))
     fill_rest(model, source_config, source_state)
-    return report
+    return [{'site': site, 'spec': module.spec, **rows[site], 'parameters': sum(p.numel() for p in module.parameters())}
+            for site, module in model.sites().items()]
+
+
+def describe(site, spec, row):
+    """One line of a report's row."""
+    words = f'{site}: {spec}, relative error {row["error"]:.4f}, norm kept {row["norm"]:.4f}'
+    if 'output_error' in row:
+        words += f', output error {row["output_error"]:.4f}'
+    if 'loss' in row:
+        words += f', loss with it alone {row["loss"]:.4f} (dense {row["dense_loss"]:.4f})'
+    return words
+
+
+@contextlib.contextmanager
+def one_line(site):
+    """A fault of a site as one sentence; full memory is let through."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as fault:
+        if isinstance(fault, torch.OutOfMemoryError) or 'allocate memory' in str(fault):
+            raise
+        raise UserError(f'{site}: {fault}'.replace('\n', ' ')) from None
 
 
 def check_sizes(config, source):
@@ -58,29 +85,6 @@ def check_sizes(config, source):
                         'vocab_size')
     if config.tie_weights and not source.tie_weights:
         raise UserError('the source has a head of its own; set tie_weights=False', 'tie_weights')
-
-
-def structure(module):
-    """(name, {argument: value}) of a site's spec, so that kron(8, 8) and kron(8, n=8, terms=1) are the same."""
-    spec = variants.parse_spec(module.spec)
-    bound = inspect.signature(variants.LINEARS[spec.name]).bind(0, 0, False, *spec.args, **spec.kwargs)
-    bound.apply_defaults()
-    return spec.name, dict(list(bound.arguments.items())[3:])       # without in_features, out_features and bias
-
-
-def fill_site(module, source, tensors, method):
-    """Fill one site from `source`, the source's module without values, and its tensors -> (error, norm kept)."""
-    name, arguments = structure(module)
-    if (name, arguments) == structure(source):
-        module.load_state_dict(tensors)
-        return 0.0, 1.0
-    like = next(module.parameters())
-    source.load_state_dict({key: t.to(like.device, like.dtype) for key, t in tensors.items()}, assign=True)
-    weight = source.dense_weight()
-    made = variants.LINEARS[name].from_dense(weight, source.bias, method=method, **arguments)
-    module.load_state_dict(made.state_dict())
-    kept, norm = made.dense_weight(), weight.norm().clamp_min(1e-30)
-    return ((weight - kept).norm() / norm).item(), (kept.norm() / norm).item()
 
 
 def fill_rest(model, source_config, source_state):

@@ -1,10 +1,13 @@
 """What a run starts from: a checkpoint's settings, another model's sizes and weights, or nothing."""
 import torch
 
+import calibrate
 import configurator
 import growth
 import interop
 import precision
+from data.loader import Loader
+from decompose import Decomposition
 from model import GPT
 from variants import UserError
 
@@ -50,9 +53,7 @@ def build(config, dataset, state, job):
         adopt(config, source_config)
         check_shapes(config)
         model = GPT(configurator.model_config(config))
-        for row in interop.initialise(model, source_config, source, config.decompose):
-            if row['spec'] != 'dense':
-                job.say(f'{row["site"]}: {row["spec"]}, relative error {row["error"]:.3f}, norm kept {row["norm"]:.3f}')
+        interop.initialise(model, source_config, source, progress=job.say, how=decomposition(config, dataset, job))
     else:
         built = growth.begin(config) if state is None else state['built']
         model = GPT(growth.model_config(config, built))
@@ -63,6 +64,18 @@ def build(config, dataset, state, job):
     if job.half_weights:
         precision.halve(model, job.dtype)
     return model.to(job.device)
+
+
+def decomposition(config, dataset, job):
+    """How dense weights become structured ones: the settings, the text that they need, and a word on it."""
+    def batches():
+        return calibrate.batches(dataset, config.calibration_tokens, config.block_size, config.seed)
+    how = Decomposition(config.decompose, config.calibration_tokens and batches, config.prune_before,
+                        config.prune_fraction, device=job.device)
+    if config.decompose_report:
+        loader = Loader(dataset, 'val', config.block_size, max(1, 4096 // config.block_size), seed=config.seed)
+        how.validation = list(loader.fixed(config.eval_iters or 20, 'val'))
+    return how
 
 
 def adopt(config, source):

@@ -9,7 +9,9 @@ import math
 import torch
 import torch.nn as nn
 
-from kron.van_loan import nearest_kronecker_sum
+from kron.als import FITTED, bias_shift, centred
+from kron.van_loan import nearest_kronecker_sum, pruned_sum
+from variants import did_you_mean
 
 THIN = 8        # a B of at most this many rows and columns is contracted by planes; measured on a CPU, 768 <-> 3072
 
@@ -81,11 +83,19 @@ def van_loan_normalised(weight, stats, m, n, terms):
     return A, B, (weight.double().norm() / kept).item() if kept > 0 else 1.0
 
 
+def prune(weight, stats, m, n, terms):
+    """Krony-PT's pruning form: entries of W themselves in the larger factor -> A, B, s = 1."""
+    return *pruned_sum(weight, m, n, terms), 1.0
+
+
 # method of from_dense -> function (weight (out, in) detached, stats, m, n, terms) -> A, B and a number that scales them
 METHODS = {
     'van_loan': van_loan,
     'van_loan_normalised': van_loan_normalised,
+    'prune': prune,
+    **FITTED,
 }
+CALIBRATED = frozenset(FITTED)          # the methods that need stats
 
 
 class KroneckerLinear(nn.Module):
@@ -186,18 +196,26 @@ class KroneckerLinear(nn.Module):
         return tokens * min(order_flops(self.A.shape, self.B.shape))
 
     @classmethod
-    def from_dense(cls, weight, bias, *, method='van_loan', stats=None, m, n, terms=1, scale=False):
+    def from_dense(cls, weight, bias, *, method='van_loan', stats=None, correct_bias=True, m, n, terms=1, scale=False):
         """The structure that stands for a dense matrix, with its dtype and device.
 
-        weight (out, in), bias (out,) or None (kept as it is); method: a name in METHODS; stats: what a calibration
-        pass saw, unused by the methods there today. With scale, a method's scale goes there, else into B.
-        Cost: nearest_kronecker_sum. Raises ValueError for an unknown method or sizes that do not divide.
+        weight (out, in), bias (out,) or None; method: a name in METHODS; stats: what a calibration pass saw, an object
+        with mean (in,), covariance (in, in) about the mean, and gradient, cross and source_mean where the method asks for
+        them (calibrate.Stats): needed by CALIBRATED methods, unused by the others. With correct_bias a calibrated
+        method fits about the means and the bias takes W E[x] - What E[x'], which is the best of all biases; a site
+        without a bias is fitted to the second moments. With scale, a method's scale goes there, else into B.
+        Cost: nearest_kronecker_sum, and kron.als.fit. Raises ValueError for an unknown method, stats that are missing,
+        or sizes that do not divide.
         """
         if method not in METHODS:
-            raise ValueError(f'method={method!r} is unknown; kron knows {", ".join(METHODS)}')
+            raise ValueError(f'method={method!r} is unknown; kron knows {", ".join(METHODS)}'
+                             f'{did_you_mean(method, METHODS)}')
+        if method in CALIBRATED and stats is None:
+            raise ValueError(f'method={method!r} needs what a calibration pass saw; give it text, or take van_loan')
         with torch.device('meta'):                  # no memory and no random numbers for values that are replaced
             module = cls(weight.shape[1], weight.shape[0], bias is not None, m, n, terms, scale)
-        A, B, s = METHODS[method](weight.detach(), stats, m, n, terms)
+        shift = correct_bias and bias is not None and method in CALIBRATED
+        A, B, s = METHODS[method](weight.detach(), centred(stats) if shift else stats, m, n, terms)
         module.to(weight.dtype).to_empty(device=weight.device)
         with torch.no_grad():
             module.A.copy_(A)
@@ -205,7 +223,7 @@ class KroneckerLinear(nn.Module):
             if scale:
                 module.scale.fill_(s)
             if bias is not None:
-                module.bias.copy_(bias)
+                module.bias.copy_(bias + bias_shift(weight, module.dense_weight(), stats) if shift else bias)
         return module
 
     def extra_repr(self):

@@ -1,4 +1,4 @@
-"""The sum of Kronecker products nearest to a matrix in Frobenius norm.
+"""Sums of Kronecker products from a matrix alone: the nearest one in Frobenius norm, and Krony-PT's pruning form.
 
 A rearrangement R turns A (x) B into the rank-one matrix vec(A) vec(B)^T and keeps the Frobenius norm, so the
 best sum of r products is the best rank-r approximation of R(W) (Van Loan and Pitsianis, Approximation with
@@ -24,11 +24,49 @@ def nearest_kronecker_sum(weight, m, n, terms):
     """
     p, q = weight.shape[0] // m, weight.shape[1] // n
     R = rearrange(weight.detach().double(), m, n)
-    U, S, Vh = torch.linalg.svd(R, full_matrices=False)
+    left, right = balanced(*torch.linalg.svd(R, full_matrices=False), terms)
+    return left.view(terms, m, n).to(weight.dtype), right.view(terms, p, q).to(weight.dtype)
+
+
+def canonical(A, B):
+    """The same sum as terms that are orthogonal, balanced and in falling order, as nearest_kronecker_sum gives them.
+
+    Any invertible mix of the A_i, undone in the B_i, is the same matrix; this is the one that the SVD of R chooses. With
+    R = U V^T, U (m n, terms), it comes from two QRs and an SVD of terms x terms: O((m n + p q) terms^2).
+    """
+    terms = A.shape[0]
+    (Q, R), (P, S) = (torch.linalg.qr(factor.reshape(terms, -1).t()) for factor in (A, B))
+    left, values, right = torch.linalg.svd(R @ S.t(), full_matrices=False)
+    left, right = balanced(Q @ left, values, right @ P.t(), terms)
+    return left.view_as(A), right.view_as(B)
+
+
+def balanced(left, S, right, terms):
+    """Singular vectors (mn, k), values (k,), vectors (k, pq) -> sqrt(S) left^T (terms, mn), sqrt(S) right (terms, pq)."""
     r = min(terms, S.shape[0])
-    left, right, S = U.t()[:r], Vh[:r], S[:r, None]             # (r, m n), (r, p q)
+    left, right, S = left.t()[:r], right[:r], S[:r, None]
     largest = left.gather(1, left.abs().argmax(1, keepdim=True))
     root = S.sqrt() * largest.sign()
-    A, B = R.new_zeros(terms, m, n), R.new_zeros(terms, p, q)
-    A[:r], B[:r] = (root * left).view(r, m, n), (root * right).view(r, p, q)
-    return A.to(weight.dtype), B.to(weight.dtype)
+    A, B = left.new_zeros(terms, left.shape[1]), left.new_zeros(terms, right.shape[1])
+    A[:r], B[:r] = root * left, root * right
+    return A, B
+
+
+def pruned_sum(weight, m, n, terms, leak=0.1):
+    """Krony-PT's pruning form: A_i = every p-th row and q-th column of W, B_i a unit matrix with 1 where A_i was taken.
+
+    W is cut into blocks of p x q. Term i keeps entry i of every block, row by row: A_1 = W[0::p, 0::q]. Entries that no
+    term keeps are not lost: B_1 holds `leak` there, so that they are that share of the first entry. With
+    kron(out, in/2) that is Krony-PT's 96M: every second input survives and B = [1, 0.1]. Where B is the larger factor the
+    roles change: B_i = block i of W. terms = min(m n, p q) is exact. weight (m*p, n*q) -> A, B of its dtype.
+    Source: Krony-PT, arXiv 2412.12351, section III-G (its script has B = [1, 0]).
+    """
+    p, q = weight.shape[0] // m, weight.shape[1] // n
+    R = rearrange(weight.detach(), m, n)
+    R = R if m * n >= p * q else R.t()
+    kept = min(terms, R.shape[1])
+    large, small = R.new_zeros(terms, R.shape[0]), R.new_zeros(terms, R.shape[1])
+    large[:kept], small[:kept, :kept] = R.t()[:kept], torch.eye(kept, dtype=R.dtype, device=R.device)
+    small[0, kept:] = leak
+    A, B = (large, small) if m * n >= p * q else (small, large)
+    return A.reshape(terms, m, n), B.reshape(terms, p, q)

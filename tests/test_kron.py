@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from kron import linear as kron_linear
 from kron.linear import THIN, KroneckerLinear, a_first, b_first, cheaper_is_a_first, order_flops
-from kron.van_loan import nearest_kronecker_sum, rearrange
+from kron.van_loan import nearest_kronecker_sum, pruned_sum, rearrange
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -329,6 +329,30 @@ def test_the_normalised_method_keeps_the_norm(scale, terms):
     if scale:
         assert torch.equal(module.A, plain.A) and torch.equal(module.B, plain.B)
         assert (module.scale > 1).all() and (plain.scale == 1).all()
+
+
+def test_the_pruning_form_keeps_every_second_input_or_output():
+    """Krony-PT's 96M: columns of c_fc, rows of c_proj, and a tenth of each for its neighbour."""
+    W = torch.randn(24, 30, generator=torch.Generator().manual_seed(0))
+    A, B = pruned_sum(W, 24, 15, 1)
+    assert torch.equal(A[0], W[:, 0::2]) and B.tolist() == [[[1, pytest.approx(0.1)]]]
+    A, B = pruned_sum(W, 12, 30, 1)
+    assert torch.equal(A[0], W[0::2]) and B.tolist() == [[[1], [pytest.approx(0.1)]]]
+    module = KroneckerLinear.from_dense(W, None, method='prune', m=24, n=15)
+    assert torch.equal(module.dense_weight()[:, 0::2], W[:, 0::2])
+    torch.testing.assert_close(module.dense_weight()[:, 1::2], 0.1 * W[:, 0::2])
+
+
+@pytest.mark.parametrize('m, n', [(12, 10), (2, 3)], ids=str)
+def test_the_pruning_form_keeps_one_entry_of_each_block_a_term(m, n):
+    """Whichever factor is the larger; with all terms it is exact, with more they are zero."""
+    W = torch.randn(24, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for terms in (1, 4, 6, 8):
+        A, B = pruned_sum(W, m, n, terms)
+        kept = rearrange(kron_sum(A, B), m, n) == rearrange(W, m, n)
+        axis = 0 if m == 12 else 1                                          # one entry of each block, or one block
+        assert kept.all(axis).sum() == min(terms, 6) and A.shape == (terms, m, n)
+    assert kept.all() and A.isfinite().all()
 
 
 def test_from_dense_draws_no_random_numbers():

@@ -1,0 +1,223 @@
+"""Calibration: what the linears of a model see on real text, gathered by hooks and streamed, for the methods that ask.
+
+One pass over the calibration tokens serves all sites. Sites that are fed the very same tensor (c_q, c_k, c_v) are one
+*group* and share one covariance. Sums are kept in float64 and added batch by batch, so that memory does not grow with
+the number of tokens: 8 in^2 bytes a group, plus 8 out^2 a site with gradients.
+"""
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from data.loader import Loader
+from variants import UserError
+
+BATCH_TOKENS = 4096
+MEMORY = 2 << 30                        # bytes of sums; more sites are taken in several passes
+
+
+@dataclass
+class Stats:
+    """What a pass saw at one site: x its inputs, one row a token; g the gradient of the summed loss at its outputs.
+
+    All in float64, and covariances about the means. With two models x is the input in the compressed one, and source
+    that of the dense one at the same token.
+    """
+    count: int                                          # tokens
+    mean: torch.Tensor                                  # E[x], (in,)
+    covariance: torch.Tensor                            # E[(x - mean)(x - mean)^T], (in, in)
+    gradient: torch.Tensor | None = None                # E[g g^T], (out, out), not about its mean, which is near 0
+    cross: torch.Tensor | None = None                   # E[(source - source_mean)(x - mean)^T], (in, in)
+    source_mean: torch.Tensor | None = None             # E[source], (in,)
+    source_covariance: torch.Tensor | None = None       # (in, in)
+
+
+class Moments:
+    """Running sums of x, y and x y^T over rows, in float64; y = x unless given.
+
+    Rows are taken relative to the first one seen, so that a mean far from 0 costs no digits of the covariance.
+    """
+
+    def __init__(self):
+        self.count, self.x, self.y, self.xy, self.origin = 0, 0, 0, 0, None
+
+    def add(self, x, y=None):
+        """x (..., features), y (..., features of y) or None: one more batch of rows."""
+        x = x.detach().flatten(0, -2).double()
+        y = x if y is None else y.detach().flatten(0, -2).double()
+        if self.origin is None:
+            self.origin = x[0].clone(), y[0].clone()
+        x, y = x - self.origin[0], y - self.origin[1]
+        self.count += len(x)
+        self.x, self.y, self.xy = self.x + x.sum(0), self.y + y.sum(0), self.xy + x.t() @ y
+
+    @property
+    def mean(self):
+        """E[x]"""
+        return self.origin[0] + self.x / self.count
+
+    @property
+    def covariance(self):
+        """E[(x - E x)(y - E y)^T]"""
+        return self.xy / self.count - torch.outer(self.x, self.y) / self.count ** 2
+
+
+# ---------------------------------------------------------------------------------------------------
+# the text
+
+def batches(dataset, tokens, block_size, seed=1337, split='train'):
+    """[(x, y)] of int64 (B, T): `tokens` tokens, up to a whole window, in windows drawn without replacement.
+
+    A pure function of its arguments, and of nothing that training draws. Raises UserError when the split is too short.
+    """
+    rows = -(-tokens // block_size)
+    size = max(1, min(rows, BATCH_TOKENS // block_size))
+    loader = Loader(dataset, split, block_size, size, seed=seed)
+    if rows > loader.windows:
+        raise UserError(f'calibration_tokens can be at most {loader.windows * block_size:,}, what split {split!r} of '
+                        f'{dataset.folder} holds in windows of {block_size}, got {tokens:,}', 'calibration_tokens')
+    found = [loader.batch(step) for step in range(-(-rows // size))]
+    last = rows - size * (len(found) - 1)
+    return found[:-1] + [tuple(t[:last] for t in found[-1])]
+
+
+def check_enough(model, sites, batches):
+    """Refuse a text with fewer tokens than the widest of the sites has inputs: its covariance says nothing of the rest."""
+    count = sum(x.numel() for x, _ in batches)
+    widest = max(sites, key=lambda site: model.sites()[site].in_features)
+    width = model.sites()[widest].in_features
+    if count < width:
+        raise UserError(f'calibration_tokens must be at least {width:,}, the inputs of {widest}, better ten times that, '
+                        f'got {count:,}', 'calibration_tokens')
+
+
+# ---------------------------------------------------------------------------------------------------
+# hooks
+
+class Hooks:
+    """Hooks on some modules, gone when the block is left; the model is in eval mode inside."""
+
+    def __init__(self, *models):
+        self.models, self.handles = models, []
+
+    def before(self, module, function):
+        """function(input) at every call of the module."""
+        self.handles.append(module.register_forward_pre_hook(lambda _, inputs: function(inputs[0])))
+
+    def behind(self, module, function):
+        """function(output) at every call of the module; what it returns, if anything, is the output instead."""
+        self.handles.append(module.register_forward_hook(lambda _, inputs, output: function(output)))
+
+    def __enter__(self):
+        self.training = [model.training for model in self.models]
+        for model in self.models:
+            model.eval()
+        return self
+
+    def __exit__(self, *failure):
+        for handle in self.handles:
+            handle.remove()
+        for model, training in zip(self.models, self.training):
+            model.train(training)
+
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+@torch.no_grad()
+def groups(model, x):
+    """[[site, ...]] in the order of their first call: sites of one group are fed the very same tensor. x (B, T) tokens."""
+    calls = []                                          # (site, input); the inputs are held, so that no id comes twice
+    with Hooks(model) as hooks:
+        for site, module in model.sites().items():
+            hooks.before(module, lambda x, site=site: calls.append((site, x)))
+        model(x.to(device_of(model)))
+    found = {}
+    for site, x in calls:
+        if not any(site in sites for sites in found.values()):
+            found.setdefault(id(x), []).append(site)
+    idle = model.sites().keys() - {site for site, _ in calls}
+    return list(found.values()) + [[site] for site in sorted(idle)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# one model
+
+def passes(model, sites, batches, gradients=False, memory=MEMORY):
+    """Yield {site: Stats} until all of `sites` were given: one pass over the batches, or several when memory asks for it.
+
+    model: dense or not, left as it was; batches: [(x, y)] tokens (B, T). Sums take at most `memory` bytes at once (a
+    single group may take more). Cost: a forward pass of the model plus 2 in^2 FLOPs a token and group in float64; with
+    gradients a backward pass without weight gradients, and 2 out^2 a token and site.
+    Raises UserError for too few tokens, or a site that the model never calls.
+    """
+    check_enough(model, sites, batches)
+    modules, chunk, used = model.sites(), [], 0
+    for group in groups(model, batches[0][0][:1]):
+        group = [site for site in group if site in sites]
+        if not group:
+            continue
+        size = 8 * modules[group[0]].in_features ** 2 + gradients * sum(8 * modules[s].out_features ** 2 for s in group)
+        if chunk and used + size > memory:
+            yield one_pass(model, chunk, batches, gradients)
+            chunk, used = [], 0
+        chunk, used = chunk + [group], used + size
+    if chunk:
+        yield one_pass(model, chunk, batches, gradients)
+
+
+def one_pass(model, groups, batches, gradients):
+    """{site: Stats} of these groups in one pass."""
+    inputs = [Moments() for _ in groups]
+    outputs = {site: Moments() for group in groups for site in group} if gradients else {}
+    modules = model.sites()
+    with Hooks(model) as hooks:
+        for group, moments in zip(groups, inputs):
+            hooks.before(modules[group[0]], moments.add)
+        for site, moments in outputs.items():
+            hooks.behind(modules[site], lambda y, moments=moments: watch(y, moments))
+        run(model, hooks, batches, gradients)
+    found = {}
+    for group, moments in zip(groups, inputs):
+        if not moments.count:
+            raise UserError(f'{group[0]} is never called by its model, so that there is nothing to calibrate; leave it '
+                            'dense or take decompose=van_loan', 'decompose')
+        mean, covariance = moments.mean, moments.covariance
+        for site in group:
+            found[site] = Stats(moments.count, mean, covariance, second(outputs[site]) if gradients else None)
+    return found
+
+
+def second(moments):
+    """E[x x^T]"""
+    return moments.covariance + torch.outer(moments.mean, moments.mean)
+
+
+def watch(y, moments):
+    """Add the gradient of y to the moments when it is known; y stays as it is."""
+    y.register_hook(lambda gradient: moments.add(gradient))
+
+
+def run(model, hooks, batches, gradients):
+    """The model over all batches; with gradients backwards too, through activations alone."""
+    device = device_of(model)
+    if not gradients:
+        with torch.no_grad():
+            for x, _ in batches:
+                model(x.to(device))
+        return
+    wanted, config = {p: p.requires_grad for p in model.parameters()}, model.config
+    hooks.behind(model.transformer.wte, lambda x: x.requires_grad_())
+    try:
+        model.config = dataclasses.replace(config, recompute=False)     # which would call the hooks twice
+        for p in wanted:
+            p.requires_grad_(False)
+        with torch.enable_grad():
+            for x, y in batches:
+                _, loss = model(x.to(device), y.to(device))
+                (loss * y.numel()).backward()           # of the summed loss, whatever the batch's size
+    finally:
+        model.config = config
+        for p, flag in wanted.items():
+            p.requires_grad_(flag)

@@ -1,0 +1,250 @@
+"""Sums of Kronecker products fitted to what a linear does to its inputs, not to its weights: alternating least squares.
+
+    minimise over A_i, B_i    tr(H (T - What) C (T - What)^T),    What = sum_i A_i (x) B_i
+
+C (in, in) is E[x x^T] of the linear's inputs plus a ridge, H (out, out) the identity or E[g g^T] of the loss's gradients
+g with respect to its outputs, T the dense weight or what stands for it. With C = H = I this is Van Loan's problem. For
+fixed B it is a linear least-squares problem in A, and for fixed A one in B, so that solving them in turn never raises
+the objective. Sizes as in linear.py: A (terms, m, n), B (terms, p, q), out = m p, in = n q, r = terms. All in float64.
+
+Let RC = R(C), (n n, q q), and RT = R(H T C), (m n, p q), be rearranged as in van_loan.py. With B fixed and H = I, all m
+rows of A share one normal matrix, (r n, r n):
+
+    G[(i, b), (j, b')] = sum_{d d'} RC[(b, b'), (d, d')] K_ij[d, d'],  K_ij = B_i^T B_j,  A_rows G = RT contracted with B
+
+and with A fixed the same holds for R(C)^T, RT^T. With an H that is not I the rows are coupled, (r m n)^2 numbers, so that
+the normal equations are solved by a few steps of conjugate gradients, which lower the objective at each step too.
+"""
+import copy
+
+import torch
+
+from kron.van_loan import canonical, nearest_kronecker_sum, rearrange
+
+RIDGE = 0.01            # of C's typical diagonal entry; 0.003 to 0.03 do equally well, 0.3 is too much
+HESSIAN_RIDGE = 1.0     # of H's: what the gradients show holds near the dense model, and errors are not small
+SWEEPS = 60             # at most
+GAIN = 3e-4             # a sweep that lowers the objective by less than this share of it is the last
+CG_STEPS = 6            # of a half-step with H
+PROXIMAL = 1e-12        # of the mean diagonal of G: keeps terms that G does not determine where they are
+
+
+def als(weight, stats, m, n, terms):
+    """argmin E||W x - What x||^2, C = E[x x^T] + ridge, started from the nearest sum -> A, B, s = 1."""
+    return *fit(weight.double(), with_ridge(moment(stats, weight)), m, n, terms)[:2], 1.0
+
+
+def als_hessian(weight, stats, m, n, terms):
+    """The same weighted by H = stats.gradient + ridge, (out, out): errors count by what they do to the loss -> A, B, s = 1.
+
+    Two-sided, as K-FAC's curvature is. Source of the weighting: Martens and Grosse 2015, arXiv 1503.05671.
+    """
+    H = with_ridge(seen(stats, 'gradient', weight), HESSIAN_RIDGE)
+    return *fit(weight.double(), with_ridge(moment(stats, weight)), m, n, terms, H)[:2], 1.0
+
+
+def als_sequential(weight, stats, m, n, terms):
+    """argmin E||W x - What x'||^2, x what the dense model feeds this site, x' what the compressed one does; s = 1."""
+    return *fit(*shifted(weight, stats), m, n, terms)[:2], 1.0
+
+
+def als_sequential_hessian(weight, stats, m, n, terms):
+    """als_sequential weighted as als_hessian is -> A, B, s = 1."""
+    H = with_ridge(seen(stats, 'gradient', weight), HESSIAN_RIDGE)
+    return *fit(*shifted(weight, stats), m, n, terms, H)[:2], 1.0
+
+
+FITTED = {'als': als, 'als_hessian': als_hessian, 'als_sequential': als_sequential,
+          'als_sequential_hessian': als_sequential_hessian}
+
+
+# ---------------------------------------------------------------------------------------------------
+# what is minimised
+
+def seen(stats, name, weight):
+    """stats.name in float64 where weight is; ValueError in one sentence when the calibration pass did not gather it."""
+    value = getattr(stats, name, None)
+    if value is None:
+        raise ValueError(f'this method needs stats.{name}, which the calibration pass did not gather')
+    return value.to(weight.device, torch.float64)
+
+
+def moment(stats, weight):
+    """E[x x^T] = covariance + mean mean^T, (in, in)."""
+    mean = seen(stats, 'mean', weight)
+    return seen(stats, 'covariance', weight) + torch.outer(mean, mean)
+
+
+def ridge_of(C, share=RIDGE):
+    """share * typical, typical = min(mean, 3 median) of C's diagonal (mean where the median is 0, 1 where C is 0).
+
+    The median keeps the ridge from a few massive activations, which would drown all other inputs.
+    """
+    mean, median = C.diagonal().mean().item(), C.diagonal().median().item()
+    return share * (min(mean, 3 * median) or mean or 1.0)
+
+
+def with_ridge(C, share=RIDGE):
+    """C + ridge I, symmetric, positive definite."""
+    return (C + C.t()) / 2 + ridge_of(C, share) * torch.eye(len(C), dtype=C.dtype, device=C.device)
+
+
+def shifted(weight, stats):
+    """T = W (M + ridge I)(C + ridge I)^-1 with M = E[x x'^T] and C = E[x' x'^T] -> T, C + ridge I.
+
+    E||W x - What x'||^2 = tr((T - What) C (T - What)^T) + a constant: the best matrix for the shifted inputs is T, and
+    the sum is fitted to that. The ridge stands on both, so that T = W where the inputs say nothing.
+    """
+    C = moment(stats, weight)
+    M = seen(stats, 'cross', weight) + torch.outer(seen(stats, 'source_mean', weight), seen(stats, 'mean', weight))
+    M.diagonal().add_(ridge_of(C))
+    C = with_ridge(C)
+    return torch.linalg.solve(C, (weight.double() @ M).t()).t(), C
+
+
+def centred(stats):
+    """The same stats about their means: what is left to fit once the bias follows the means."""
+    stats = copy.copy(stats)
+    stats.mean = torch.zeros_like(stats.mean)
+    if getattr(stats, 'source_mean', None) is not None:
+        stats.source_mean = torch.zeros_like(stats.source_mean)
+    return stats
+
+
+def bias_shift(weight, kept, stats):
+    """W E[x] - What E[x'], (out,): what the bias gains so that the mean output is as it was (x' = x without a source)."""
+    mean = seen(stats, 'mean', weight)
+    source = mean if getattr(stats, 'source_mean', None) is None else seen(stats, 'source_mean', weight)
+    return weight.double() @ source - kept.double() @ mean
+
+
+# ---------------------------------------------------------------------------------------------------
+# the fit
+
+def fit(target, C, m, n, terms, H=None, sweeps=SWEEPS, gain=GAIN):
+    """A, B and the objectives, that of the nearest sum first: they never rise.
+
+    target (m*p, n*q), C (n*q, n*q) positive definite, H (m*p, m*p) or None. Stops after `sweeps`, or when a sweep gains
+    less than `gain` of the objective. Cost of a sweep without H: solves of r n and of r q unknowns,
+    (r n)^3/3 + 2 m (r n)^2 and (r q)^3/3 + 2 p (r q)^2 multiply-adds, and r^2 in^2 + r^2 (m n^2 + p q^2) for the normal
+    matrices; with H 2 CG_STEPS (out^2 in + out in^2). Memory: 8 bytes times 2 in^2 + 2 out in + 2 r^2 max(n, q)^2, + out^2.
+    """
+    A, B = nearest_kronecker_sum(target, m, n, terms)
+    problem = Problem(target, C, H, m, n)
+    objectives = [problem.objective(A, B)]
+    for _ in range(sweeps):
+        new_A = problem.half_step(B, A, left=True)
+        new = canonical(new_A, problem.half_step(new_A, B, left=False))
+        now, last = problem.objective(*new), objectives[-1]
+        if not now < last:                              # rounding
+            break
+        A, B = new
+        objectives.append(now)
+        if last - now <= gain * now or now <= 1e-15 * problem.constant:
+            break
+    return A, B, objectives
+
+
+class Problem:
+    """tr(H (T - What) C (T - What)^T) with what all half-steps share."""
+
+    def __init__(self, target, C, H, m, n):
+        weighted = target @ C if H is None else H @ target @ C
+        self.C, self.H, self.kept = C, H, (None, None)
+        self.constant = (weighted * target).sum().item()
+        self.RT, self.RC = rearrange(weighted, m, n), rearrange(C, n, n)
+
+    def objective(self, A, B):
+        """The objective at a sum: constant - 2 <RT, R(What)> + tr(H What C What^T)."""
+        r = len(A)
+        cross = (self.RT * (A.reshape(r, -1).t() @ B.reshape(r, -1))).sum()
+        if self.H is not None:
+            W = dense(A, B)
+            return (self.constant - 2 * cross + (self.H @ W @ self.C * W).sum()).item()
+        X, self.kept = rows(A), (B, self.normal_matrix(B, True))           # which the next half-step needs too
+        return (self.constant - 2 * cross + (X @ self.kept[1] * X).sum()).item()
+
+    def normal_matrix(self, fixed, left):
+        """G (r n, r n) for A's rows with B fixed (left), (r q, r q) for B's rows with A fixed."""
+        r, _, width = fixed.shape
+        stacked = fixed.permute(1, 0, 2).reshape(-1, r * width)
+        K = (stacked.t() @ stacked).view(r, width, r, width).permute(1, 3, 0, 2).reshape(width * width, r * r)
+        RC = self.RC if left else self.RC.t()
+        side = int(RC.shape[0] ** 0.5 + 0.5)
+        return (RC @ K).view(side, side, r, r).permute(2, 0, 3, 1).reshape(r * side, r * side)
+
+    def right_hand_side(self, fixed, moving, left, RT=None):
+        """RT contracted with the fixed factors, as rows: (m, r n) or (p, r q)."""
+        RT = self.RT if RT is None else RT
+        r, height, width = moving.shape
+        return ((RT if left else RT.t()) @ fixed.reshape(r, -1).t()).view(height, width, r).transpose(1, 2).reshape(
+            height, r * width)
+
+    def half_step(self, fixed, moving, left):
+        """The best moving factors with the others fixed (with H: better ones)."""
+        known, G = self.kept
+        G = G if left and fixed is known else self.normal_matrix(fixed, left)
+        rhs, X, (factor, eps) = self.right_hand_side(fixed, moving, left), rows(moving), factorise(G)
+        if self.H is None:
+            X = torch.cholesky_solve((rhs + eps * X).t(), factor).t()
+        else:
+            X = self.conjugate_gradients(fixed, moving, left, rhs, factor)
+        return unrows(X, moving.shape)
+
+    def conjugate_gradients(self, fixed, moving, left, rhs, factor):
+        """CG_STEPS from the moving factors, preconditioned by H's partial trace (x) G, which is exact for H = h (x) I."""
+        height = moving.shape[1]
+        H = self.H.view(height, -1, height, len(self.H) // height) if left else (
+            self.H.view(-1, height, len(self.H) // height, height).permute(1, 0, 3, 2))
+        partial, _ = factorise(H.diagonal(dim1=1, dim2=3).mean(-1))
+
+        def apply(X):
+            new = unrows(X, moving.shape)
+            W = dense(new, fixed) if left else dense(fixed, new)
+            (_, m, n) = (new if left else fixed).shape
+            return self.right_hand_side(fixed, moving, left, rearrange(self.H @ W @ self.C, m, n))
+
+        def precondition(residual):
+            return torch.cholesky_solve(torch.cholesky_solve(residual.t(), factor).t(), partial)
+        X = rows(moving)
+        residual = rhs - apply(X)
+        direction = z = precondition(residual)
+        rho = (residual * z).sum()
+        for _ in range(CG_STEPS):
+            if not rho > 0:
+                break
+            image = apply(direction)
+            step = rho / (direction * image).sum()
+            X, residual = X + step * direction, residual - step * image
+            z = precondition(residual)
+            rho, old = (residual * z).sum(), rho
+            direction = z + rho / old * direction
+        return X
+
+
+def rows(factor):
+    """(r, height, width) -> (height, r width)"""
+    return factor.transpose(0, 1).reshape(factor.shape[1], -1)
+
+
+def unrows(X, shape):
+    """(height, r width) -> (r, height, width)"""
+    return X.view(shape[1], shape[0], shape[2]).transpose(0, 1).contiguous()
+
+
+def dense(A, B):
+    """sum_i A_i (x) B_i, (m p, n q)."""
+    (_, m, n), (_, p, q) = A.shape, B.shape
+    return torch.einsum('imn,ipq->mpnq', A, B).reshape(m * p, n * q)
+
+
+def factorise(G):
+    """Cholesky factor of G + eps I, and eps: PROXIMAL of G's mean diagonal, more where G is not definite to rounding."""
+    eps = PROXIMAL * max(G.diagonal().mean().item(), 1e-300)
+    eye = torch.eye(len(G), dtype=G.dtype, device=G.device)
+    for _ in range(10):
+        factor, failed = torch.linalg.cholesky_ex(G + eps * eye)
+        if not failed:
+            break
+        eps *= 10
+    return factor, eps
