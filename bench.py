@@ -21,6 +21,14 @@ PARTS = {
     'attention': 'bench.modules',       # every attention class beside causal attention; --maps draws a model's maps
     'linear': 'bench.modules',          # every structure beside the dense linear
     'mlp': 'bench.modules',             # every MLP class beside GELU's
+    'ladder': 'bench.ladder',           # a train step from plain fp32 upwards, and the checks before a long run
+    'step': 'bench.step',               # where the time of a config's train step goes; MFU, memory
+    'sample': 'bench.sampling',         # tokens a second of generation, with and without the cache
+    'optim': 'bench.optimizing',        # Muon, batched, beside a loop and torch.optim.Muon
+    'loader': 'bench.loading',          # the loader alone and beside a train step
+    'scaling': 'bench.scaling',         # DDP and FSDP2 on 1, 2, ... ranks of this machine
+    'recipe': 'bench.recipe',           # the race against a clone of nanoGPT
+    'gpu': 'bench.gpu',                 # every measurement that wants a GPU, in under 9 minutes
 }
 
 

@@ -1,0 +1,75 @@
+"""Part sample: tokens a second of generation, with the cache and without, for the model of a config.
+
+    python bench.py sample --config=config/kron_mlp.py --new_tokens=128
+
+Random weights: the speed does not depend on them. Greedy, so that both ways must give the same text, which is checked.
+Every model setting may be given and stands above the config's.
+"""
+from dataclasses import dataclass
+
+from bench import Output
+from bench.step import check as check_config
+from bench.step import chosen
+from configurator import Config, key, model_config
+from variants import UserError
+
+
+@dataclass
+class Settings(Output, Config):
+    """What is sampled, and how much; every setting of train.py besides."""
+    config: str = key('', 'config file of the model')
+    prompt: int = key(16, 'tokens of the prompt', low=1)
+    new_tokens: int = key(64, 'tokens that are generated, at most what block_size leaves', low=1)
+    samples: int = key(1, 'sequences at once', low=1)
+    rounds: int = key(5, 'rounds in which both are timed', low=1)
+    progress: float = key(0.0, 'share of the run that is over, for windows on a schedule', low=0)
+    threads: int = key(1, 'torch threads on a CPU', low=1)
+
+
+def check(settings, part):
+    """What can be refused before torch is imported; raises UserError."""
+    check_config(settings, part)
+    if settings.prompt >= chosen(settings).block_size:
+        raise UserError(f'prompt must be below block_size ({chosen(settings).block_size}), got {settings.prompt}', 'prompt')
+
+
+def run(settings, part):
+    """Time both by turns."""
+    import torch
+
+    import hardware
+    from bench.modules import machine
+    from bench.training import by_turns, spread
+    from model import GPT
+    config = chosen(settings)
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(config.seed)
+    device = hardware.device(config.device)
+    kind = hardware.dtype(config.dtype, device)
+    model = GPT(model_config(config)).to(device).eval()
+    model.set_progress(settings.progress)
+    prompt = torch.randint(config.vocab_size, (settings.samples, settings.prompt), device=device)
+    count = min(settings.new_tokens, config.block_size - settings.prompt)
+
+    def sample(use_cache):
+        with hardware.autocast(device, kind):
+            return model.generate(prompt, count, temperature=0, use_cache=use_cache)
+    cached, plain = sample(True), sample(False)
+    rounds = by_turns([lambda: sample(True), lambda: sample(False)], settings.rounds, 0, device)
+    with_cache, without = (spread(column)['median'] for column in zip(*rounds))
+    return {'part': 'sample', 'config': settings.config, 'parameters': model.num_params(), 'prompt': settings.prompt,
+            'new_tokens': count, 'samples': settings.samples, 'dtype': str(kind).removeprefix('torch.'),
+            'tokens_per_s': 1e3 * count * settings.samples / with_cache,
+            'tokens_per_s_without': 1e3 * count * settings.samples / without,
+            'gain': spread([slow / fast for fast, slow in rounds]),
+            'same_tokens': (cached == plain).double().mean().item(), 'machine': machine(device)}
+
+
+def text(result):
+    """The result for people."""
+    machine, where = result['machine'], result['machine']['gpu'] or result['machine']['device']
+    return (f'{result["config"]}: {result["parameters"]:,} parameters, {result["dtype"]}, {where}, '
+            f'torch {machine["torch"]}\n{result["samples"]} x {result["new_tokens"]} new tokens after {result["prompt"]}: '
+            f'{result["tokens_per_s"]:,.1f} tokens/s with the cache, {result["tokens_per_s_without"]:,.1f} without, gain '
+            f'{result["gain"]["median"]:.2f} ({result["gain"]["min"]:.2f} to {result["gain"]["max"]:.2f}); '
+            f'{result["same_tokens"]:.1%} of the tokens are the same')

@@ -1,0 +1,137 @@
+"""Part step: where the time of a config's train step goes, its tokens a second, its MFU and its memory.
+
+    python bench.py step --config=config/train_gpt2.py --batch_size=16
+
+Every setting of train.py may be given and stands above the config's. One process; a step of `gradient_accumulation_steps`
+micro-steps is measured as one micro-step and one optimizer step, and put together: accumulation * micro + optimizer.
+Where the config's data set is not there, random tokens stand in; the result says which. The parts are timed with a wait
+for the device after each, `ms` without.
+"""
+import os
+from dataclasses import dataclass
+
+import configurator
+from bench import Output, tables
+from configurator import Config, key
+from variants import UserError
+
+
+@dataclass
+class Settings(Output, Config):
+    """What is trained, and how long to measure; every setting of train.py besides."""
+    config: str = key('', 'config file of what is trained')
+    rounds: int = key(7, 'rounds in which everything is timed', low=1)
+    progress: float = key(0.0, 'share of the run that is over, for windows on a schedule', low=0)
+    random_tokens: bool = key(False, 'random tokens even where the data set is there')
+    vocabulary: int = key(50257, 'of the random tokens', low=2)
+    threads: int = key(1, 'torch threads on a CPU', low=1)
+
+
+OWN = ('config', 'rounds', 'progress', 'random_tokens', 'vocabulary', 'threads', 'json', 'debug')
+
+
+def check(settings, part):
+    """What can be refused before torch is imported; raises UserError."""
+    if not settings.config:
+        raise UserError('name what is trained: --config=config/X.py', 'config')
+    if settings.init_from != 'scratch':
+        raise UserError(f"init_from must be 'scratch' here, got {settings.init_from!r}", 'init_from')
+    if settings.progress > 1:
+        raise UserError(f'progress must be at most 1, got {settings.progress}', 'progress')
+    chosen(settings)
+
+
+def chosen(settings):
+    """The Config of --config, with the settings that were given here in place of the file's."""
+    config = configurator.load([settings.config])
+    for name, where in settings.sources.items():
+        if name not in OWN:
+            setattr(config, name, getattr(settings, name))
+            config.sources[name] = where
+    for name, sentence in configurator.check(config):
+        raise UserError(f'{configurator.place(config, name)}{sentence}')
+    return config
+
+
+def random_data(folder, vocab_size, block_size):
+    """A data set of random tokens in `folder`, enough for some batches."""
+    import numpy as np
+
+    from data.prepare_text import write_dataset
+    size = max(100_000, 40 * block_size)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, size, np.uint16)
+    described = {'tokenizer': 'gpt2', 'vocab_size': vocab_size}
+    if vocab_size < 257:                                # fewer than GPT-2's tokenizer can have
+        described = {'tokenizer': 'char', 'vocab_size': vocab_size, 'chars': [chr(0x100 + i) for i in range(vocab_size)]}
+    write_dataset(folder, described, {'train': tokens, 'val': tokens[:size // 4]})
+
+
+def run(settings, part):
+    """Build what train.py would train, and measure it."""
+    import tempfile
+
+    import torch
+
+    import parallel
+    from data.loader import open_dataset
+    config = chosen(settings)
+    torch.set_num_threads(settings.threads)
+    job = parallel.start(config)
+    if job.world_size > 1:
+        raise UserError('step measures one process; python bench.py scaling measures several')
+    with tempfile.TemporaryDirectory() as made:
+        folder = os.path.join(config.data_dir, config.dataset)
+        real = not settings.random_tokens and os.path.isfile(os.path.join(folder, 'train.bin'))
+        if not real:
+            random_data(made, settings.vocabulary, config.block_size)
+        dataset = open_dataset(folder if real else made, notice=lambda text: None)
+        return measure(settings, config, job, dataset, folder if real else 'random tokens')
+
+
+def measure(settings, config, job, dataset, source):
+    """The result, from a data set that is open."""
+    from bench.modules import machine
+    from bench.steps import Steps
+    from bench.training import matmul_peak
+    steps = Steps(config, job, dataset, settings.progress)
+    times, memory = steps.measure(settings.rounds), steps.memory()
+    flops = 3 * steps.model.flops_per_token()
+    peak, sheet = matmul_peak(job.device, job.dtype), sheet_peak(job)
+    rate = steps.tokens / times['ms'] * 1e3
+    return {'part': 'step', 'config': settings.config, 'data': source, 'compiled': steps.compiled,
+            'dtype': str(job.dtype).removeprefix('torch.'), 'parameters': steps.model.num_params(),
+            'tokens': steps.tokens, 'micro_steps': steps.accumulation, 'batch_size': config.batch_size,
+            'block_size': config.block_size, **times, 'tokens_per_s': rate, 'flops_per_token': flops,
+            'measured_peak': peak, 'mfu_measured': flops * rate / peak,
+            'sheet_peak': sheet, 'mfu_sheet': sheet and flops * rate / sheet, 'peak_memory': memory,
+            'forward_shares': steps.forward_shares(settings.rounds), 'machine': machine(job.device)}
+
+
+def sheet_peak(job):
+    """FLOP/s by the data sheet of a known GPU, else None."""
+    import hardware
+    if job.device.type != 'cuda':
+        return None
+    import torch
+    name = torch.cuda.get_device_name(job.device)
+    known = any(part in name for part in hardware.PEAK_BF16)
+    return hardware.peak_flops(job.device, job.dtype) if known else None
+
+
+def text(result):
+    """The result for people."""
+    machine, tokens = result['machine'], result['tokens']
+    where = machine['gpu'] or f'{machine["device"]} ({machine["threads"]} threads)'
+    sheet = '' if result['mfu_sheet'] is None else f', {result["mfu_sheet"]:.1%} of the data sheet'
+    parts = [['part', 'ms', 'share'], *([name, f'{result["parts"][name]:.4g}', f'{share:.1%}']
+                                        for name, share in result['shares'].items())]
+    forward = [['of the forward pass', 'share'], *([name, f'{share:.1%}'] for name, share in
+                                                   result['forward_shares'].items())]
+    memory = '' if result['peak_memory'] is None else f', peak memory {result["peak_memory"] / 1e9:.3g} GB'
+    return '\n\n'.join([
+        f'{result["config"]} on {result["data"]}: {result["parameters"]:,} parameters, {result["dtype"]}'
+        f'{", compiled" * result["compiled"]}, {where}, torch {machine["torch"]}',
+        f'{tokens:,} tokens a step of {result["micro_steps"]} x {result["batch_size"]} x {result["block_size"]}: '
+        f'{result["ms"]:.4g} ms, {result["tokens_per_s"]:,.0f} tokens/s{memory}\nMFU {result["mfu_measured"]:.1%} of a '
+        f'measured matrix product ({result["measured_peak"] / 1e12:.3g} TFLOP/s){sheet}',
+        tables.aligned(parts), tables.aligned(forward)])
