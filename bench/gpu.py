@@ -46,14 +46,14 @@ class Job(NamedTuple):
     seconds: int
 
 
-def step_job(name, config, arguments, seconds):
+def step_job(name, config, arguments, seconds, tiny_attention='causal'):
     """A job of part step on random tokens; on a GPU compiled, in the device's half precision."""
     some = [f'--config={config}', '--random_tokens=True', *arguments]
     tiny = [word for word in some if word.split('=')[0] not in ('--batch_size', '--block_size', '--loss_chunk')]
     chunk = ['--loss_chunk=8'] if any(word.startswith('--loss_chunk') for word in some) else []
     sizes = ['--gradient_accumulation_steps=1', '--vocabulary=300', '--rounds=1']
     return Job(name, 'step', ['--device=cuda', '--compile=True', '--rounds=5', *some],
-               [*tiny, *TINY, *sizes, *chunk], seconds)
+               [*tiny, *TINY, *sizes, *chunk, f'--attention={tiny_attention}'], seconds)
 
 
 def modules_job(part, arguments):
@@ -72,7 +72,7 @@ def jobs():
         step_job('chunked 64 x 1024', PLAIN, ['--batch_size=64', '--block_size=1024', one, '--loss_chunk=8192'], 120),
         Job('optim', 'optim', ['--device=cuda', '--sizes=124M', '--rounds=7'],
             ['--device=cpu', '--sizes=char', '--rounds=1', '--round_ms=0'], 60),
-        step_job('windowed', recipe, [*windowed, one, '--progress=0.5'], 150),
+        step_job('windowed', recipe, [*windowed, one, '--progress=0.5'], 150, 'window(8)'),
         modules_job('linear', ['--tokens=8192,32768']),
         Job('ladder', 'ladder', ['--device=cuda', '--rounds=5', '--max_seconds=130'],
             [*TINY, '--rounds=1', '--round_s=0', '--check_tokens=char', '--check_iters=2'], 240),
