@@ -83,8 +83,14 @@ def split_batch(config, world_size):
 
 
 def shard(model, config, job):
-    """With parallel='fsdp': every block's parameters, and the rest, split over the ranks on dim 0 (FSDP2); in place."""
+    """With parallel='fsdp': every block's parameters, and the rest, split over the ranks on dim 0 (FSDP2); in place.
+
+    Raises UserError for weights in half precision, whose fp32 masters do not know shards (precision.widened).
+    """
     if job.world_size > 1 and config.parallel == 'fsdp':
+        if job.half_weights:
+            raise UserError(f"weights={config.weights!r} does not go with parallel='fsdp'; take weights='float32' with "
+                            f"dtype={config.weights!r}, or parallel='ddp'", 'weights')
         mesh = dist.device_mesh.init_device_mesh(job.device.type, (job.world_size,))
         for block in model.transformer.h:
             fully_shard(block, mesh=mesh)

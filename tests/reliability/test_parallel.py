@@ -65,6 +65,18 @@ def test_sharded_runs_resume_on_any_number_of_ranks(data, tmp_path, way):
     assert distance(whole, run(data, tmp_path / 'c', '--init_from=resume')) < 1e-6
 
 
+def test_ranks_with_unequal_shares_of_the_validation_split_do_not_wait_for_one_another(data, tmp_path):
+    """37 whole windows and a rest, dealt to two ranks, each forward pass of which gathers shards."""
+    more = ['--eval_iters=0', '--block_size=16', '--batch_size=3']
+    one, two = run(data, tmp_path / 'one', *more), run(data, tmp_path / 'two', *more, '--parallel=fsdp', ranks=2)
+    assert abs(one['best_val_loss'] - two['best_val_loss']) < 1e-6
+
+
+def test_half_precision_weights_are_refused_with_shards(data, tmp_path):
+    done = finish(start(data, tmp_path, *SAME, '--parallel=fsdp', '--weights=bfloat16', ranks=2))
+    assert "does not go with parallel='fsdp'" in done.stderr
+
+
 def test_two_agents_stand_for_two_nodes(data, tmp_path):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
