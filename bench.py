@@ -27,6 +27,7 @@ PARTS = {
     'optim': 'bench.optimizing',        # Muon, batched, beside a loop and torch.optim.Muon
     'loader': 'bench.loading',          # the loader alone and beside a train step
     'scaling': 'bench.scaling',         # DDP and FSDP2 on 1, 2, ... ranks of this machine
+    'fit': 'bench.fit_table',           # ABBA beside the SVD of equal parameters on real matrices
     'recipe': 'bench.recipe',           # the race against a clone of nanoGPT
     'gpu': 'bench.gpu',                 # every measurement that wants a GPU, in under 9 minutes
 }

@@ -319,18 +319,18 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Forward FLOPs a token at full context: sites, attention (no causal halving) and head; a multiply-add is 2."""
-        sites = sum(module.flops(1) for module in self.sites().values())
+        T = self.config.block_size
+        sites = sum(module.flops(T) for module in self.sites().values()) // T       # of many at once: see ABBALinear
         attention = sum(block.attn.flops(self.config.block_size) for block in self.transformer.h)
         return sites + attention + 2 * self.lm_head.weight.numel()
 
     def site_table(self):
         """One dict a site: site, spec, shape (out, in), parameters with bias, forward FLOPs a token, share of all."""
-        total = self.num_params()
-        rows = []
+        total, length, rows = self.num_params(), self.config.block_size, []
         for site, module in self.sites().items():
             numel = sum(p.numel() for p in module.parameters())
             rows.append({'site': site, 'spec': module.spec, 'shape': (module.out_features, module.in_features),
-                         'parameters': numel, 'flops': module.flops(1), 'share': numel / total})
+                         'parameters': numel, 'flops': module.flops(length) // length, 'share': numel / total})
         return rows
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):

@@ -42,6 +42,7 @@ LINEARS = Table({
     'dense': 'layers:Linear',
     'kron': 'kron.linear:KroneckerLinear',
     'lowrank': 'lowrank.linear:LowRankLinear',
+    'abba': 'lowrank.abba:ABBALinear',
 })
 
 ATTENTIONS = Table({

@@ -70,8 +70,8 @@ def kron(s):
     return f'kron({halved(s.shape[0])}, {halved(s.shape[1])})'
 
 
-def lowrank(s):
-    return f'lowrank({divided(s.shape[0] * s.shape[1], 2 * sum(s.shape))})'
+def lowrank(s, words='lowrank({0})', share=2):
+    return words.format(divided(s.shape[0] * s.shape[1], share * sum(s.shape)))     # half of the dense parameters
 
 
 # part -> name -> (settings) -> the spec that stands for it; a name without an example is a spec as it is
@@ -81,7 +81,7 @@ EXAMPLES = {
         'linformer': lambda s: f'linformer({divided(s.block_size, 32)}, chunk={divided(s.block_size, 8)})',
         **{name: lambda s, name=name: mla(s, name) for name in ('mla', 'mla_diff', 'mla_dint')},
     },
-    'linear': {'kron': kron, 'lowrank': lowrank},           # a quarter and a half of the dense parameters
+    'linear': {'kron': kron, 'lowrank': lowrank, 'abba': lambda s: lowrank(s, 'abba({0}, {0})', 4)},
     'mlp': {'latent': lambda s: f'latent({divided(s.n_embd, 4)})'},
 }
 

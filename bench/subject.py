@@ -133,7 +133,8 @@ class Subject:
 
     def flops(self):
         """Forward FLOPs a token at full context, a multiply-add counted as 2: the sites, and attention over block_size."""
-        sites = sum(m.flops(1) for m in self.module.modules() if hasattr(m, 'spec'))
+        T = self.config.block_size                      # many at once: some structures are cheaper a token then
+        sites = sum(m.flops(T) for m in self.module.modules() if hasattr(m, 'spec')) // T
         return sites + (self.module.flops(self.config.block_size) if self.part == 'attention' else 0)
 
 

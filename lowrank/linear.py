@@ -5,19 +5,34 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from lowrank.svd import truncated_svd
+from lowrank.svd import seen, truncated_svd, whitened_svd
 
 
 def svd(weight, stats, rank):
-    """The nearest product in Frobenius norm -> U, V."""
-    return truncated_svd(weight, rank)
+    """The nearest product in Frobenius norm -> U, V and no mean: the bias stays."""
+    return *truncated_svd(weight, rank), None
 
 
-# method of from_dense -> function (weight (out, in) detached, stats, rank) -> U, V
+def svd_whitened(weight, stats, rank):
+    """The product with the nearest outputs, min E ||W x - U V x||^2 over the inputs that stats saw -> U, V, no mean."""
+    count, moment = (seen(stats, name, weight, 'svd_whitened') for name in ('count', 'moment'))
+    return *whitened_svd(weight, rank, moment, count), None
+
+
+def svd_whitened_bias(weight, stats, rank):
+    """The same where the bias takes over what the mean input m loses, so that U V need fit x - m only -> U, V, m."""
+    count, mean, covariance = (seen(stats, name, weight, 'svd_whitened_bias') for name in ('count', 'mean', 'covariance'))
+    return *whitened_svd(weight, rank, covariance, count), mean
+
+
+# method of from_dense -> function (weight (out, in) detached, stats, rank) -> U, V, the mean input or None
 METHODS = {
     'van_loan': svd,        # the name that every structure knows: its nearest member in Frobenius norm
     'svd': svd,
+    'svd_whitened': svd_whitened,
+    'svd_whitened_bias': svd_whitened_bias,
 }
+CALIBRATED = frozenset({'svd_whitened', 'svd_whitened_bias'})           # the methods that need stats
 
 
 class LowRankLinear(nn.Module):
@@ -109,21 +124,26 @@ class LowRankLinear(nn.Module):
     def from_dense(cls, weight, bias, *, method='van_loan', stats=None, rank):
         """The structure that stands for a dense matrix, with its dtype and device.
 
-        weight (out, in), bias (out,) or None (kept as it is); method: 'van_loan' or 'svd', both the nearest matrix of
-        that rank in Frobenius norm; stats: what a calibration pass saw, unused by the methods there today.
-        Cost: truncated_svd. Raises ValueError for an unknown method or sizes below 1.
+        weight (out, in), bias (out,) or None; method: 'van_loan' or 'svd', both the nearest matrix of that rank in
+        Frobenius norm; 'svd_whitened', the one with the nearest outputs on the inputs that stats saw (count, mean and
+        covariance, see seen); 'svd_whitened_bias', which also adds (W - U V) mean to the bias. Others keep the bias.
+        Cost: truncated_svd, whitened_svd. Raises ValueError for an unknown method, stats or a bias that are missing,
+        or sizes below 1.
         """
         if method not in METHODS:
             raise ValueError(f'method={method!r} is unknown; lowrank knows {", ".join(METHODS)}')
+        if bias is None and method == 'svd_whitened_bias':
+            raise ValueError("method='svd_whitened_bias' needs a bias to correct; take 'svd_whitened' or bias=True")
         with torch.device('meta'):                  # no memory and no random numbers for values that are replaced
             module = cls(weight.shape[1], weight.shape[0], bias is not None, rank)
         module.to(weight.dtype).to_empty(device=weight.device)
-        U, V = METHODS[method](weight.detach(), stats, rank)
+        U, V, mean = METHODS[method](weight.detach(), stats, rank)
         with torch.no_grad():
             module.U.copy_(U)
             module.V.copy_(V)
             if bias is not None:
-                module.bias.copy_(bias)
+                lost = 0 if mean is None else (weight.double() - U.double() @ V.double()) @ mean
+                module.bias.copy_(bias + lost)
         return module
 
     def extra_repr(self):

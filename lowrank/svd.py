@@ -1,5 +1,7 @@
-"""The matrix of a given rank nearest to a matrix in Frobenius norm."""
+"""The matrix of a given rank nearest to a matrix: in Frobenius norm, or in what it does to the inputs it meets."""
 import torch
+
+RIDGE = 0.01            # of a covariance, as a part of its typical diagonal entry
 
 
 def truncated_svd(weight, rank):
@@ -19,3 +21,57 @@ def truncated_svd(weight, rank):
     U, V = left.new_zeros(weight.shape[0], rank), left.new_zeros(rank, weight.shape[1])
     U[:, :r], V[:r] = left * root, root[:, None] * right
     return U.to(weight.dtype), V.to(weight.dtype)
+
+
+def whitened_svd(weight, rank, moment, count=None):
+    """argmin tr((W - U V) (C + ridge) (W - U V)^T): U (out, rank), V (rank, in), balanced as truncated_svd's.
+
+    weight (out, in); moment C (in, in): E[x x^T] of the inputs, or their covariance where the bias takes their mean;
+    count: of the inputs seen, None for plenty. With C + ridge = S S^T (Cholesky) the objective is ||W S - U V S||_F^2,
+    so that U V = P W with P the projection on the `rank` leading left singular vectors of W S: the same as their
+    truncated SVD times S^-1, without the inverse. C = I gives truncated_svd. Float64 inside; two exact SVDs and a
+    Cholesky of C. Raises ValueError when C is not finite. Source: SVD-LLM (arXiv 2403.07378); it has no ridge.
+    """
+    W = weight.detach().double()
+    S = torch.linalg.cholesky(with_ridge(moment, count))
+    P = torch.linalg.svd(W @ S, full_matrices=False)[0][:, :rank]               # (out, rank)
+    U, V = truncated_svd(P @ (P.t() @ W), rank)
+    return U.to(weight.dtype), V.to(weight.dtype)
+
+
+def with_ridge(moment, count=None):
+    """C + lambda I, positive definite, in float64: lambda = RIDGE min(mean, 3 median) of C's diagonal.
+
+    The median bounds what a few massive inputs do to it. Fewer inputs than features leave C singular and say little of
+    the directions that they missed: lambda grows by features / count. C = 0, of a site that saw nothing, becomes I.
+    """
+    C = moment.double()
+    if not C.isfinite().all():
+        raise ValueError('the covariance of the inputs is not finite; calibrate again on other text')
+    C, diagonal = (C + C.t()) / 2, C.diagonal()
+    mean, median = diagonal.mean().item(), diagonal.median().item()
+    size = min(mean, 3 * median) if median > 0 else mean
+    if size <= 0:
+        return torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
+    few = 1.0 if count is None else max(1.0, C.shape[0] / max(float(count), 1.0))
+    return C + RIDGE * size * few * torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
+
+
+def seen(stats, name, weight, method):
+    """One entry of stats, an object or a dict, on the device of weight (out, in) in float64.
+
+    stats hold of the inputs x of a site: count, mean = E[x] (in,), covariance = E[(x - mean)(x - mean)^T] (in, in); the
+    entry 'moment', E[x x^T], is made of them. Raises ValueError, in one sentence, where they are missing or of another
+    size.
+    """
+    if name == 'moment':
+        covariance, mean = (seen(stats, part, weight, method) for part in ('covariance', 'mean'))
+        return covariance + torch.outer(mean, mean)
+    entry = stats.get(name) if isinstance(stats, dict) else getattr(stats, name, None)
+    if entry is None:
+        raise ValueError(f"method={method!r} needs the {name} of the inputs that a calibration pass saw; "
+                         "without one take 'van_loan'")
+    entry, size = torch.as_tensor(entry).to(weight.device, torch.float64), weight.shape[1]
+    if entry.ndim and (entry.shape[0], entry.shape[-1]) != (size, size):
+        raise ValueError(f'the {name} of the inputs is {tuple(entry.shape)}, and the matrix takes {size} inputs')
+    return entry

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lowrank.linear import LowRankLinear
-from lowrank.svd import truncated_svd
+from lowrank.svd import truncated_svd, whitened_svd, with_ridge
 
 
 def test_forward_by_hand():
@@ -142,3 +142,131 @@ def test_both_method_names_are_the_nearest_product():
     weights = [LowRankLinear.from_dense(W, None, method=m, rank=4).dense_weight() for m in ('svd', 'van_loan')]
     assert torch.equal(*weights)
     assert torch.equal(torch.get_rng_state(), state), 'from_dense drew random numbers'
+
+
+# ---------------------------------------------------------------------------------------------------
+# the nearest outputs
+
+def calibration(size=25, rows=200, seed=0, shift=0.0):
+    """Correlated inputs of very different sizes -> what a calibration pass says of them."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(size, size, dtype=torch.float64, generator=generator) * torch.logspace(-2, 1, size).double()
+    x = torch.randn(rows, size, dtype=torch.float64, generator=generator) @ mix + shift
+    mean = x.mean(0)
+    return x, {'count': rows, 'mean': mean, 'covariance': (x - mean).t() @ (x - mean) / rows}
+
+
+def loss(W, near, C):
+    """tr((W - near) C (W - near)^T)."""
+    return ((W - near) @ C @ (W - near).t()).trace().item()
+
+
+def reference(W, C, rank):
+    """Least loss and its matrix by another road: the symmetric root of C and its inverse."""
+    L, Q = torch.linalg.eigh(C)
+    root, inverse = Q * L.sqrt() @ Q.t(), Q / L.sqrt() @ Q.t()
+    left, S, right = torch.linalg.svd(W @ root)
+    return (left[:, :rank] * S[:rank]) @ right[:rank] @ inverse, S[rank:].square().sum().item()
+
+
+@pytest.mark.parametrize('rank', [1, 5, 17])
+def test_whitening_minimises_the_error_of_the_outputs(rank):
+    torch.manual_seed(0)
+    W, (_, stats) = torch.randn(18, 25, dtype=torch.float64), calibration()
+    moment = stats['covariance'] + torch.outer(stats['mean'], stats['mean'])
+    C = with_ridge(moment, stats['count'])
+    U, V = whitened_svd(W, rank, moment, stats['count'])
+    nearest, least = reference(W, C, rank)
+    assert loss(W, U @ V, C) == pytest.approx(least, rel=1e-8)
+    torch.testing.assert_close(U @ V, nearest, rtol=1e-6, atol=1e-8)
+    assert loss(W, torch.matmul(*truncated_svd(W, rank)), C) > 1.1 * least
+    for size in (1e-4, 1e-3, 1e-2, 1e-1) * 5:
+        assert loss(W, (U + size * torch.randn_like(U)) @ (V + size * torch.randn_like(V)), C) > least
+
+
+def test_whitened_factors_are_balanced_and_in_order():
+    torch.manual_seed(0)
+    W, (_, stats) = torch.randn(18, 25, dtype=torch.float64), calibration()
+    U, V = whitened_svd(W, 6, stats['covariance'])
+    S = torch.linalg.svdvals(U @ V)[:6].diag()
+    torch.testing.assert_close(U.t() @ U, S, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(V @ V.t(), S, rtol=1e-9, atol=1e-9)
+
+
+def test_uncorrelated_inputs_of_one_size_give_the_plain_svd():
+    torch.manual_seed(0)
+    W = torch.randn(18, 25)
+    stats = {'count': 10 ** 6, 'mean': torch.zeros(25), 'covariance': 3 * torch.eye(25)}
+    white = LowRankLinear.from_dense(W, None, method='svd_whitened', stats=stats, rank=4)
+    plain = LowRankLinear.from_dense(W, None, method='svd', rank=4)
+    torch.testing.assert_close(white.U, plain.U, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(white.V, plain.V, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('rows', [1, 5, 24, 2000])
+def test_few_inputs_and_silent_ones_are_no_obstacle(rows):
+    """A singular covariance: finite, near on what was seen, and near W itself where nothing was."""
+    torch.manual_seed(0)
+    W, (x, stats) = torch.randn(18, 25, dtype=torch.float64), calibration(rows=rows)
+    x[:, 20:] = 0
+    stats['mean'] = x.mean(0)
+    stats['covariance'] = (x - x.mean(0)).t() @ (x - x.mean(0)) / rows
+    white = LowRankLinear.from_dense(W, None, method='svd_whitened', stats=stats, rank=12)
+    near = white.dense_weight()
+    assert near.isfinite().all()
+    plain = torch.matmul(*truncated_svd(W, 12))
+    assert (x @ (W - near).t()).norm() < (x @ (W - plain).t()).norm()
+    assert (W - near)[:, 20:].norm() < W[:, 20:].norm()
+
+
+def test_the_ridge_grows_where_the_count_is_low_and_ignores_massive_inputs():
+    C = torch.eye(10, dtype=torch.float64)
+    ridge = [(with_ridge(C, count) - C).diagonal() for count in (None, 10, 2)]
+    assert torch.allclose(ridge[0], ridge[1]) and torch.allclose(ridge[2], 5 * ridge[0])
+    massive = C.clone()
+    massive[3, 3] = 1e6
+    assert torch.allclose((with_ridge(massive) - massive).diagonal(), 3 * ridge[0])
+    assert torch.equal(with_ridge(0 * C), C)                                # a site that saw nothing
+
+
+def test_a_bias_takes_over_what_the_mean_input_loses():
+    torch.manual_seed(0)
+    W, b = torch.randn(18, 25, dtype=torch.float64), torch.randn(18, dtype=torch.float64)
+    x, stats = calibration(shift=5.0)
+    modules = {m: LowRankLinear.from_dense(W, b, method=m, stats=stats, rank=6)
+               for m in ('svd', 'svd_whitened', 'svd_whitened_bias')}
+    lost = {m: (x @ W.t() + b - module(x)).square().mean().item() for m, module in modules.items()}
+    assert lost['svd_whitened_bias'] < lost['svd_whitened'] < lost['svd']
+    mean = {m: (x @ W.t() + b - module(x)).mean(0).abs().max().item() for m, module in modules.items()}
+    assert mean['svd_whitened_bias'] < 1e-9 < mean['svd_whitened']
+    centred = with_ridge((x - x.mean(0)).t() @ (x - x.mean(0)) / len(x))
+    fitted = loss(W, modules['svd_whitened_bias'].dense_weight(), centred)
+    assert fitted == pytest.approx(reference(W, centred, 6)[1], rel=1e-6)       # W need fit x - mean only
+    assert fitted < 0.999 * loss(W, modules['svd_whitened'].dense_weight(), centred)
+    assert torch.equal(modules['svd_whitened'].bias, b) and torch.equal(modules['svd'].bias, b)
+
+
+class Seen:
+    def __init__(self, **entries):
+        self.__dict__.update(entries)
+
+
+@pytest.mark.parametrize('stats, sentence', [
+    (None, 'needs the count of the inputs'),
+    ({'count': 5, 'mean': torch.zeros(8)}, 'needs the covariance of the inputs'),
+    (Seen(count=5), 'needs the covariance'),
+    ({'count': 5, 'covariance': torch.eye(7)}, 'is (7, 7), and the matrix takes 8 inputs'),
+    ({'count': 5, 'mean': torch.zeros(8), 'covariance': torch.eye(8) * float('nan')}, 'is not finite')], ids=str)
+def test_stats_that_are_missing_or_wrong_are_refused(stats, sentence):
+    with pytest.raises(ValueError) as caught:
+        LowRankLinear.from_dense(torch.randn(6, 8), None, method='svd_whitened', stats=stats, rank=1)
+    assert sentence in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_an_object_serves_as_a_dict_does_and_a_bias_is_asked_for():
+    W, (_, stats) = torch.randn(18, 25), calibration()
+    weights = [LowRankLinear.from_dense(W, None, method='svd_whitened', stats=s, rank=3).dense_weight()
+               for s in (stats, Seen(**stats))]
+    assert torch.equal(*weights)
+    with pytest.raises(ValueError, match='needs a bias'):
+        LowRankLinear.from_dense(W, None, method='svd_whitened_bias', stats=stats, rank=3)
