@@ -167,7 +167,7 @@ WAYS = {
     'every': ['--n_layer=4', '--grow_from=2', '--grow_every=3', '--grow_rewarm=2'],
     'freeze': ['--n_layer=4', '--grow_from=1', '--grow_every=3', '--grow_freeze=True',
                '--linear=h.*.mlp.*=kron(8, 8); h.3.attn.c_v=lowrank(4)'],
-    'copy': ['--n_layer=3', '--grow_from=1', '--grow_every=4', '--grow_init=copy'],
+    'copy': ['--n_layer=3', '--grow_from=1', '--grow_every=4', '--grow_init=copy', '--linear=h.*.mlp.*=kron(8, 8)'],
     'stack': ['--n_layer=3', '--grow_from=2', '--grow_every=5', '--grow_init=stack', '--linear=h.*.mlp.*=kron(8, 8)',
               '--ema_decay=0.9'],
     'dense': ['--finish_dense_at=0.5', '--grow_rewarm=2'],
