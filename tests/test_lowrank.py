@@ -256,7 +256,8 @@ class Seen:
     ({'count': 5, 'mean': torch.zeros(8)}, 'needs the covariance of the inputs'),
     (Seen(count=5), 'needs the covariance'),
     ({'count': 5, 'covariance': torch.eye(7)}, 'is (7, 7), and the matrix takes 8 inputs'),
-    ({'count': 5, 'mean': torch.zeros(8), 'covariance': torch.eye(8) * float('nan')}, 'is not finite')], ids=str)
+    ({'count': 5, 'mean': torch.zeros(8), 'covariance': torch.eye(8) * float('nan')}, 'is not finite')],
+    ids=['none', 'no covariance', 'an object', 'another size', 'nan'])
 def test_stats_that_are_missing_or_wrong_are_refused(stats, sentence):
     with pytest.raises(ValueError) as caught:
         LowRankLinear.from_dense(torch.randn(6, 8), None, method='svd_whitened', stats=stats, rank=1)
