@@ -1,6 +1,23 @@
 """The loss of a model on a data set's splits, over all ranks; draws from generators of its own."""
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+
+def dealt(batches, model, job):
+    """(x, y, whether it counts) for every batch of this rank's, and as often as any rank has one where ranks wait.
+
+    Every forward pass of a sharded model gathers its weights from all ranks, so that a rank without a batch would let
+    the others wait for ever: it computes one token, which counts for nothing.
+    """
+    batches = iter(batches)
+    waits = job.world_size > 1 and isinstance(model, FSDPModule)
+    while True:
+        batch = next(batches, None)
+        more = batch is not None
+        if not (job.agree(more) if waits else more):
+            return
+        yield (*batch, True) if more else (*torch.zeros(2, 1, 1, dtype=torch.int64), False)
 
 
 @torch.no_grad()
@@ -10,10 +27,12 @@ def mean_loss(model, fast, batches, job):
     None when asked to stop.
     """
     total, count, shape = torch.zeros(2, device=job.device, dtype=torch.float64), 0, None
-    for x, y in batches:
+    for x, y, counts in dealt(batches, model, job):
         shape = shape or x.shape
         with job.autocast():
-            logits, loss = (fast if x.shape == shape else model)(x.to(job.device), y.to(job.device))
+            logits, loss = (fast if counts and x.shape == shape else model)(x.to(job.device), y.to(job.device))
+        if not counts:
+            continue
         right = (logits.argmax(-1) == y.to(job.device)).sum()
         total += torch.stack((loss.double() * y.numel(), right.double()))
         count += y.numel()

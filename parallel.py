@@ -49,6 +49,9 @@ class Job:
 def start(config):
     """This process's Job: rank, device and precision found, the process group joined under torchrun."""
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if rank == 0 and os.environ.get('NANOKRON_FIRST_NODE'):         # run.sh asks on which node this is
+        with open(os.environ['NANOKRON_FIRST_NODE'], 'w') as mark:
+            mark.write('rank 0\n')
     device = hardware.device(config.device, int(os.environ.get('LOCAL_RANK', 0)))
     half = config.weights != 'float32'
     job = Job(rank, world_size, device, hardware.dtype(config.weights if half else config.dtype, device), half)
@@ -83,8 +86,14 @@ def split_batch(config, world_size):
 
 
 def shard(model, config, job):
-    """With parallel='fsdp': every block's parameters, and the rest, split over the ranks on dim 0 (FSDP2); in place."""
+    """With parallel='fsdp': every block's parameters, and the rest, split over the ranks on dim 0 (FSDP2); in place.
+
+    Raises UserError for weights in half precision, whose fp32 masters do not know shards (precision.widened).
+    """
     if job.world_size > 1 and config.parallel == 'fsdp':
+        if job.half_weights:
+            raise UserError(f"weights={config.weights!r} does not go with parallel='fsdp'; take weights='float32' with "
+                            f"dtype={config.weights!r}, or parallel='ddp'", 'weights')
         mesh = dist.device_mesh.init_device_mesh(job.device.type, (job.world_size,))
         for block in model.transformer.h:
             fully_shard(block, mesh=mesh)

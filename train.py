@@ -42,6 +42,7 @@ import checkpoint
 import optim
 import parallel
 import precision
+import restart
 import schedules
 from data.loader import Loader, Prefetcher, open_dataset
 from dryrun import dry_run, fit_memory
@@ -111,28 +112,32 @@ def train_step(run, batches, step):
 
 
 def state_of(run):
-    """What a checkpoint holds; all ranks take part, as sharded tensors are gathered."""
+    """What a checkpoint holds; all ranks take part, as sharded tensors are gathered, but not for sharded checkpoints."""
+    parts = run.config.sharded_checkpoints and run.job.world_size > 1
+    gather = (lambda tensor: tensor) if parts else parallel.whole
     return {'step': run.progress['step'], 'config': configurator.as_dict(run.config),
-            'model': {name: parallel.whole(t) for name, t in run.model.state_dict().items()},
-            'optimizer': optim.state_by_name(run.optimizer, run.model), 'scaler': run.scaler.state_dict(),
-            'average': {name: parallel.whole(t) for name, t in run.average.state.items()}, 'outliers': run.outliers.state,
+            'model': {name: gather(t) for name, t in run.model.state_dict(keep_vars=parts).items()},
+            'optimizer': optim.state_by_name(run.optimizer, run.model, gather), 'scaler': run.scaler.state_dict(),
+            'average': {name: gather(t) for name, t in run.average.state.items()}, 'outliers': run.outliers.state,
             'data': run.dataset.tokenizer, 'data_digest': run.dataset.digest, 'torch': str(torch.__version__),
             **{k: run.progress[k] for k in ('tokens', 'seconds', 'best_val_loss', 'evaluated')}}
 
 
 def save(run, last=False):
-    """Write a checkpoint (rank 0). A failed write warns and training goes on; only a failed last one is fatal."""
-    state, progress, folder = state_of(run), run.progress, run.config.out_dir
-    if run.job.main:
+    """Write a checkpoint (rank 0; all, if sharded). A failed write warns, and only a failed last one is fatal."""
+    state, progress, folder, failed = state_of(run), run.progress, run.config.out_dir, 0
+    group = run.job.control if run.config.sharded_checkpoints else None         # one rank alone has no parts
+    if run.job.main or group:
         try:
-            checkpoint.save(folder, state, keep=run.config.keep_checkpoints)
-            if progress['best_step'] == progress['step']:
+            checkpoint.save(folder, state, keep=run.config.keep_checkpoints, group=group)
+            if run.job.main and progress['best_step'] == progress['step']:
                 checkpoint.set_best(folder, progress['step'], progress['best_val_loss'])
         except (OSError, ValueError) as error:
-            print(f'train.py: step {progress["step"]} was not saved: {error}', file=sys.stderr, flush=True)
-            if last:
-                raise SystemExit(4) from None
-    run.job.agree(0)                                    # the others wait for the writer
+            failed = 1
+            if run.job.main:
+                print(f'train.py: step {progress["step"]} was not saved: {error}', file=sys.stderr, flush=True)
+    if run.job.agree(failed) and last:                  # the others wait for the writer
+        raise SystemExit(4)
 
 
 def announce(config, model, dataset, loader, job):
@@ -156,7 +161,7 @@ def open_data(config, job):
 
 def train(config, job):
     """Everything of a run but its set-up: data, model, the loop."""
-    state = checkpoint.load(config.out_dir) if config.init_from == 'resume' else None
+    state = restart.state(config, job)
     config = resumed(config, state) if state else config
     dataset = open_data(config, job)
     if state and state['data_digest'] != dataset.digest:
@@ -170,7 +175,7 @@ def train(config, job):
     try:
         model = build(config, dataset, state, job)
         if lock and not state:
-            checkpoint.set_aside(config.out_dir)
+            restart.set_aside(config)
         run = assemble(config, model, dataset, state, job)
         announce(config, model, dataset, run.loaders['train'], job)
         loop(run)
