@@ -22,6 +22,7 @@ PARTS = {
     'linear': 'bench.modules',          # every structure beside the dense linear
     'mlp': 'bench.modules',             # every MLP class beside GELU's
     'ladder': 'bench.ladder',           # a train step from plain fp32 upwards, and the checks before a long run
+    'precision': 'bench.precisions',    # a train step in every precision beside fp32, small models and large
     'step': 'bench.step',               # where the time of a config's train step goes; MFU, memory
     'sample': 'bench.sampling',         # tokens a second of generation, with and without the cache
     'optim': 'bench.optimizing',        # Muon, batched, beside a loop and torch.optim.Muon

@@ -1,7 +1,8 @@
 """Durable checkpoints: files that are whole or not there, whatever stops the machine, and that no one can trap.
 
     ckpt_00000020.pt      torch.save of {schema, step, model, ...}: tensors and plain values only
-    ckpt_00000020.json    its manifest {sha256, size, step, schema}, written last: without it the .pt does not count
+    ckpt_00000020/        in its place where the ranks' shards are saved as they are: see sharded.py
+    ckpt_00000020.json    its manifest {sha256, size, step, schema}, written last: without it the data does not count
     best.json             {step, val_loss}: the checkpoint that pruning spares
     previous/             what set_aside moved out of the way of a fresh run
     .lock                 held by the trainer
@@ -13,32 +14,28 @@ import contextlib
 import hashlib
 import json
 import math
-import re
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+import sharded
 import torchfile
 from durable import DISK, FileOps, Lock, write_whole  # noqa: F401 - callers take FileOps and Lock from here
+from manifest import NAME, SCHEMA, Damaged, data_path, data_paths, in_order, newer, read_json, verify
 from variants import UserError
 
-SCHEMA = 1                          # goes up when an older reader would misread a newer file
-MAX_JSON = 4096                     # bytes of a manifest or best.json that are read
-NAME = re.compile(r'ckpt_(\d{8,})\.(pt|json)')
 RUN_FILES = ('best.json', 'config.json', 'env.json', 'loss.png', 'log.jsonl')          # a run's, besides checkpoints
 
 
-class Damaged(ValueError):
-    """One line: which file is not what was saved, and how that shows."""
-
-
-def save(folder, state, keep=3, ops=DISK):
+def save(folder, state, keep=3, ops=DISK, group=None):
     """Write ckpt_<step>.pt and its manifest, then prune; returns the path.
 
     state: dict of tensors, numbers, strings, None, lists and dicts with an int state['step']; the schema is added.
     keep: newest checkpoints that stay (>= 2), besides the best; those of later steps go, for that run was given up.
-    Needs the file's size in memory once more. A process killed or a machine stopped at any point leaves the old
+    group: ranks that hold parts of the state's sharded tensors; all of them call, and write a folder ckpt_<step>/.
+    A file needs its size in memory once more. A process killed or a machine stopped at any point leaves the old
     newest checkpoint or the new one. Raises ValueError (nothing written) for a non-finite model tensor or for what
     load would refuse, and OSError with the MiB needed when the disk does; what was there before is intact then.
     """
@@ -47,20 +44,39 @@ def save(folder, state, keep=3, ops=DISK):
     step, folder = state.get('step'), Path(folder)
     if type(step) is not int or step < 0:
         raise ValueError(f"state['step'] must be a whole number from 0, got {step!r}")
+    if group is not None:
+        return _save_parts(folder, state, keep, ops, group)
     _refuse_non_finite(state.get('model', {}))
-    data, path = torchfile.dumps({**state, 'schema': SCHEMA}), _path(folder, step)
+    data, path = torchfile.dumps({**state, 'schema': SCHEMA}), data_path(folder, step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in filter(Path.is_file, folder.glob('*.tmp')):
-            ops.remove(stale)
-        _commit(path, data, step, ops)
+        _clear(folder, ops)
+        facts = hashlib.sha256(data).hexdigest(), len(data)
+        _commit(path, lambda: write_whole(path, data, ops), facts, step, ops)
     except OSError as error:
         raise OSError(error.errno, f'{error.strerror or error}: {path} needs {len(data) / 2**20:.3f} MiB; '
                                    'the checkpoints before it are intact') from error
+    _prune(folder, step, keep, ops)
+    return path
+
+
+def _save_parts(folder, state, keep, ops, group):
+    """save() of a folder: written aside by all ranks, renamed and given its manifest by the first."""
+    path, main = data_path(folder, state['step'], ''), dist.get_rank(group) == 0
+    aside = path.with_suffix('.tmp')
+    sharded.together(group, lambda: _refuse_non_finite(state.get('model', {})))
+    sharded.together(group, lambda: main and _clear(folder, ops))
     try:
-        _prune(folder, step, keep, ops)
-    except OSError as error:            # the new one is safe, so that is no failed save
-        print(f'{folder}: older checkpoints could not be removed: {error}', file=sys.stderr, flush=True)
+        facts = sharded.write(aside, {**state, 'schema': SCHEMA}, group, ops)
+        sharded.together(group, lambda: main and _commit(path, lambda: _swap(aside, path, ops), facts, state['step'], ops))
+    except OSError as error:
+        if main:
+            with contextlib.suppress(OSError):
+                ops.remove(aside)
+        raise OSError(error.errno, f'{error.strerror or error}: {path} is not written; '
+                                   'the checkpoints before it are intact') from error
+    if main:
+        _prune(folder, state['step'], keep, ops)
     return path
 
 
@@ -74,30 +90,31 @@ def set_best(folder, step, val_loss, ops=DISK):
 def best(folder):
     """{step, val_loss} of the best checkpoint; None where there is no readable best.json."""
     with contextlib.suppress(OSError, Damaged):
-        named = _read_json(Path(folder) / 'best.json', step=int, val_loss=float)
+        named = read_json(Path(folder) / 'best.json', step=int, val_loss=float)
         return named if math.isfinite(named['val_loss']) else None
 
 
 def steps(folder):
-    """Ascending steps that have a data file and a manifest; neither is read."""
+    """Ascending steps that have data and a manifest; neither is read."""
     found = [NAME.fullmatch(path.name) for path in Path(folder).glob('ckpt_*.json')]
-    return sorted(int(m[1]) for m in found if m and (Path(folder) / f'ckpt_{m[1]}.pt').is_file())
+    return sorted(int(m[1]) for m in found if m and data_paths(folder, int(m[1])))
 
 
 def newest(folder, which='last'):
     """Path of the newest checkpoint ('last') or of the best one whose size and hash agree; None if there is none."""
     for path in _candidates(folder, which):
         with contextlib.suppress(Damaged):
-            _verify(path)
+            verify(path)
             return path
     return None
 
 
-def load(folder, which='last', *, allow_unverified=False):
+def load(folder, which='last', *, allow_unverified=False, quiet=False):
     """The state of the newest valid checkpoint, or of the best, on the CPU; folder may also be one .pt file.
 
     A damaged one costs one line on stderr, and the next older is taken ('best' has none). allow_unverified takes a
-    single file that has no manifest. Raises UserError if nothing is left. Time: one SHA-256 pass, then torch.load.
+    single file that has no manifest; quiet keeps the line to itself. Raises UserError if nothing is left. Time: one
+    SHA-256 pass, then torch.load.
     """
     single = Path(folder).suffix == '.pt' and not Path(folder).is_dir()
     paths, wrong = [Path(folder)] if single else _candidates(folder, which), []
@@ -107,14 +124,15 @@ def load(folder, which='last', *, allow_unverified=False):
         except Damaged as error:
             wrong.append(str(error))
             continue
-        for line in wrong:
+        for line in () if quiet else wrong:
             print(f'{folder}: {line}; taking the next older checkpoint', file=sys.stderr, flush=True)
         return state
     if wrong:
         raise UserError(f'{folder} has no usable checkpoint: {"; ".join(wrong)}; restore a copy or start afresh')
     if which == 'best' and steps(folder):
         raise UserError(f'{folder} has no checkpoint named as the best; take --which=last')
-    raise UserError(f'{folder} has no checkpoint (ckpt_<step>.pt with its .json); train there first or correct it')
+    raise UserError(f'{folder} has no checkpoint (ckpt_<step>.pt or a folder ckpt_<step>/, with its .json); train there '
+                    'first or correct it')
 
 
 def set_aside(folder, ops=DISK):
@@ -125,12 +143,14 @@ def set_aside(folder, ops=DISK):
     """
     folder = Path(folder)
     incoming, previous = folder / 'previous.new', folder / 'previous'
-    files = sorted(path for path in folder.glob('ckpt_*') if NAME.fullmatch(path.name))
+    files = sorted(filter(in_order, folder.glob('ckpt_*')), key=in_order)
     files += [folder / name for name in RUN_FILES if (folder / name).exists()]
     if not files and not incoming.exists():
         return
     incoming.mkdir(exist_ok=True)
     for path in files:
+        if (incoming / path.name).is_dir():             # which nothing can be renamed to
+            ops.remove(incoming / path.name)
         ops.replace(path, incoming / path.name)
     ops.fsync_dir(incoming)
     ops.fsync_dir(folder)
@@ -140,41 +160,63 @@ def set_aside(folder, ops=DISK):
     ops.fsync_dir(folder)
 
 
-def _path(folder, step):
-    return Path(folder) / f'ckpt_{step:08d}.pt'
+def _clear(folder, ops):
+    """Remove what saves that were stopped have left."""
+    for path in folder.glob('*.tmp'):
+        if path.is_file() or NAME.fullmatch(path.stem):
+            ops.remove(path)
 
 
-def _commit(path, data, step, ops):
-    """Data, then manifest. A step that is saved again has a manifest that takes either content in between."""
+def _commit(path, put, facts, step, ops):
+    """Data by put(), then manifest. A step that is saved again has a manifest that takes either content in between."""
     note = path.with_suffix('.json')
-    manifest = {'sha256': hashlib.sha256(data).hexdigest(), 'size': len(data), 'step': step, 'schema': SCHEMA}
-    if path.exists() and note.exists():
+    manifest = {'sha256': facts[0], 'size': facts[1], 'step': step, 'schema': SCHEMA}
+    for former in data_paths(path.parent, step) if note.exists() else ():
         with contextlib.suppress(Damaged):
-            write_whole(note, json.dumps({**manifest, 'before': _verify(path)}).encode(), ops)
+            write_whole(note, json.dumps({**manifest, 'before': verify(former)}).encode(), ops)
+            break
     try:
-        write_whole(path, data, ops)
+        put()
         write_whole(note, json.dumps(manifest).encode(), ops)
     except OSError:
         if not note.exists():           # data that nothing vouches for would only fill the disk
             with contextlib.suppress(OSError):
                 ops.remove(path)
         raise
+    for former in data_paths(path.parent, step):
+        if former != path:
+            ops.remove(former)
+
+
+def _swap(aside, path, ops):
+    """Put the folder `aside` in the place of `path`; the folder that was there keeps counting as .old until then."""
+    old = path.with_suffix('.old')
+    if path.exists():
+        if old.exists():
+            ops.remove(old)
+        ops.replace(path, old)
+    ops.replace(aside, path)
+    ops.fsync_dir(path.parent)
 
 
 def _prune(folder, step, keep, ops):
-    """Remove what save no longer keeps, half-written leftovers too; the manifest goes before its data."""
+    """Remove what save no longer keeps; the manifest goes before its data. A failure is only told: the new one is safe."""
     spared = (best(folder) or {}).get('step')
     kept = {spared, *[s for s in steps(folder) if s <= step and s != spared][-keep:]}
-    for path in sorted(folder.glob('ckpt_*')):
-        name = NAME.fullmatch(path.name)
-        if name and int(name[1]) not in kept:
-            ops.remove(path)
-            if int(name[1]) > step:         # one at a time, or a power cut could bring back one between step and newest
-                ops.fsync_dir(folder)
+    try:
+        for path in sorted(filter(in_order, folder.glob('ckpt_*')), key=in_order):
+            number = in_order(path)[0]
+            if number not in kept:
+                ops.remove(path)
+                if number > step:       # one at a time, or a power cut could bring back one between step and newest
+                    ops.fsync_dir(folder)
+    except OSError as error:
+        print(f'{folder}: older checkpoints could not be removed: {error}', file=sys.stderr, flush=True)
 
 
 def _refuse_non_finite(model):
     for name, value in model.items():
+        value = value.to_local() if hasattr(value, 'to_local') else value
         if torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f'{name} holds values that are not finite; such weights are not saved')
 
@@ -183,62 +225,24 @@ def _candidates(folder, which):
     if which not in ('last', 'best'):
         raise UserError(f"which must be 'last' or 'best', got {which!r}")
     if which == 'best':
-        return [_path(folder, best(folder)['step'])] if best(folder) else []
-    return [_path(folder, step) for step in reversed(steps(folder))]
-
-
-def _read_json(path, **kinds):
-    """The small JSON object at path that has these keys with exactly these types; raises Damaged."""
-    with open(path, 'rb') as file:
-        text = file.read(MAX_JSON)
-    try:
-        value = json.loads(text)
-        if all(type(value[key]) is kind for key, kind in kinds.items()):
-            return value
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
-    raise Damaged(f'{path.name} is damaged')
-
-
-def _verify(path):
-    """SHA-256 of a data file whose manifest takes it; raises Damaged, and UserError for a newer schema."""
-    try:
-        manifest = _read_json(path.with_suffix('.json'), sha256=str, size=int, step=int, schema=int)
-        size, name = path.stat().st_size, NAME.fullmatch(path.name)
-        if manifest['schema'] > SCHEMA:
-            raise _newer(path, manifest['schema'])
-        if name and int(name[1]) != manifest['step']:
-            raise Damaged(f'{path.name} has the manifest of step {manifest["step"]}')
-        if size != manifest['size'] and 'before' not in manifest:
-            raise Damaged(f'{path.name} is damaged: {size:,} bytes where {manifest["size"]:,} were written')
-        digest = hashlib.sha256()
-        with open(path, 'rb') as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    except OSError as error:
-        raise Damaged(f'{Path(error.filename or path).name} cannot be read: {error.strerror}') from error
-    if digest.hexdigest() not in (manifest['sha256'], manifest.get('before')):
-        raise Damaged(f'{path.name} is damaged: its SHA-256 is not the one of its manifest')
-    return digest.hexdigest()
+        step = (best(folder) or {}).get('step')
+        return [] if step is None else data_paths(folder, step) or [data_path(folder, step)]
+    return [path for step in reversed(steps(folder)) for path in data_paths(folder, step)]
 
 
 def _read(path, unverified):
     """The state in a data file; raises Damaged, and UserError for a newer schema."""
     if not unverified:
-        _verify(path)
+        verify(path)
     try:
-        state = torchfile.load(path)
+        state = (sharded.read if path.is_dir() else torchfile.load)(path)
     except OSError as error:
         raise Damaged(f'{path.name} cannot be read: {error.strerror}') from error
     except torchfile.Refused as error:
         raise Damaged(f'{path.name} {error}') from error
     schema, name = state.get('schema'), NAME.fullmatch(path.name)
     if type(schema) is int and schema > SCHEMA:
-        raise _newer(path, schema)
+        raise newer(path, schema)
     if not unverified and (type(schema) is not int or name and state.get('step') != int(name[1])):
         raise Damaged(f'{path.name} holds another step than its name says, or no schema')
     return state
-
-
-def _newer(path, schema):
-    return UserError(f'{path} has checkpoint schema {schema}, this version reads up to {SCHEMA}; update nanokron')

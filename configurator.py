@@ -120,6 +120,7 @@ class Config(GPTConfig):
     loss_scaling: bool = key(True, 'in float16: multiply the loss, so that small gradients do not round to 0')
     compile: bool | None = key(None, 'torch.compile; default True on a GPU, False elsewhere (it gains little there)')
     parallel: str = key('ddp', "several ranks: 'ddp' copies the model, 'fsdp' shards it (FSDP2)", choices=('ddp', 'fsdp'))
+    sharded_checkpoints: bool = key(False, "with parallel='fsdp': every rank saves its own part (docs/distributed.md)")
     prefetch: int | None = key(None, 'micro-batches that a thread makes ahead; None = 2 on a GPU, 0 elsewhere', low=0)
     memory_budget_gb: float = key(0.0, 'lower batch_size, tokens a step unchanged, until a device needs no more; 0 = off',
                                   low=0)
@@ -297,6 +298,9 @@ def check_run(config):
                                f'{config.warmup_iters}; lower it or set decay_lr=False')
     if config.decay_lr and config.min_lr > config.learning_rate:
         yield 'min_lr', f'min_lr must not exceed learning_rate ({config.learning_rate}), got {config.min_lr}'
+    if config.sharded_checkpoints and config.parallel != 'fsdp':
+        yield 'sharded_checkpoints', (f"sharded_checkpoints=True needs parallel='fsdp', got {config.parallel!r}; with "
+                                      'copies of the model one file holds it all')
     if config.device.split(':')[0] not in ('auto', 'cpu', 'cuda', 'mps'):
         yield 'device', f"device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', got {config.device!r}"
     for name in ('out_dir', 'dataset', 'init_from', 'data_dir'):

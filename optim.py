@@ -170,10 +170,10 @@ class Average:
                 p.copy_(own[name])
 
 
-def state_by_name(optimizer, model):
+def state_by_name(optimizer, model, gather=whole):
     """{parameter name: {entry: tensor}}, as checkpoints hold it: by name, since positions change when a model grows."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return {names[id(p)]: {key: whole(value) for key, value in entries.items()} for p, entries in optimizer.state.items()}
+    return {names[id(p)]: {key: gather(value) for key, value in entries.items()} for p, entries in optimizer.state.items()}
 
 
 def load_state_by_name(optimizer, model, state):

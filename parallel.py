@@ -49,6 +49,9 @@ class Job:
 def start(config):
     """This process's Job: rank, device and precision found, the process group joined under torchrun."""
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if rank == 0 and os.environ.get('NANOKRON_FIRST_NODE'):         # run.sh asks on which node this is
+        with open(os.environ['NANOKRON_FIRST_NODE'], 'w') as mark:
+            mark.write('rank 0\n')
     device = hardware.device(config.device, int(os.environ.get('LOCAL_RANK', 0)))
     half = config.weights != 'float32'
     job = Job(rank, world_size, device, hardware.dtype(config.weights if half else config.dtype, device), half)
@@ -60,9 +63,25 @@ def start(config):
         timeout = datetime.timedelta(seconds=config.dist_timeout)
         backend = config.backend if device.type == 'cuda' else 'gloo'
         warnings.filterwarnings('ignore', message='Grad strides do not match')      # of factors with one term: harmless
-        dist.init_process_group(backend, timeout=timeout)
+        join(backend, rank, world_size, timeout)
         job.control = dist.new_group(backend='gloo', timeout=timeout)
     return job
+
+
+def join(backend, rank, world_size, timeout):
+    """Join the process group that torchrun describes in the environment.
+
+    torchrun's agent keeps its store through a restart (torch 2.13), and what dead ranks left there, their addresses among
+    it, lies under the keys that the new ranks use: one that reads before the other has written dials the dead. So after a
+    restart the keys begin with its number. Agents on several nodes count apart (only one that failed counts), so there
+    the store must not be shared: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which run.sh and docs/slurm.sh set.
+    """
+    count, here = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), os.environ.get('LOCAL_WORLD_SIZE')
+    where = {}
+    if count != '0' and here == str(world_size) and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        agent = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), world_size, False, timeout)
+        where = {'store': dist.PrefixStore(f'restart {count}', agent), 'rank': rank, 'world_size': world_size}
+    dist.init_process_group(backend, timeout=timeout, **where)
 
 
 def split_batch(config, world_size):

@@ -3,8 +3,9 @@
 #
 # Makes .venv if need be, checks the configuration, prepares its data set, trains on every GPU (or in one CPU
 # process), and prints a sample. Safe to repeat, from any folder; relative paths in settings start at this one.
-# Flags before the config go to torchrun, written --name=value:
-#   bash run.sh --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 --rdzv_backend=c10d config/gpt2_kron_mlp.py
+# torchrun's flags, before the config or after it, as --name=value with - or _, go to torchrun (docs/distributed.md):
+#   bash run.sh config/gpt2_kron_mlp.py --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500
+# The sample at the end is printed on the first node.
 # --dry_run=True and --eval_only=True end without a sample; --help lists every setting.
 # Leaves with the exit code of what failed: 2 for a mistake in the configuration, before anything is installed.
 set -euo pipefail
@@ -71,16 +72,26 @@ run_child() { # run_child COMMAND...: in a process group of its own, so that a C
 checker=$python
 "$checker" -c '' 2>/dev/null || checker=$(find_python) || exit
 
-flags=()
-single_node=1
-while [[ ${1:-} == --* && ${1:-} != --help ]]; do
-    case $1 in
-        --nnodes=1 | --nnodes=1:1) ;;
-        --nnodes=*) single_node=0 ;;
+is_flag() { # is_flag WORD: torchrun's, in either spelling; none is a setting of ours
+    case ${1//_/-} in
+        --nnodes=* | --nproc-per-node=* | --node-rank=* | --rdzv-*=* | --max-restarts=* | --standalone) ;;
+        --master-addr=* | --master-port=* | --local-addr=* | --monitor-interval=*) ;;
+        --shutdown-timeout=* | --start-method=* | --role=* | --log-dir=*) ;;
+        --redirects=* | --tee=* | --local-ranks-filter=* | --numa-binding=*) ;;
+        *) return 1 ;;
     esac
-    flags+=("$1")
-    shift
+}
+
+flags=()
+words=()
+for word in "$@"; do
+    if is_flag "$word" || { [ ${#words[@]} = 0 ] && [[ $word == --* && $word != --help ]]; }; then
+        flags+=("$word")
+    else
+        words+=("$word")
+    fi
 done
+set -- ${words[@]+"${words[@]}"}
 if [ $# = 0 ]; then
     echo 'usage: bash run.sh [torchrun flags] config/kron_mlp.py [--key=value ...]' >&2
     exit 2
@@ -105,20 +116,31 @@ prepare "$data_dir/$dataset" "$dry_run"
 gpus=0
 case $device in auto | cuda) gpus=$(gpu_count) ;; esac
 launch=("$python")
+mark=''
 if [ ${#flags[@]} -gt 0 ] || [ "$gpus" -gt 1 ]; then
     launch=("$python" -m torch.distributed.run)
-    case " ${flags[*]-} " in *' --nproc'*) ;; *) launch+=(--nproc_per_node="$((gpus > 1 ? gpus : 1))") ;; esac
-    case " ${flags[*]-} " in
-        *' --nnodes'* | *' --rdzv'* | *' --master'* | *' --standalone '*) ;;
+    given=" ${flags[*]-} "
+    given=${given//_/-}
+    case $given in *' --nproc-per-node='*) ;; *) launch+=(--nproc_per_node="$((gpus > 1 ? gpus : 1))") ;; esac
+    case $given in
+        *' --nnodes='* | *' --rdzv-'* | *' --master-'* | *' --standalone '*) ;;
         *) launch+=(--standalone) ;;
     esac
     launch+=(${flags[@]+"${flags[@]}"})
+    case $given in
+        *' --nnodes=1 '* | *' --nnodes=1:1 '*) ;;
+        *' --nnodes='*)
+            export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1         # a restart with a clean store: see parallel.join
+            mark=$(mktemp)                   # rank 0 writes into it, so that one of the nodes knows it has that rank
+            trap 'rm -f "$mark"' EXIT
+            export NANOKRON_FIRST_NODE=$mark ;;
+    esac
 fi
 
 stopped=0
 child=''
 run_child "${launch[@]}" train.py "$@" || exit
-if [ "$stopped" = 1 ] || [ "$dry_run" = True ] || [ "$eval_only" = True ] || [ "$single_node" = 0 ]; then
+if [ "$stopped" = 1 ] || [ "$dry_run" = True ] || [ "$eval_only" = True ] || { [ -n "$mark" ] && [ ! -s "$mark" ]; }; then
     exit 0
 fi
 sample=(--out_dir="$out_dir" --num_samples=1 --max_new_tokens=300)

@@ -121,6 +121,18 @@ class RunLog:
             self.write({'step': step, **losses})
             self.show(f'step {step}: train loss {losses["train_loss"]:.4f}, val loss {losses["val_loss"]:.4f}')
 
+    def reached(self, val_loss):
+        """Write target.json, the record of a run to target_val_loss; returns the words that say it."""
+        config, progress = self.config, self.progress
+        if self.file:
+            write_json(os.path.join(config.out_dir, 'target.json'), {
+                'target_val_loss': config.target_val_loss, 'val_loss': val_loss, 'step': progress['step'],
+                'tokens': progress['tokens'], 'training_seconds': progress['seconds'],
+                'training_flops': 3 * self.flops * progress['tokens'], 'ranks': self.job.world_size, 'seed': config.seed,
+                **hardware.environment(self.job.device)})
+        return (f'target_val_loss {config.target_val_loss} reached at step {progress["step"]}: {progress["tokens"]:,} '
+                f'tokens, {progress["seconds"]:.1f} s of training')
+
     @contextlib.contextmanager
     def part(self, name):
         """Time spent inside counts for `name` in the next line: data, forward_backward, optimizer, eval, save.

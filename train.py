@@ -44,6 +44,7 @@ import growth
 import optim
 import parallel
 import precision
+import restart
 import schedules
 from data.loader import Loader, Prefetcher, open_dataset
 from dryrun import dry_run, fit_memory
@@ -113,30 +114,33 @@ def train_step(run, batches, step):
     return {'loss': loss, 'grad_norm': norm, 'applied': finite and not outlier, 'finite': finite}
 
 
-def state_of(run):
-    """What a checkpoint holds; all ranks take part, as sharded tensors are gathered."""
+def state_of(run, parts=False):
+    """What a checkpoint holds. Sharded tensors are gathered, by all ranks; with parts they stay as they are."""
+    gather = (lambda tensor: tensor) if parts else parallel.whole
     return {'step': run.progress['step'], 'config': configurator.as_dict(run.config),
-            'model': {name: parallel.whole(t) for name, t in run.model.state_dict().items()},
-            'optimizer': optim.state_by_name(run.optimizer, run.model), 'scaler': run.scaler.state_dict(),
-            'average': {name: parallel.whole(t) for name, t in run.average.state.items()},
+            'model': {name: gather(t) for name, t in run.model.state_dict(keep_vars=parts).items()},
+            'optimizer': optim.state_by_name(run.optimizer, run.model, gather), 'scaler': run.scaler.state_dict(),
+            'average': {name: gather(t) for name, t in run.average.state.items()},
             'outliers': run.outliers.state, 'built': copy.deepcopy(run.built), 'data': run.dataset.tokenizer,
             'data_digest': run.dataset.digest, 'torch': str(torch.__version__),
             **{k: run.progress[k] for k in ('tokens', 'seconds', 'best_val_loss', 'evaluated')}}
 
 
 def save(run, last=False):
-    """Write a checkpoint (rank 0). A failed write warns and training goes on; only a failed last one is fatal."""
-    state, progress, folder = state_of(run), run.progress, run.config.out_dir
-    if run.job.main:
+    """Write a checkpoint (rank 0; all, if sharded). A failed write warns, and only a failed last one is fatal."""
+    group = run.job.control if run.config.sharded_checkpoints else None         # one rank alone has no parts
+    state, progress, folder, failed = state_of(run, bool(group)), run.progress, run.config.out_dir, 0
+    if run.job.main or group:
         try:
-            checkpoint.save(folder, state, keep=run.config.keep_checkpoints)
-            if progress['best_step'] == progress['step']:
+            checkpoint.save(folder, state, keep=run.config.keep_checkpoints, group=group)
+            if run.job.main and progress['best_step'] == progress['step']:
                 checkpoint.set_best(folder, progress['step'], progress['best_val_loss'])
         except (OSError, ValueError) as error:
-            print(f'train.py: step {progress["step"]} was not saved: {error}', file=sys.stderr, flush=True)
-            if last:
-                raise SystemExit(4) from None
-    run.job.agree(0)                                    # the others wait for the writer
+            failed = 1
+            if run.job.main:
+                print(f'train.py: step {progress["step"]} was not saved: {error}', file=sys.stderr, flush=True)
+    if run.job.agree(failed) and last:                  # the others wait for the writer
+        raise SystemExit(4)
 
 
 def announce(config, model, dataset, loader, job):
@@ -163,7 +167,7 @@ def open_data(config, job):
 
 def train(config, job):
     """Everything of a run but its set-up: data, model, the loop."""
-    state = checkpoint.load(config.out_dir) if config.init_from == 'resume' else None
+    state = restart.state(config, job)
     config = resumed(config, state) if state else config
     if state:                                           # what older checkpoints lack
         state = {'average': {}, 'outliers': optim.Outliers(0).state, 'seconds': 0.0, 'built': growth.begin(config), **state}
@@ -179,7 +183,7 @@ def train(config, job):
     try:
         model = build(config, dataset, state, job)
         if lock and not state:
-            checkpoint.set_aside(config.out_dir)
+            restart.set_aside(config)
         run = assemble(config, model, dataset, state, job)
         announce(config, model, dataset, run.loaders['train'], job)
         loop(run)
@@ -239,8 +243,7 @@ def check_in(run):
     if stop:
         return f'stopped by {signal.Signals(int(stop)).name} at step {step}'
     if reached:
-        return (f'target_val_loss {config.target_val_loss} reached at step {step}: {progress["tokens"]:,} tokens, '
-                f'{progress["seconds"]:.1f} s of training')
+        return run.log.reached(losses['val_loss'])
     return '' if ends or config.eval_only else None
 
 

@@ -81,6 +81,8 @@ def jobs():
         Job('sample', 'sample', [f'--config={PLAIN}', '--device=cuda', '--new_tokens=256', '--rounds=2'],
             [f'--config={PLAIN}', *TINY, '--prompt=4', '--new_tokens=4', '--rounds=1', '--vocab_size=60'], 60),
         step_job('plain 16 x 1024', PLAIN, ['--batch_size=16', '--block_size=1024', one], 90),
+        Job('precision', 'precision', ['--device=cuda'],
+            ['--device=cpu', '--sizes=1x1x32', '--batch_size=2', '--block_size=16', '--rounds=1', '--round_s=0'], 100),
         Job('loader', 'loader', ['--device=cuda', '--seconds=0.5'], ['--device=cpu', '--seconds=0', '--block_size=64'], 60),
     ]
 

@@ -5,7 +5,7 @@ outweigh the rest: 4.2M parameters. `--dataset=enwik8_prose` takes all 50,257, f
 
 Launch: bash run.sh config/train_enwik8_prose.py         (downloads 36 MB once, see data/enwik8/prepare.py)
         torchrun --standalone --nproc_per_node=2 train.py config/train_enwik8_prose.py
-Takes about 10 minutes on 2 CPU cores; the same file runs on a GPU, where --max_iters and --lr_decay_iters may be raised.
+Takes about 12 minutes on 2 CPU cores; the same file runs on a GPU, where --max_iters and --lr_decay_iters may be raised.
 """
 out_dir = 'out/enwik8_prose'
 dataset = 'enwik8_prose_4096'
@@ -23,9 +23,9 @@ learning_rate = 2e-3
 min_lr = 2e-4
 beta2 = 0.99
 warmup_iters = 100
-max_iters = 1200
-lr_decay_iters = 1200
+max_iters = 2000
+lr_decay_iters = 2000
 
-eval_interval = 400
+eval_interval = 500
 eval_iters = 80                     # fixed batches: 82,000 tokens
 log_interval = 10

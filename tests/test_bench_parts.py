@@ -56,6 +56,8 @@ def settings_of(part, *arguments):
     (['ladder', '--device=tpu'], 'device must be'),
     (['ladder', '--n_head=5', '--n_embd=32', '--checks=False'], 'n_head must divide n_embd'),
     (['ladder', '--rungs=3'], "there is no setting 'rungs'"),
+    (['precision', '--sizes=4x3x128'], 'heads a divisor of width'),
+    (['precision', '--sizes=small'], "got 'small'"),
     (['step'], '--config=config/X.py'),
     (['step', '--config=no/such.py'], 'there is no such config file'),
     (['step', f'--config={CHAR}', '--n_embed=4'], "did you mean 'n_embd'?"),
@@ -490,3 +492,41 @@ def test_the_summary_is_medians():
               for r in (9, 2, 3)]
     found = recipe.summary(rounds)
     assert found['wall_ratio'] == 3 and found['reached'] is False and 'full_val_loss' not in found
+
+
+# ----------------------------------------------------------------------------------------------------
+# precision
+
+def test_precision_times_every_kind_beside_fp32(run, tmp_path):
+    path = tmp_path / 'p.json'
+    code, out, err = run('precision', '--sizes=1x2x32, 1x1x16', '--batch_size=2', '--block_size=16', '--rounds=2',
+                         '--round_s=0', '--device=cpu', f'--json={path}')
+    assert code == 0, err
+    result = json.loads(path.read_text())
+    assert [model['size'] for model in result['models']] == ['1x2x32', '1x1x16']
+    for model in result['models']:
+        names = [row['name'] for row in model['rows']]
+        assert names[0] == 'fp32' and 'TF32' not in names and 'fp16 weights' in names and len(set(names)) == 7
+        assert model['rows'][0]['x'] == model['rows'][0]['x_min'] == 1.0
+        assert all(row['x_min'] <= row['x'] <= row['x_max'] and row['ms'] > 0 for row in model['rows'])
+    assert 'fp16 weights, fp32 masters' in out
+
+
+def test_precision_trains_in_the_precision_it_names():
+    import tempfile
+
+    from bench import precisions
+    from data.loader import open_dataset
+    with tempfile.TemporaryDirectory() as folder:
+        step.random_data(folder, 64, 16)
+        dataset = open_dataset(folder, notice=lambda text: None)
+        settings = settings_of(precisions, '--device=cpu')
+        made = {name: precisions.make((1, 1, 16), 2, 16, settings, kind, dataset, CPU)
+                for name, kind in precisions.KINDS.items() if name != 'TF32'}
+    dtypes = {name: next(steps.model.parameters()).dtype for name, steps in made.items()}
+    assert dtypes['fp16 weights'] == dtypes['fp16 weights, fp32 masters'] == torch.float16
+    assert dtypes['bf16 autocast'] == torch.float32 and dtypes['bf16 weights'] == torch.bfloat16
+    assert made['bf16 autocast'].job.dtype == torch.bfloat16 and made['fp16 autocast'].scaler.is_enabled()
+    masters = [any('master' in entries for entries in made[name].optimizer.state.values())
+               for name in ('fp16 weights, fp32 masters', 'fp16 weights')]
+    assert masters == [True, False]

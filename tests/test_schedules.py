@@ -135,6 +135,9 @@ def test_a_target_stops_the_run_and_is_said(data, tmp_path, capsys):
     assert state['step'] == 0
     state = run(data, tmp_path, '--target_val_loss=2.8', '--eval_interval=1')
     assert 0 < state['step'] < 12 and state['seconds'] > 0
+    record = json.loads((tmp_path / 'target.json').read_text())
+    assert record['val_loss'] <= 2.8 == record['target_val_loss'] and record['step'] == state['step']
+    assert record['tokens'] == state['tokens'] and record['training_seconds'] > 0 and record['torch']
     assert f'target_val_loss 2.8 reached at step {state["step"]}: {state["tokens"]:,} tokens' in capsys.readouterr().out
 
 

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -73,7 +74,11 @@ if __name__ == '__main__':
 """,
     'torch/__init__.py': 'class cuda:\n    device_count = staticmethod(lambda: 4)\n',
     'torch/distributed/__init__.py': '',
-    'torch/distributed/run.py': NOTE + "note('torchrun', *sys.argv[1:])\n",
+    'torch/distributed/run.py': NOTE + """
+note('torchrun', *sys.argv[1:])
+if os.environ.get('STUB_RANK_0') and os.environ.get('NANOKRON_FIRST_NODE'):
+    Path(os.environ['NANOKRON_FIRST_NODE']).write_text('rank 0')
+""",
     'pytest/__init__.py': '',
     'pytest/__main__.py': NOTE + "note('pytest', os.environ['OMP_NUM_THREADS'], *sys.argv[1:])\nsys.exit(5)\n",
 }
@@ -344,6 +349,42 @@ def test_flags_before_the_config_go_to_torchrun(clone, flags, launched, samples)
     calls = clone.calls()
     assert calls[1] == f'torchrun {launched} train.py config/small.py --max_iters=20'
     assert names(calls[2:]) == ['sample'] * samples
+
+
+@pytest.mark.parametrize('flags, launched', [
+    (['--nproc-per-node=2'], '--standalone --nproc-per-node=2'),
+    (['--nnodes=2', '--node_rank=1', '--rdzv_endpoint=h:1', '--nproc_per_node=8', '--max-restarts=3'],
+     '--nnodes=2 --node_rank=1 --rdzv_endpoint=h:1 --nproc_per_node=8 --max-restarts=3'),
+    (['--max_restarts=3'], '--nproc_per_node=4 --standalone --max_restarts=3'),
+])
+@pytest.mark.parametrize('place', [1, 2])
+def test_flags_of_torchrun_are_known_after_the_config_in_either_spelling(clone, flags, launched, place):
+    clone.gpus(4)
+    words = ['config/small.py', '--max_iters=20']
+    clone.ready('base').run(*words[:place], *flags, *words[place:])
+    assert clone.calls()[1] == f'torchrun {launched} train.py config/small.py --max_iters=20'
+
+
+def test_no_setting_is_taken_for_a_flag_of_torchrun():
+    import configurator
+    words = [f'--{name}=1' for name in configurator.settings(configurator.Config)]
+    text = (ROOT / 'run.sh').read_text()
+    is_flag = text[text.index('is_flag() {'):text.index('flags=()')]
+    script = is_flag + 'for word in "$@"; do if is_flag "$word"; then echo "$word"; fi; done'
+    done = subprocess.run(['bash', '-c', script, '-', *words, '--nnodes=2'], capture_output=True, text=True, check=True)
+    assert done.stdout == '--nnodes=2\n'
+
+
+@pytest.mark.parametrize('rank_0', ['', '1'])
+def test_of_several_nodes_only_the_one_with_rank_0_prints_a_sample(clone, rank_0):
+    clone.ready('base').run('config/small.py', '--nnodes=2', '--rdzv_endpoint=h:1', STUB_RANK_0=rank_0)
+    assert names(clone.calls())[1:] == ['torchrun'] + ['sample'] * bool(rank_0)
+
+
+def test_the_slurm_example_is_bash_and_starts_one_torchrun_a_node():
+    path = ROOT / 'docs' / 'slurm.sh'
+    assert subprocess.run(['bash', '-n', path], capture_output=True).stderr == b''
+    assert '--ntasks-per-node=1' in path.read_text() and 'srun' in path.read_text()
 
 
 @pytest.mark.parametrize('send', [os.kill, os.killpg])          # to run.sh alone, or to all as a terminal does

@@ -1,7 +1,7 @@
 """Attention classes and blocks at equal parameters and equal tokens, by characters and by byte pairs.
 
 Launch: python ablate.py config/ablation/attention.py --jobs=2
-About 160 runs of about a minute of one core each, 1.5 to 3 hours with --jobs=2; needs data/shakespeare_char and
+About 200 runs of about a minute of one core each, 1.5 to 3 hours with --jobs=2; needs data/shakespeare_char and
 data/enwik8_prose_4096 (python data/NAME/prepare.py). The table: python ablate.py report out/attention
 The answers are in records/: this is small models and short runs, so compare differences over seeds, not absolute losses.
 """
@@ -35,8 +35,7 @@ variants = {
                       'ngpt_sz_init': 10.0, 'tie_weights': False, 'weight_decay': 0.0, 'warmup_iters': 0},
 }
 only = {'stablemax': ['shakespeare_char'], 'dint published (leaks)': ['shakespeare_char'],      # the rest runs on both
-        'untied': ['shakespeare_char'], 'ngpt dint': ['shakespeare_char'], 'dint 2': ['shakespeare_char'],
-        'latent equal': ['shakespeare_char'], 'ngpt mla dint': ['shakespeare_char']}
+        'ngpt dint': ['shakespeare_char'], 'dint 2': ['shakespeare_char'], 'ngpt mla dint': ['shakespeare_char']}
 tasks = {
     'shakespeare_char': {'dataset': 'shakespeare_char', 'max_iters': 500, 'lr_decay_iters': 500, 'eval_interval': 500,
                          'eval_first': False, 'warmup_iters': 50, 'min_lr': 1e-4},
