@@ -71,7 +71,7 @@ class Config(GPTConfig):
     eval_first: bool = key(True, 'evaluate before the first step too')
     eval_only: bool = key(False, 'evaluate once and stop')
     always_save_checkpoint: bool = key(True, 'save after every evaluation, not only after a better one')
-    init_from: str = key('scratch', "'scratch', 'resume', 'gpt2*', or a folder: ours, nanoGPT's, Hugging Face's")
+    init_from: str = key('scratch', "'scratch', 'resume', 'gpt2*', a .gguf, or a folder: ours, nanoGPT's, Hugging Face's")
     wandb_log: bool = key(False, 'log to Weights & Biases')
     wandb_project: str = key('owt', 'project name there')
     wandb_run_name: str = key('gpt2', 'run name there')

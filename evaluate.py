@@ -1,7 +1,8 @@
 """Loss, perplexity, bits a byte and accuracy of any checkpoint on a text or a data set, beside simple baselines.
 
     python evaluate.py --out_dir=out/kron_mlp --dataset=shakespeare_char
-    python evaluate.py --out_dir=FOLDER_OF_TRANSFORMERS --text=novel.txt --stride=256
+    python evaluate.py FOLDER_OF_TRANSFORMERS --text=novel.txt --window=1024 --stride=256
+    python evaluate.py FILE.gguf --text=novel.txt --window=1024 --stride=1024
     python evaluate.py --out_dir=out/train_prices --dataset=prices --json
 
 How tokens are counted. Of N tokens all but the first are scored, each once, by the tokens before it in its window.
@@ -44,7 +45,7 @@ PIECE = 1 << 24                                         # tokens that are counte
 @dataclass
 class EvaluateConfig:
     """What to evaluate, on what, and how."""
-    out_dir: str = key('out', "folder of the run; nanoGPT's and Hugging Face's folders and 'gpt2*' are taken too")
+    out_dir: str = key('out', "folder of the run; nanoGPT's and Hugging Face's folders, a .gguf and 'gpt2*' are taken too")
     text: str = key('', 'file in UTF-8 to evaluate on')
     dataset: str = key('', 'data set to evaluate on; beside --text: whose tokenizer and training split are meant')
     split: str = key('val', 'part of the data set', choices=('train', 'val', 'test'))
@@ -66,13 +67,24 @@ def check(config):
         raise UserError('write --text=FILE or --dataset=NAME: what to evaluate on')
     if config.text and config.dataset and config.split != 'val':
         raise UserError('--split is of a data set, and --text is what is evaluated; drop one of them', 'split')
-    if not os.path.isdir(config.out_dir) and not config.out_dir.startswith('gpt2'):
+    if not os.path.isdir(config.out_dir) and not config.out_dir.startswith('gpt2') and not is_gguf(config.out_dir):
         raise UserError(f'there is no folder {config.out_dir!r}; pass --out_dir=FOLDER', 'out_dir')
     if config.window and config.stride > config.window:
         raise UserError(f'stride must not exceed window ({config.window}), or tokens are left out, got {config.stride}',
                         'stride')
     if config.device.split(':')[0] not in ('auto', 'cpu', 'cuda', 'mps'):
         raise UserError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', got {config.device!r}", 'device')
+
+
+def is_gguf(place):
+    return place.endswith('.gguf') and os.path.isfile(place)
+
+
+def named(argument):
+    """An argument as configurator reads it: a folder or a .gguf alone is the out_dir, and --json stands for True."""
+    if argument == '--json':
+        return '--json=True'
+    return f'--out_dir={argument}' if os.path.isdir(argument) or is_gguf(argument) else argument
 
 
 # ---- the model and the tokens ----
@@ -363,7 +375,7 @@ def row(name, found):
 
 
 def main():
-    sys.argv[1:] = ['--json=True' if argument == '--json' else argument for argument in sys.argv[1:]]
+    sys.argv[1:] = [named(argument) for argument in sys.argv[1:]]
     config = configurator.run_program('evaluate.py', EvaluateConfig)
     try:
         check(config)

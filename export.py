@@ -1,11 +1,12 @@
 """Write a checkpoint as a folder of config.json and model.safetensors that other programs read.
 
     python export.py --out_dir=out/kron_mlp --to=exported
-    GPT2LMHeadModel.from_pretrained('exported')         # in Python, with transformers
+    AutoModelForCausalLM.from_pretrained('exported')    # in Python, with transformers
 
-A GPT-2 block goes to transformers' layout, with structured linears multiplied out to dense matrices and without the
-padding of the vocabulary; any other model is written in our own layout, which sample.py and train.py --init_from
-read. Exit codes: 0 done; 2 a mistake, said in one line; 4 the folder could not be written.
+A GPT-2 or a Llama block (RMSNorm, RoPE, SwiGLU) goes to transformers' layout, with structured linears multiplied out to
+dense matrices and without the padding of the vocabulary; any other model is written in our own layout, which sample.py
+and train.py --init_from read. A tokenizer that came as tokenizer.json goes along. Exit codes: 0 done; 2 a mistake, said
+in one line; 4 the folder could not be written.
 """
 import json
 import os
@@ -20,7 +21,7 @@ from variants import UserError
 @dataclass
 class ExportConfig:
     """What to export, and where to."""
-    out_dir: str = key('out', "folder of the run; nanoGPT's and Hugging Face's folders are taken too")
+    out_dir: str = key('out', "folder of the run; nanoGPT's and Hugging Face's folders and .gguf files are taken too")
     to: str = key('', 'folder to write, new or empty')
     which: str = key('last', "checkpoint of out_dir: 'last' or 'best'", choices=('last', 'best'))
     debug: bool = key(False, 'tracebacks for mistakes too')
@@ -30,7 +31,7 @@ def check(config):
     """What can be refused before torch is imported."""
     if not config.to:
         raise UserError('write --to=FOLDER, a new one')
-    if not os.path.isdir(config.out_dir):
+    if not os.path.isdir(config.out_dir) and not (config.out_dir.endswith('.gguf') and os.path.isfile(config.out_dir)):
         raise UserError(f'there is no folder {config.out_dir!r}; pass --out_dir=FOLDER', 'out_dir')
     if os.path.lexists(config.to) and not (os.path.isdir(config.to) and not os.listdir(config.to)):
         raise UserError(f'{config.to!r} is there and not an empty folder; nothing is overwritten', 'to')
@@ -38,23 +39,24 @@ def check(config):
 
 def contents(source):
     """(config.json, state dict, a line that says what they are) of a source of interop.read_folder."""
-    import gpt2
     import interop
     from data import tokenizer
     config, state, info = source
     model = interop.build(config, config, state)
-    odd = gpt2.difference(model)
+    kind = 'llama' if config.rope else 'gpt2'
+    layout, name = interop.LAYOUTS[kind], {'llama': 'Llama', 'gpt2': 'GPT-2'}[kind]
+    odd = layout.difference(model)
     if odd:
         raw = {'model_type': 'nanokron', 'config': configurator.as_dict(config), 'step': info['step'],
                'data': tokenizer.describe(info['data']) if info['data'] else None}
         tied = ('lm_head.weight',) if config.tie_weights else ()
         return raw, {name: t.contiguous() for name, t in model.state_dict().items() if name not in tied}, (
-            f"{odd} is no GPT-2 block, so this is nanokron's own layout, which transformers does not read")
-    vocab_size = known_tokens(info['data'], config.vocab_size)
-    raw, tensors = gpt2.from_ours(model, vocab_size)
+            f"{odd} is no {name} block, so this is nanokron's own layout, which transformers does not read")
+    vocab_size = known_tokens(info['data'] if info['kind'] == 'nanokron' else None, config.vocab_size)
+    raw, tensors = layout.from_ours(model, vocab_size)
     dropped = config.vocab_size - vocab_size
     padding = f', {dropped} padding rows of the vocabulary dropped' if dropped else ''
-    return raw, tensors, f'dense GPT-2 for transformers{padding}'
+    return raw, tensors, f'dense {name} for transformers{padding}'
 
 
 def known_tokens(data, vocab_size):
@@ -63,16 +65,31 @@ def known_tokens(data, vocab_size):
     return known if type(known) is int and 0 < known <= vocab_size else vocab_size
 
 
-def write(folder, raw, tensors):
-    """config.json last: without it no program takes the folder for a model."""
+def tokenizer_files(data, raw):
+    """{file name: text} of the tokenizer that transformers is to load, and raw's token between texts; {} for our kinds.
+
+    tokenizer_config.json keeps transformers from taking the kind of tokenizer from the kind of model.
+    """
+    from data import hub_tokenizer
+    if not data or data.get('tokenizer') != hub_tokenizer.HubTokenizer.name or raw['model_type'] == 'nanokron':
+        return {}
+    words = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
+    end = hub_tokenizer.between_texts(data['json'])
+    if end:
+        words['eos_token'], raw['eos_token_id'] = end
+    return {'tokenizer.json': data['json'], 'tokenizer_config.json': json.dumps(words, indent=2) + '\n'}
+
+
+def write(folder, raw, tensors, files):
+    """files: {name: text} besides. config.json last: without it no program takes the folder for a model."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     try:
         os.makedirs(folder, exist_ok=True)
         save_file(tensors, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
-        with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as file:
-            json.dump(raw, file, indent=2)
-            file.write('\n')
+        for name, text in {**files, 'config.json': json.dumps(raw, indent=2) + '\n'}.items():
+            with open(os.path.join(folder, name), 'w', encoding='utf-8', newline='') as file:
+                file.write(text)
     except (OSError, SafetensorError) as error:
         print(f'export.py: {folder} could not be written: {error}', file=sys.stderr)
         raise SystemExit(4) from None
@@ -83,8 +100,9 @@ def main():
     try:
         check(config)
         import interop
-        raw, tensors, line = contents(interop.read_folder(config.out_dir, config.which))
-        write(config.to, raw, tensors)
+        source = interop.read_folder(config.out_dir, config.which)
+        raw, tensors, line = contents(source)
+        write(config.to, raw, tensors, tokenizer_files(source[2]['data'], raw))
     except UserError as error:
         if config.debug:
             raise

@@ -23,6 +23,7 @@ AS_PUBLISHED = {'model_type': 'gpt2', 'layer_norm_epsilon': 1e-5, 'scale_attn_we
                 'add_cross_attention': False, 'scale_attn_by_inverse_layer_idx': False,
                 'reorder_and_upcast_attn': False}
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+NEUTRAL = ('dropout', 'zero_init', 'loss_chunk', 'recompute')           # settings that change no logits
 VOCABULARY = 50257                                      # of GPT-2's tokenizer; the last one is <|endoftext|>
 
 
@@ -53,6 +54,11 @@ def settings(raw, where):
             'tie_weights': raw.get('tie_word_embeddings', True)}
 
 
+def from_hub(tensors, config, where):
+    """to_ours of Hugging Face's tensors; config: our GPTConfig, which is not needed."""
+    return to_ours(tensors, True, where)
+
+
 def to_ours(tensors, transposed, where):
     """A state dict in our names, of views: prefixes and old mask buffers dropped, c_attn split in three.
 
@@ -79,11 +85,11 @@ def difference(model):
     """What makes the model no GPT-2, as a few words, or None. Structured linears are no difference: they have a W."""
     config, defaults = model.config, GPTConfig()
     for name in configurator.settings(GPTConfig):
-        if name not in (*SIZES, 'dropout', 'bias', 'tie_weights', 'linear', 'attention', 'mlp'):
+        if name not in (*SIZES, *NEUTRAL, 'bias', 'tie_weights', 'linear', 'attention', 'mlp'):
             if getattr(config, name) != getattr(defaults, name):
                 return f'{name}={getattr(config, name)!r}'
     for block in model.transformer.h:
-        if type(block.attn) is not CausalSelfAttention:
+        if type(block.attn) is not CausalSelfAttention or block.attn.gate is not None or block.attn.softcap:
             return f'attention={config.attention!r}'
         if type(block.mlp) is not MLP or block.mlp.approximate != model.transformer.h[0].mlp.approximate:
             return f'mlp={config.mlp!r}'

@@ -1,4 +1,4 @@
-"""Models from elsewhere: GPT-2 from the hub or a folder, nanoGPT's ckpt.pt, our checkpoints and our exports.
+"""Models from elsewhere: GPT-2 and Llama from the hub, a folder or a GGUF, nanoGPT's ckpt.pt, our checkpoints and exports.
 
 A *source* is (GPTConfig, state dict in our names, info), checked name by name and shape by shape before anything is
 built of it. Nothing that a file holds is run: safetensors, JSON, and torch.save's format as torchfile.py reads it.
@@ -11,9 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import configurator
+import gguf_file
 import gpt2
+import llama
 import torchfile
 from configurator import GPTConfig
+from data import hub_tokenizer
 from initialise import initialise
 from model import GPT
 from variants import UserError, did_you_mean
@@ -21,6 +24,7 @@ from variants import UserError, did_you_mean
 __all__ = ['build', 'initialise', 'pretrained_gpt', 'read_folder', 'read_source', 'source_config', 'to_hf_gpt2']
 
 to_hf_gpt2 = gpt2.from_ours
+LAYOUTS = {'gpt2': gpt2, 'llama': llama}    # Hugging Face's model_type -> settings, from_hub, difference, from_ours
 
 
 def pretrained_gpt(name_or_folder, override_args):
@@ -55,9 +59,9 @@ def source_config(init_from, which='last'):
 
 
 def read_source(init_from, which='last'):
-    """A folder, or a model's name on the Hugging Face hub -> (GPTConfig, state dict in our names, info).
+    """A folder, a .gguf, or a model's name on the Hugging Face hub -> (GPTConfig, state dict in our names, info).
 
-    See read_folder. Raises UserError in one line when there is no such folder and no such download.
+    See read_folder. Raises UserError in one line when there is no such place and no such download.
     """
     if os.path.exists(init_from):
         return read_folder(init_from, which)
@@ -69,7 +73,8 @@ def download(name):
     import huggingface_hub
     if not name or name.startswith(('.', '/', '~')) or name.count('/') > 1:
         raise UserError(f'there is no folder {name!r}', 'init_from')
-    files = ['config.json', 'model.safetensors', 'model.safetensors.index.json', 'model-*-of-*.safetensors']
+    files = ['config.json', 'tokenizer.json', 'model.safetensors', 'model.safetensors.index.json',
+             'model-*-of-*.safetensors']
     try:
         return huggingface_hub.snapshot_download(name, allow_patterns=files)
     except Exception as error:                          # the hub's, or those of the HTTP library that it stands on
@@ -79,12 +84,16 @@ def download(name):
 
 
 def read_folder(folder, which='last'):
-    """Our checkpoints, nanoGPT's ckpt.pt, Hugging Face's GPT-2 or our export -> (GPTConfig, state dict, info).
+    """Our checkpoints, nanoGPT's ckpt.pt, Hugging Face's GPT-2 or Llama, a .gguf or our export -> (GPTConfig, state, info).
 
-    which: 'last' or 'best' of our checkpoints. info: kind ('nanokron', 'nanogpt' or 'gpt2'), step and data (the
-    tokenizer's meta) or None. The state dict is dense unless it is ours. Raises UserError in one line for a folder
-    that holds none of these, or a model that GPT(config) would not compute exactly.
+    which: 'last' or 'best' of our checkpoints. info: kind ('nanokron', 'nanogpt', 'gguf' or a name in LAYOUTS), step and
+    data (the tokenizer's meta) or None. The state dict is dense unless it is ours. Raises UserError in one line for a
+    folder that holds none of these, or a model that GPT(config) would not compute exactly.
     """
+    if str(folder).endswith('.gguf') and os.path.isfile(folder):
+        config, state, info = read_gguf(folder)
+        check_state(config, state, folder)
+        return config, state, info
     if not os.path.isdir(folder):
         raise UserError(f'there is no folder {folder!r}', 'init_from')
     names = os.listdir(folder)
@@ -100,7 +109,7 @@ def read_folder(folder, which='last'):
                         'init_from')
     else:
         raise UserError(f"{folder} holds no checkpoint: neither our ckpt_*.pt, nor nanoGPT's ckpt.pt, nor config.json "
-                        'with model.safetensors', 'init_from')
+                        'with model.safetensors (a GGUF is named as a file, FOLDER/NAME.gguf)', 'init_from')
     check_state(config, state, folder)
     return config, state, info
 
@@ -143,15 +152,32 @@ def parts(saved, key, where):
 
 
 def read_safetensors(folder, names):
-    """config.json and safetensors: Hugging Face's GPT-2, or our own layout as export.py writes it."""
-    raw, tensors = read_json(os.path.join(folder, 'config.json')), read_tensors(folder, names)
-    if raw.get('model_type') != 'nanokron':
-        config = checked_config(gpt2.settings(raw, folder), folder)
-        return config, gpt2.to_ours(tensors, True, folder), {'kind': 'gpt2', 'step': None, 'data': None}
-    if not isinstance(raw.get('config'), dict):
-        raise UserError(f"{folder}: config.json lacks the model's config", 'init_from')
-    info = {'kind': 'nanokron', 'step': raw.get('step'), 'data': raw.get('data')}
-    return checked_config(raw['config'], folder), tensors, info
+    """config.json and safetensors: Hugging Face's layouts, or our own as export.py writes it."""
+    raw = read_json(os.path.join(folder, 'config.json'))
+    kind = str(raw.get('model_type', 'gpt2'))
+    if kind == 'nanokron':
+        if not isinstance(raw.get('config'), dict):
+            raise UserError(f"{folder}: config.json lacks the model's config", 'init_from')
+        info = {'kind': kind, 'step': raw.get('step'), 'data': raw.get('data')}
+        return checked_config(raw['config'], folder), read_tensors(folder, names), info
+    if kind not in LAYOUTS:
+        raise UserError(f'{folder}: model_type is {kind[:60]!r}, and only {" and ".join(LAYOUTS)} are read', 'init_from')
+    config = checked_config(LAYOUTS[kind].settings(raw, folder), folder)
+    data = None
+    if 'tokenizer.json' in names and (kind, config.vocab_size) != ('gpt2', gpt2.VOCABULARY):    # GPT-2's own: tokenizer.py's
+        data = hub_tokenizer.read(folder)
+    state = LAYOUTS[kind].from_hub(read_tensors(folder, names), config, folder)
+    return config, state, {'kind': kind, 'step': None, 'data': data}
+
+
+def read_gguf(path):
+    """A GGUF file of the architecture llama, in float32, with its tokenizer where that is byte pairs."""
+    reader = gguf_file.open_file(path)
+    config = checked_config(llama.settings(gguf_file.settings(reader, path), path), path)
+    text = gguf_file.tokenizer(reader, path)
+    data = text and hub_tokenizer.describe(text, os.path.basename(path))
+    state = llama.from_gguf(gguf_file.tensors(reader, path), config, path)
+    return config, state, {'kind': 'gguf', 'step': None, 'data': data}
 
 
 def read_json(path):

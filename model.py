@@ -349,7 +349,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder, override_args=None):
-        """A GPT-2 by hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or from a folder that transformers wrote.
+        """A GPT-2 or Llama: a hub name (gpt2, gpt2-xl ...), a folder that transformers wrote, or a .gguf file.
 
         override_args: GPTConfig fields to change (dropout, block_size to crop, linear rules ...). Raises UserError
         when the weights cannot be had or do not fit.

@@ -20,7 +20,7 @@ from variants import UserError
 class SampleConfig:
     """nanoGPT's settings of sample.py, with their meanings and defaults, and ours."""
     init_from: str = key('resume', "'resume' = the checkpoint in out_dir; 'gpt2*' or another hub name; a folder (ours, "
-                         "nanoGPT's, Hugging Face's); 'scratch' = GPT-2's shape with random weights")
+                         "nanoGPT's, Hugging Face's) or a .gguf; 'scratch' = GPT-2's shape with random weights")
     out_dir: str = key('out', "folder of the run to sample from, when init_from is 'resume'")
     which: str = key('last', "checkpoint of out_dir: 'last' or 'best'", choices=('last', 'best'))
     start: str = key('\n', "prompt; 'FILE:prompt.txt' reads it from a file; empty = a new text")
@@ -104,7 +104,7 @@ def load_tokenizer(config, meta, vocab_size):
         meta = read_meta(Path(config.data_dir, config.dataset))
         if meta is None:
             raise UserError(f'{config.data_dir}/{config.dataset} has no meta.json; prepare it first', 'dataset')
-    if meta is None and vocab_size < 50257:
+    if meta is None and not 50257 <= vocab_size <= 50304:               # GPT-2's, or padded as nanoGPT pads it
         return Numbers(vocab_size)
     found = tokenizer.load(meta or {'tokenizer': 'gpt2'})
     if found.vocab_size > vocab_size:

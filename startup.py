@@ -49,7 +49,10 @@ def build(config, dataset, state, job):
     """The model on its device: from a checkpoint, from another model's weights, or from scratch."""
     torch.manual_seed(config.seed)
     if state is None and config.init_from != 'scratch':
-        source_config, source, _ = interop.read_source(config.init_from)
+        source_config, source, info = interop.read_source(config.init_from)
+        if (info['data'] or {}).get('tokenizer') == 'hub' and dataset.tokenizer.get('json') != info['data']['json']:
+            job.say(f'the tokens of {dataset.folder} are not those of {config.init_from}; prepare them with '
+                    f'--tokenizer={config.init_from}')
         adopt(config, source_config)
         check_shapes(config)
         model = GPT(configurator.model_config(config))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import tokenizer
+from data import hub_tokenizer, tokenizer
 from data.dataset import FORMAT, check_meta
 from data.shards import reason, write_atomic, write_shard
 from variants import UserError
@@ -27,10 +27,13 @@ def main(folder, kind, argv=None):
                                                                      f'(tokenizer: {kind}).')
     parser.add_argument('--input', metavar='FILE', help='any text in UTF-8 (default: Shakespeare, which is built in)')
     parser.add_argument('--out', metavar='DIR', default=folder, help='where to write (default: beside the script)')
+    parser.add_argument('--tokenizer', metavar='PLACE', help='a pretrained model\'s instead: a tokenizer.json, a folder '
+                        'with one, or a .gguf')
     args = parser.parse_args(argv)
     try:
+        described = hub_tokenizer.read(args.tokenizer) if args.tokenizer else {'tokenizer': kind}
         text, source = choose_text(folder, args.input)
-        prepare(text, source, kind, args.out)
+        prepare(text, source, described, args.out)
     except UserError as error:
         sys.exit(complain(error))
     except OSError as error:
@@ -77,10 +80,14 @@ def shakespeare():
     return tokenizer.unpack(SHAKESPEARE, SHAKESPEARE_SHA256).decode('ascii')
 
 
-def prepare(text, source, kind, out):
-    """Cut the text 90 : 10 by characters as nanoGPT does, encode the parts, write the folder and say what was done."""
+def prepare(text, source, described, out):
+    """Cut the text 90 : 10 by characters as nanoGPT does, encode the parts, write the folder and say what was done.
+
+    described: the name of a tokenizer, or its meta.
+    """
     cut = int(len(text) * 0.9)
-    described = {'tokenizer': kind, 'source': source}
+    described = {**({'tokenizer': described} if isinstance(described, str) else described), 'source': source}
+    kind = described['tokenizer']
     if kind == 'char':
         described['chars'] = sorted(set(text))
     encoder = tokenizer.load(described)

@@ -1,4 +1,4 @@
-"""Text <-> tokens: single characters, GPT-2's byte pairs, or bytes; each rebuilt from a small dict. Imports no torch.
+"""Text <-> tokens: characters, GPT-2's byte pairs, bytes, a tokenizer.json; each rebuilt from a dict. Imports no torch.
 
 The dict stands in a data set's meta.json and in every checkpoint, so that sampling needs no data folder:
 
@@ -12,6 +12,7 @@ import hashlib
 import lzma
 from pathlib import Path
 
+from data.hub_tokenizer import HubTokenizer
 from data.prices.returns import PriceTokenizer
 from variants import UserError, did_you_mean
 
@@ -105,7 +106,7 @@ class GPT2Tokenizer:
                         for t in known).decode('utf-8', errors='replace')
 
 
-TOKENIZERS = {kind.name: kind for kind in (CharTokenizer, GPT2Tokenizer, ByteTokenizer, PriceTokenizer)}
+TOKENIZERS = {kind.name: kind for kind in (CharTokenizer, GPT2Tokenizer, ByteTokenizer, PriceTokenizer, HubTokenizer)}
 
 
 def load(meta):
@@ -128,7 +129,7 @@ def load(meta):
 
 def describe(meta):
     """The part of a meta that says what its tokens mean: what load() reads, and nothing else."""
-    return {key: meta[key] for key in ('tokenizer', 'vocab_size', 'chars', 'returns', 'source') if key in meta}
+    return {key: meta[key] for key in ('tokenizer', 'vocab_size', 'chars', 'returns', 'json', 'source') if key in meta}
 
 
 def short(value):

@@ -187,7 +187,7 @@ def test_overrides(hf):
     ({'reorder_and_upcast_attn': True}, 'reorder_and_upcast_attn is True'),
     ({'add_cross_attention': True}, 'add_cross_attention is True'),
     ({'layer_norm_epsilon': 1e-6}, 'layer_norm_epsilon is 1e-06'),
-    ({'model_type': 'llama'}, "model_type is 'llama'"),
+    ({'model_type': 'bert'}, "model_type is 'bert'"),
     ({'n_embd': Path}, 'lacks n_embd'),
     ({'n_layer': 3}, 'n_layer is 3, and the file holds 2 blocks'),
     ({'n_layer': 10 ** 12}, 'the file holds 2 blocks'),
@@ -239,6 +239,8 @@ def test_folders_that_hold_no_model(tmp_path, hf):
     (tmp_path / 'config.json').write_text('{}')
     assert 'holds no checkpoint' in refusal(interop.read_source, str(tmp_path))
     (tmp_path / 'model.safetensors').write_bytes(b'no tensors')
+    assert 'lacks n_positions' in refusal(interop.read_source, str(tmp_path))
+    shutil.copy(Path(hf[1], 'config.json'), tmp_path)
     assert 'damaged' in refusal(interop.read_source, str(tmp_path))
     (tmp_path / 'config.json').write_text('{')
     assert 'not readable as JSON' in refusal(interop.read_source, str(tmp_path))
@@ -540,6 +542,9 @@ def test_only_a_gpt2_goes_there():
     with pytest.raises(ValueError, match='not GPT-2'):
         gpt2.from_ours(model)
     assert gpt2.difference(random_model(mlp={'h.0': 'gelu', 'h.*': 'gelu'}, linear=MLPS)) is None
+    assert gpt2.difference(random_model(attention='causal(gate=True)')).startswith('attention=')
+    assert gpt2.difference(random_model(attention='causal(softcap=5.0)')).startswith('attention=')
+    assert gpt2.difference(random_model(recompute=True, loss_chunk=8, zero_init=True)) is None      # no logit knows of them
     model = random_model()
     model.transformer.h[1].attn.__class__ = type('Other', (type(model.transformer.h[1].attn),), {})
     assert gpt2.difference(model).startswith('attention=')
