@@ -138,6 +138,15 @@ class Config(GPTConfig):
     finish_dense_at: float = key(0.0, 'fraction of the run at which every structured site becomes dense; 0 = never', low=0)
     finish_dense_state: str = key('reset', "optimizer state of what became dense: none, or an 'estimate' from the factors'",
                                   choices=('reset', 'estimate'))
+    rank_budget: float = key(0.0, 'parameters of structured sites over those of dense ones: chooses ranks and terms; 0 = as '
+                             'the rules say', low=0)
+    rank_allocation: str = key('uniform', "the same fraction everywhere, or by the 'spectrum' of the dense source's weights",
+                               choices=('uniform', 'spectrum'))
+    self_guided: float = key(0.0, 'fraction of the run in which a dense matrix beside each structured site fades out', low=0)
+    factor_lr: str = key('none', "AdamW's learning rate of a factor: as all, or times in_features / its fan-in / factors",
+                         choices=('none', 'fan_in'))
+    factor_decay: str = key('tensors', "weight_decay acts on each factor, which decays a product that many times, or on the "
+                            "'product' once", choices=('tensors', 'product'))
     decompose: str = key('van_loan', 'how dense weights become structured ones when init_from names a dense model: '
                          'van_loan, van_loan_normalised, prune, als, als_hessian, svd, ...; any with _sequential: layer by '
                          'layer; several with commas: each structure takes the first that it knows')
@@ -274,6 +283,20 @@ def check_run(config):
     if not config.prune_fraction < 1 or (config.prune_before == 'none') != (config.prune_fraction == 0):
         yield 'prune_fraction', ('prune_fraction must be above 0 and below 1 with prune_before, and 0 without, got '
                                  f'{config.prune_fraction} with prune_before={config.prune_before!r}')
+    if config.rank_budget >= 1:
+        yield 'rank_budget', f'rank_budget must be below 1, got {config.rank_budget}'
+    if config.rank_budget and config.rank_allocation == 'spectrum' and config.init_from == 'scratch':
+        yield 'rank_allocation', ("rank_allocation='spectrum' reads the spectra of trained weights, and "
+                                  "init_from='scratch' has none; take rank_allocation='uniform'")
+    if config.self_guided >= 1:
+        yield 'self_guided', f'self_guided must be below 1, got {config.self_guided}'
+    if config.self_guided and (config.grow_from or config.ngpt != 'none'):
+        yield 'self_guided', f'self_guided does not go with {"grow_from" if config.grow_from else "ngpt"}; drop one of them'
+    if 0 < config.finish_dense_at <= config.self_guided:
+        yield 'finish_dense_at', (f'finish_dense_at must be after self_guided ({config.self_guided}), got '
+                                  f'{config.finish_dense_at}')
+    if config.optimizer == 'muon' and (config.factor_lr != 'none' or config.factor_decay != 'tensors'):
+        yield 'optimizer', "factor_lr and factor_decay are AdamW's, and optimizer='muon' takes the factors; drop them"
     for name in ('batch_schedule', 'block_schedule'):
         try:
             schedules.stages(name, getattr(config, name))

@@ -8,12 +8,13 @@ import torch
 
 import calibrate
 import sequential
+import sums
 import variants
-from kron.als import bias_shift, centred, shifted
+from kron.methods import moved
 from model import GPT
+from sums import SEQUENTIAL
 from variants import UserError, did_you_mean
 
-SEQUENTIAL = '_sequential'              # a method's ending: layer by layer, under the inputs that the site will get
 PRUNINGS = ('none', 'magnitude', 'wanda')
 
 
@@ -71,25 +72,19 @@ class Work:
 
     def method(self, site):
         """(the first method of how.method that the site's structure knows, whether it needs stats)."""
-        cls = variants.LINEARS[structure(self.sites[site])[0]]
-        known = getattr(sys.modules[cls.__module__], 'METHODS', None)
-        if known is None:                               # dense: every method is exact
-            return 'van_loan', False
-        names = [name.strip() for name in self.how.method.split(',')]
-        for name in names:
-            if name in known or name.removesuffix(SEQUENTIAL) in known:
-                plain = name.removesuffix(SEQUENTIAL)
-                return name, name != plain or plain in getattr(sys.modules[cls.__module__], 'CALIBRATED', ())
-        raise UserError(f'{site}: method={self.how.method!r} is unknown; {structure(self.sites[site])[0]} knows '
-                        f'{", ".join(known)}{did_you_mean(names[0], known)}; with commas each structure takes the first '
-                        'that it knows', 'decompose')
+        name, arguments = structure(self.sites[site])
+        try:
+            return sums.choose(variants.LINEARS[name], self.how.method, arguments)
+        except ValueError as error:
+            raise UserError(f'{site}: {error}', 'decompose') from None
 
     def fill(self, site, source, stats):
         """Fill one site from `source`, its module in the source without values -> a row of the report."""
         module, tensors = self.sites[site], tensors_of(self.state, site)
         like = next(module.parameters())
         device = self.how.device or like.device
-        source.load_state_dict({key: t.to(device, like.dtype) for key, t in tensors.items()}, assign=True)
+        values = {key: t.to(device, like.dtype if t.is_floating_point() else t.dtype) for key, t in tensors.items()}
+        source.load_state_dict(values, assign=True)
         weight, (name, arguments) = source.dense_weight(), structure(module)
         made = self.make(variants.LINEARS[name], site, weight, source.bias, stats, arguments)
         made.spec = module.spec
@@ -108,13 +103,8 @@ class Work:
         """The structured module; a sequential form that the class does not know is its plain one on a moved target."""
         method, _ = self.method(site)
         weight = prune(weight, self.how.prune_fraction, self.how.prune_before, stats)
-        if method.endswith(SEQUENTIAL) and method not in sys.modules[cls.__module__].METHODS:
-            method = method.removesuffix(SEQUENTIAL)
-            centre = bias is not None
-            T = shifted(weight, centred(stats) if centre else stats)[0]
-            if centre:
-                bias = bias + bias_shift(weight, T, stats).to(bias)
-            weight, stats = T.to(weight.dtype), dataclasses.replace(stats, cross=None, source_mean=None)
+        if SEQUENTIAL in method and method not in sys.modules[cls.__module__].METHODS:
+            method, (weight, bias, stats) = method.replace(SEQUENTIAL, ''), moved(weight, bias, stats)
         return cls.from_dense(weight, bias, method=method, stats=stats, **arguments)
 
     def loss_alone(self, site, made):

@@ -4,7 +4,7 @@ import os
 import checkpoint
 import interop
 from data.loader import open_dataset
-from startup import adopt, check_shapes, padded, resumed
+from startup import adopt, check_shapes, choose_sizes, padded, resumed
 from variants import UserError
 
 
@@ -15,8 +15,14 @@ def dry_run(config, job):
         config.vocab_size = padded(open_dataset(folder, job.say).vocab_size)
     if config.init_from == 'resume':
         config = resumed(config, checkpoint.load(config.out_dir))
-    elif config.init_from != 'scratch':
-        adopt(config, interop.source_config(config.init_from))
+    elif config.init_from == 'scratch':
+        choose_sizes(config, job)
+    else:
+        source_config, source, _ = interop.read_source(config.init_from) if config.rank_budget else (
+            interop.source_config(config.init_from), None, None)
+        adopt(config, source_config)
+        calibrated = config.rank_budget and config.rank_allocation == 'spectrum'
+        choose_sizes(config, job, open_dataset(folder, job.say) if calibrated else None, source_config, source)
     model = check_shapes(config)
     job.say(f'{"site":24}{"spec":36}{"out x in":>14}{"parameters":>14}{"FLOPs/token":>14}{"share":>8}')
     for row in model.site_table():

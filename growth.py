@@ -9,7 +9,9 @@ import math
 import torch
 
 import configurator
+import guided
 import variants
+from layers import tags_of
 from model import GPT
 from variants import UserError
 
@@ -19,7 +21,8 @@ PLATEAU = 0.005                                         # nats that three evalua
 def begin(config):
     """What a run from scratch has built before its first step."""
     layers = config.grow_from or config.n_layer
-    return {'layers': layers, 'dense': False, 'changed': None, 'losses': [], 'model': fields(config, layers, False)}
+    built = {'layers': layers, 'dense': False, 'changed': None, 'losses': [], 'guided': config.self_guided > 0}
+    return {**built, 'model': fields(config, layers, False) | (guided.fields(config) if built['guided'] else {})}
 
 
 def fields(config, layers, dense):
@@ -38,7 +41,9 @@ def model_config(config, built):
 
 
 def due(config, built, step):
-    """'dense', 'grow' or None: what happens to the model before this step."""
+    """'unguide', 'dense', 'grow' or None: what happens to the model before this step."""
+    if built.get('guided') and step >= math.ceil(config.self_guided * config.max_iters):
+        return 'unguide'
     if config.finish_dense_at and not built['dense'] and step >= math.ceil(config.finish_dense_at * config.max_iters):
         return 'dense'
     if not config.grow_from or built['layers'] == config.n_layer:
@@ -72,6 +77,11 @@ def change(action, model, config, state):
         kept = {n: e for n, e in state['optimizer'].items() if n in dict(model.named_parameters())}
         state['optimizer'] = {**kept, **entries}
         words = 'every site is dense from here'
+    elif action == 'unguide':
+        guided.remove(model, config.linear)
+        built.update(guided=False)
+        state['optimizer'] = {n: e for n, e in state['optimizer'].items() if n in dict(model.named_parameters())}
+        words = 'structured sites go on without their guides'
     else:
         model.config.linear = {} if built['dense'] else config.linear
         grow(model, config.grow_init)
@@ -111,13 +121,13 @@ def estimates(model, optimizer):
     """
     found = {}
     for site, module in model.sites().items():
-        names = {f: f'transformer.{site}.{f}' for f, tag in module.tags.items() if tag == 'factor'}
+        names = {f: f'transformer.{site}.{f}' for f, tag in tags_of(module).items() if tag in ('factor', 'matrix')}
         entries = {f: optimizer.get(name, {}) for f, name in names.items()}
         if module.spec == 'dense' or not all('exp_avg' in e for e in entries.values()):
             continue
-        factors = {f: getattr(module, f).detach() for f in names}
-        square = module.dense_weight().detach().square().sum().clamp_min(1e-30)
-        weight = {f: factors[f].square().sum() / square / len(names) for f in names}
+        factors = {f: module.get_parameter(f).detach() for f in names}
+        squares = {f: moved(module, f, factors[f]).square().sum().clamp_min(1e-30) for f in names}
+        weight = {f: factors[f].square().sum() / squares[f] / len(names) for f in names}
         first = sum(moved(module, f, entries[f]['exp_avg'].to(factors[f].device)) * weight[f] for f in names)
         second = sum(entries[f]['exp_avg_sq'].to(factors[f].device).mean() * weight[f] for f in names)
         found[f'transformer.{site}.weight'] = {'step': next(iter(entries.values()))['step'], 'exp_avg': first,
@@ -126,9 +136,11 @@ def estimates(model, optimizer):
 
 
 def moved(module, factor, by):
-    """J_f by: what W becomes when factor f is `by`; W is linear in f."""
-    own = getattr(module, factor)
-    return torch.func.functional_call(Weight(module), {f'module.{factor}': by.to(own.dtype)}).detach()
+    """J_f by: what W gains when factor f is `by` and not 0; W is linear in f but for what other parts of a sum add."""
+    own = module.get_parameter(factor)
+    with_it, without = (torch.func.functional_call(Weight(module), {f'module.{factor}': f.to(own.dtype)}).detach()
+                        for f in (by, torch.zeros_like(own)))
+    return with_it - without
 
 
 class Weight(torch.nn.Module):

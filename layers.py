@@ -3,6 +3,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from structured import Structured, loudest, no_autocast, options_numel, silenced  # noqa: F401 - handed on to kron and lowrank
+
 
 class Linear(nn.Linear):
     """The dense linear, y = x W^T + b, with the contract that every structured linear keeps.
@@ -30,6 +32,10 @@ class Linear(nn.Linear):
         """W itself, (out, in)."""
         return self.weight
 
+    def wide_weight(self):
+        """W in fp32 at least."""
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+
     def flops(self, tokens):
         """Forward FLOPs for that many tokens, a multiply-add counted as 2."""
         return 2 * tokens * self.in_features * self.out_features
@@ -48,6 +54,13 @@ class Linear(nn.Linear):
             if bias is not None:
                 module.bias.copy_(bias)
         return module
+
+
+@torch.no_grad()
+def zero_(module):
+    """A linear's W to 0 by the tensors that its zero_factor names, gradients flowing."""
+    for name in module.zero_factor.split():
+        module.get_parameter(name).zero_()
 
 
 class LayerNorm(nn.Module):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import variants
 from configurator import GPTConfig
 from heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, rotate, rotation, split_heads
-from layers import LOSSES, ChunkedCrossEntropy, Learned, hidden_scale, norm, tags_of, unit
+from layers import LOSSES, ChunkedCrossEntropy, Learned, hidden_scale, norm, tags_of, unit, zero_
 from variants import UserError
 
 __all__ = ['CausalSelfAttention', 'MLP', 'Block', 'GPT', 'GPTConfig', 'Context', 'UserError']
@@ -242,7 +242,7 @@ class GPT(nn.Module):
                 joins = site.endswith('.c_proj')
                 module.reset_parameters(getattr(module, 'std', 0.02) / (math.sqrt(2 * self.config.n_layer) if joins else 1))
                 if joins and zero:
-                    nn.init.zeros_(getattr(module, module.zero_factor))
+                    zero_(module)
 
     @torch.no_grad()
     def normalise_weights(self):

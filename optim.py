@@ -14,11 +14,13 @@ DECAYED = ('matrix', 'factor', 'embedding', 'head')     # vectors (norms, biases
 MUON = ('matrix', 'factor')                             # what Muon takes; the rest is AdamW's
 
 
-def groups(model, weight_decay, leave=()):
+def groups(model, weight_decay, leave=(), factor_lr='none', factor_decay='tensors'):
     """Two AdamW groups, decayed and not, over the parameters that train; each parameter stands in exactly one.
 
-    leave: tags that another optimizer takes.
+    leave: tags that another optimizer takes. With factor_lr or factor_decay further groups, each with an lr_scale.
     """
+    if (factor_lr, factor_decay) != ('none', 'tensors'):
+        return factor_groups(model, weight_decay, leave, factor_lr, factor_decay)
     tags = tags_of(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and tags[name] not in leave}
     decayed = [p for name, p in trained.items() if tags[name] in DECAYED]
@@ -27,10 +29,38 @@ def groups(model, weight_decay, leave=()):
     return [{'params': decayed, 'weight_decay': weight_decay}, {'params': rest, 'weight_decay': 0.0}]
 
 
-def adamw(model, weight_decay, learning_rate, betas, device_type, leave=()):
-    """AdamW (Loshchilov & Hutter 2019), fused where there is a fused kernel."""
+def factor_groups(model, weight_decay, leave, factor_lr, factor_decay):
+    """AdamW groups by (lr_scale, weight decay).
+
+    factor_lr 'fan_in': lr times in_features / fan_in / factors for a factor, as an output moves by lr times the inputs that
+    it sums: Qiu et al. 2024, Compute Better Spent; structures without `fans` (abba) keep lr. factor_decay 'product': a
+    product of k factors decays by lr weight_decay a step, to first order, as a dense W would, so each factor by
+    1 / k of it whatever its lr; where a magnitude sets the norm, it decays and the factors do not.
+    """
+    tags, scales, decays = tags_of(model), {}, {}
+    for prefix, module in model.named_modules():
+        own = [n for n, _ in module.named_parameters(recurse=False) if module.tags.get(n) == 'factor']
+        fans = module.fans() if factor_lr == 'fan_in' and hasattr(module, 'fans') else {}
+        free = getattr(module, 'magnitude', None) is not None and factor_decay == 'product'
+        for name in own:
+            full = f'{prefix}.{name}'
+            scales[full] = module.in_features / fans[name] / len(fans) if name in fans else 1.0
+            if factor_decay == 'product':
+                decays[full] = 0.0 if free else weight_decay / len(own) / scales[full]
+        if free:
+            decays[f'{prefix}.magnitude'] = weight_decay
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad and tags[name] not in leave:
+            decay = decays.get(name, weight_decay if tags[name] in DECAYED else 0.0)
+            found.setdefault((scales.get(name, 1.0), decay), []).append(p)
+    return [{'params': params, 'weight_decay': decay, 'lr_scale': scale} for (scale, decay), params in found.items()]
+
+
+def adamw(model, weight_decay, learning_rate, betas, device_type, leave=(), **factors):
+    """AdamW (Loshchilov & Hutter 2019), fused where there is a fused kernel; factors: see factor_groups."""
     fused = device_type in ('cuda', 'cpu')
-    return torch.optim.AdamW(groups(model, weight_decay, leave), lr=learning_rate, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups(model, weight_decay, leave, **factors), lr=learning_rate, betas=betas, fused=fused)
 
 
 def muon(model, config, process_group=None):
@@ -75,7 +105,8 @@ class Optimizers:
 def build(model, config, device_type, process_group=None):
     """What config.optimizer names: AdamW for all, or Muon for matrices and factors, AdamW for the rest; maybe OrthoGrad."""
     rest = MUON if config.optimizer == 'muon' else ()
-    optimizers = [adamw(model, config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device_type, rest)]
+    optimizers = [adamw(model, config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device_type, rest,
+                        factor_lr=config.factor_lr, factor_decay=config.factor_decay)]
     if config.optimizer == 'muon':
         optimizers.append(muon(model, config, process_group))
     optimizer = Optimizers(*optimizers)

@@ -1,13 +1,18 @@
 """What a run starts from: a checkpoint's settings, another model's sizes and weights, or nothing."""
+import dataclasses
+
 import torch
 
+import allocate
 import calibrate
 import configurator
 import growth
 import interop
 import precision
+import sums
+import variants
 from data.loader import Loader
-from decompose import Decomposition
+from decompose import Decomposition, runnable, structure
 from model import GPT
 from variants import UserError
 
@@ -21,6 +26,8 @@ def resumed(config, state):
         if name in ('init_from', 'out_dir', 'dry_run', 'eval_only', 'debug') or name not in configurator.as_dict(config):
             continue
         if name in model_keys and name not in (*FREE, 'vocab_size') and name in config.sources:
+            if name == 'linear' and state['config'].get('rank_budget') and allocate.agrees(config.linear, value):
+                config.linear = value                   # the given rules, with the sizes that were chosen for them
             if getattr(config, name) != value:
                 raise UserError(f'{name} is {value!r} in the checkpoint of {config.out_dir}, got '
                                 f'{getattr(config, name)!r}; drop it or start in another out_dir', name)
@@ -54,8 +61,9 @@ def build(config, dataset, state, job):
             job.say(f'the tokens of {dataset.folder} are not those of {config.init_from}; prepare them with '
                     f'--tokenizer={config.init_from}')
         adopt(config, source_config)
+        choose_sizes(config, job, dataset, source_config, source)
         check_shapes(config)
-        model = GPT(configurator.model_config(config))
+        model = GPT(growth.model_config(config, growth.begin(config)))
         interop.initialise(model, source_config, source, progress=job.say, how=decomposition(config, dataset, job))
     else:
         built = growth.begin(config) if state is None else state['built']
@@ -67,6 +75,23 @@ def build(config, dataset, state, job):
     if job.half_weights:
         precision.halve(model, job.dtype)
     return model.to(job.device)
+
+
+def choose_sizes(config, job, dataset=None, source_config=None, source=None):
+    """Ranks and terms by rank_budget, into config.linear: from scratch, or for a source that is to be decomposed."""
+    if not config.rank_budget or config.rank_allocation == 'uniform':
+        allocate.resolve(config, job.say)
+        return
+    how, dense = decomposition(config, dataset, job), runnable(source_config, source, job.device)
+
+    def seen(names):
+        """What calibration text shows, where a method looks at it."""
+        plain = check_shapes(dataclasses.replace(config, linear=allocate.with_sizes(config.linear, 1))).sites()
+        structures = [structure(plain[site]) for site in names]
+        if not how.batches or not any(sums.choose(variants.LINEARS[n], how.method, a)[1] for n, a in structures):
+            return {}
+        return {site: s for found in calibrate.passes(dense, names, how.batches()) for site, s in found.items()}
+    allocate.resolve(config, job.say, lambda site: dense.sites()[site].dense_weight(), seen)
 
 
 def decomposition(config, dataset, job):

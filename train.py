@@ -41,6 +41,7 @@ import torch.distributed as dist
 
 import checkpoint
 import growth
+import guided
 import optim
 import parallel
 import precision
@@ -51,7 +52,7 @@ from dryrun import dry_run, fit_memory
 from evaluation import evaluate
 from parallel import split_batch
 from runlog import RunLog
-from startup import build, check_shapes, padded, resumed
+from startup import build, check_shapes, choose_sizes, padded, resumed
 from variants import UserError
 
 
@@ -177,6 +178,8 @@ def train(config, job):
                         f'to go on with other data take --init_from={config.out_dir} and a new out_dir')
     if not state and 'vocab_size' not in config.sources:
         config.vocab_size = padded(dataset.vocab_size)
+    if config.init_from == 'scratch':
+        choose_sizes(config, job)
     if config.init_from in ('scratch', 'resume'):
         fit_memory(config, check_shapes(config), job)
     lock = checkpoint.Lock(config.out_dir) if job.main and not config.eval_only else None
@@ -256,6 +259,7 @@ def loop(run):
             step = progress['step']
             if not config.eval_only:                    # which takes the window of the checkpoint
                 run.model.set_progress(step / config.max_iters if config.max_iters else 1.0)
+                guided.fade(run.model, config, step)
             words = check_in(run)
             if words is not None:
                 return run.log.close(words)

@@ -6,6 +6,8 @@ fnmatch patterns in which `*` crosses dots, and the first that matches a site wi
 
     linear = {'h.0.*': 'dense', 'h.*.mlp.*': 'kron(8, 8, terms=4)', 'h.*.attn.c_v': 'lowrank(64)'}
 
+Linears may be added, `lowrank(64) + kron(8, 8)`: the spec `sum`, whose argument is the parts.
+
 The three tables below are all there is to register: a new variant is one file and one line here.
 """
 import ast
@@ -43,6 +45,7 @@ LINEARS = Table({
     'kron': 'kron.linear:KroneckerLinear',
     'lowrank': 'lowrank.linear:LowRankLinear',
     'abba': 'lowrank.abba:ABBALinear',
+    'sum': 'sums:SumLinear',
 })
 
 ATTENTIONS = Table({
@@ -72,6 +75,8 @@ class Spec:
     kwargs: dict = field(default_factory=dict)
 
     def __str__(self):
+        if self.name == 'sum' and len(self.args) == 1 and not self.kwargs:
+            return ' + '.join(self.args[0])
         words = [repr(a) for a in self.args] + [f'{k}={v!r}' for k, v in self.kwargs.items()]
         return f'{self.name}({", ".join(words)})' if words else self.name
 
@@ -88,18 +93,32 @@ def parse_spec(text, table=None):
     Raises UserError in one sentence. Nothing is executed: the text is read with ast.
     """
     try:
-        node = ast.parse(text.strip(), mode='eval').body
-        call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
-        if not isinstance(call.func, ast.Name) or any(k.arg is None for k in call.keywords):
-            raise ValueError
-        spec = Spec(call.func.id, tuple(ast.literal_eval(a) for a in call.args),
-                    {k.arg: ast.literal_eval(k.value) for k in call.keywords})
+        parts = [spec_of(node) for node in summands(ast.parse(text.strip(), mode='eval').body)]
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, AttributeError):
         raise UserError(f'{str(text)[:80]!r} is no spec; write a name or a name with literal arguments, '
-                        "such as 'kron(8, 8, terms=4)'") from None
-    if table is not None and spec.name not in table:
-        raise UserError(f'{spec.name!r} is not one of {", ".join(table)}{did_you_mean(spec.name, table)}')
+                        "such as 'kron(8, 8, terms=4)', or a sum of such") from None
+    spec = parts[0] if len(parts) == 1 else Spec('sum', (tuple(map(str, parts)),))
+    for part in (spec, *parts) if table is not None else ():
+        if part.name not in table:
+            known = [name for name in table if name != 'sum']           # which is written with +
+            raise UserError(f'{part.name!r} is not one of {", ".join(known)}{did_you_mean(part.name, known)}')
     return spec
+
+
+def summands(node):
+    """The nodes that a tree of + holds, from left to right."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return summands(node.left) + summands(node.right)
+    return [node]
+
+
+def spec_of(node):
+    """The Spec of `name` or `name(literals)`; ValueError or TypeError for any other node."""
+    call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
+    if not isinstance(call.func, ast.Name) or any(k.arg is None for k in call.keywords):
+        raise ValueError
+    return Spec(call.func.id, tuple(ast.literal_eval(a) for a in call.args),
+                {k.arg: ast.literal_eval(k.value) for k in call.keywords})
 
 
 def parse_rules(text):
@@ -154,8 +173,11 @@ def check_arguments(key, cls, site, spec, *leading):
     try:
         bound = signature.bind(*leading, *spec.args, **spec.kwargs)
     except TypeError as error:
-        takes = ', '.join(map(str, list(signature.parameters.values())[len(leading):]))
-        raise sentence(key, site, spec, f'{error}; it takes {spec.name}({takes})') from None
+        placed, named = [], []
+        for parameter in list(signature.parameters.values())[len(leading):]:
+            (named if parameter.kind == parameter.KEYWORD_ONLY else placed).append(str(parameter))
+        takes = f'{spec.name}({", ".join(placed)})' + (f', and by name {", ".join(named)}' if named else '')
+        raise sentence(key, site, spec, f'{error}; it takes {takes}') from None
     bound.apply_defaults()
     return dict(list(bound.arguments.items())[len(leading):])
 
@@ -172,18 +194,26 @@ def build(key, cls, site, spec, *leading):
 def refuse_waste(cls, site, spec, in_features, out_features):
     """Refuse a structure with as many parameters as the dense matrix, before it is built; say which size would save some."""
     arguments = check_arguments('linear', cls, site, spec, in_features, out_features, None)
-    dense, size = in_features * out_features, cls.size_argument
-
-    def numel(**changes):
-        return cls.weight_numel(in_features, out_features, **{**arguments, **changes})
+    dense = in_features * out_features
     try:
-        if numel() < dense:
+        numel = cls.weight_numel(in_features, out_features, **arguments)
+        if numel < dense:
             return
+        remedy = cls.remedy(in_features, out_features, **arguments) if hasattr(cls, 'remedy') else saving_size(
+            cls, in_features, out_features, arguments, dense)
     except (ValueError, TypeError) as error:
         raise sentence('linear', site, spec, error) from None
-    saving = next((k for k in range(min(arguments[size] - 1, dense), 0, -1) if numel(**{size: k}) < dense), None)
-    remedy = f'{size}={saving} is the largest that saves some' if saving else 'choose other factor sizes'
-    raise UserError(f'{site}: {spec} saves nothing: {numel():,} parameters where dense has {dense:,}; {remedy}', 'linear')
+    raise UserError(f'{site}: {spec} saves nothing: {numel:,} parameters where dense has {dense:,}; '
+                    f'{remedy or "choose other factor sizes"}', 'linear')
+
+
+def saving_size(cls, in_features, out_features, arguments, limit):
+    """'rank=5 is the largest that saves some': the size below the given one with fewer than `limit` parameters, or ''."""
+    size = cls.size_argument
+    for k in range(min(arguments[size] - 1, in_features * out_features), 0, -1):
+        if cls.weight_numel(in_features, out_features, **{**arguments, size: k}) < limit:
+            return f'{size}={k} is the largest that saves some'
+    return ''
 
 
 def linear(config, site, in_features, out_features, bias=None):

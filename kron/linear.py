@@ -9,8 +9,9 @@ import math
 import torch
 import torch.nn as nn
 
-from kron.als import FITTED, bias_shift, centred
-from kron.van_loan import nearest_kronecker_sum, pruned_sum
+from kron.als import bias_shift, centred
+from kron.methods import CALIBRATED, METHODS, fit_beside, moved
+from layers import Structured, loudest, no_autocast, options_numel
 from variants import did_you_mean
 
 THIN = 8        # a B of at most this many rows and columns is contracted by planes; measured on a CPU, 768 <-> 3072
@@ -67,44 +68,13 @@ def cheaper_is_a_first(A_shape, B_shape):
     return a_first_flops < b_first_flops
 
 
-def van_loan(weight, stats, m, n, terms):
-    """The nearest sum in Frobenius norm -> A, B, s = 1."""
-    return *nearest_kronecker_sum(weight, m, n, terms), 1.0
-
-
-def van_loan_normalised(weight, stats, m, n, terms):
-    """The nearest sum times s = ||W||_F / ||sum_i A_i (x) B_i||_F, Krony-PT's scale -> A, B, s.
-
-    Gives back the norm, and so the size of activations, that truncation took; the Frobenius error grows, as the
-    nearest sum is its own least-squares scale. A zero W keeps s = 1. Source: Krony-PT, arXiv 2412.12351.
-    """
-    A, B = nearest_kronecker_sum(weight.double(), m, n, terms)
-    kept = (A.square().sum((1, 2)) * B.square().sum((1, 2))).sum().sqrt()      # the terms are orthogonal
-    return A, B, (weight.double().norm() / kept).item() if kept > 0 else 1.0
-
-
-def prune(weight, stats, m, n, terms):
-    """Krony-PT's pruning form: entries of W themselves in the larger factor -> A, B, s = 1."""
-    return *pruned_sum(weight, m, n, terms), 1.0
-
-
-# method of from_dense -> function (weight (out, in) detached, stats, m, n, terms) -> A, B and a number that scales them
-METHODS = {
-    'van_loan': van_loan,
-    'van_loan_normalised': van_loan_normalised,
-    'prune': prune,
-    **FITTED,
-}
-CALIBRATED = frozenset(FITTED)          # the methods that need stats
-
-
-class KroneckerLinear(nn.Module):
+class KroneckerLinear(Structured):
     """y = (sum_i s_i A_i (x) B_i) x + b with A_i (m, n) and B_i (out/m, in/n).
 
     in_features, out_features: sizes; bias: bool; m must divide out_features and n in_features; terms >= 1;
     scale: one learnable s_i a term, 1 at first, else s_i = 1. Factors A (terms, m, n), B (terms, out/m, in/n).
     More terms than min(m n, p q) are allowed and useless. The order of contraction is the one of fewer FLOPs;
-    no (out, in) matrix is formed, forward or backward.
+    no (out, in) matrix is formed, forward or backward. exact_columns, weight_norm, guide: see structured.Structured.
     Raises ValueError for sizes that do not divide or are not positive.
     Source: Krony-PT (arXiv 2412.12351) for the model; it forms W, which this class does not.
     """
@@ -112,24 +82,25 @@ class KroneckerLinear(nn.Module):
     size_argument = 'terms'                 # the argument to lower for fewer parameters
     zero_factor = 'B'                       # zeros in it make W zero, and gradients still flow
 
-    def __init__(self, in_features, out_features, bias, m, n, terms=1, scale=False):
+    def __init__(self, in_features, out_features, bias, m, n, terms=1, scale=False, *, exact_columns=0, weight_norm=False,
+                 guide=False):
         super().__init__()
-        self.weight_numel(in_features, out_features, m, n, terms, scale)        # refuses bad sizes
-        self.in_features, self.out_features = in_features, out_features
+        self.weight_numel(in_features, out_features, m, n, terms, scale, exact_columns, weight_norm, guide)     # refuses
         self.A = nn.Parameter(torch.empty(terms, m, n))
         self.B = nn.Parameter(torch.empty(terms, out_features // m, in_features // n))
         self.scale = nn.Parameter(torch.ones(terms)) if scale else None
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.add_options(in_features, out_features, bias, exact_columns, weight_norm, guide)
         self.reset_parameters()
 
     @classmethod
-    def weight_numel(cls, in_features, out_features, m, n, terms=1, scale=False):
-        """Parameters without the bias, terms (m n + out in / (m n)) and one a term with scale.
+    def weight_numel(cls, in_features, out_features, m, n, terms=1, scale=False, exact_columns=0, weight_norm=False,
+                     guide=False):
+        """Parameters without the bias: terms (m n + out in / (m n)), one a term with scale, and the options'.
 
         Raises ValueError, in one sentence that says what would work, for sizes that do not divide or are not positive.
         """
-        sizes = {'in_features': in_features, 'out_features': out_features, 'm': m, 'n': n, 'terms': terms}
-        for name, value in sizes.items():
+        options = options_numel(in_features, out_features, exact_columns, weight_norm, guide)
+        for name, value in {'m': m, 'n': n, 'terms': terms}.items():
             if type(value) is not int or value < 1:
                 raise ValueError(f'{name}={value!r} must be a whole number of at least 1')
         if not isinstance(scale, bool):
@@ -138,11 +109,10 @@ class KroneckerLinear(nn.Module):
             raise ValueError(f'factors of {m} x {n} do not divide a matrix of {out_features} x {in_features}; '
                              f'the nearest that do are {nearest_divisor(out_features, m)} x '
                              f'{nearest_divisor(in_features, n)}')
-        return terms * (m * n + (out_features // m) * (in_features // n) + scale)
+        return terms * (m * n + (out_features // m) * (in_features // n) + scale) + options
 
-    @torch.no_grad()
-    def reset_parameters(self, std=0.02):
-        """A_i, B_i Gaussian, then rescaled to ||A_i||_F = ||B_i||_F = (std^2 out in / terms)^(1/4); s = 1; b = 0.
+    def reset_factors(self, std):
+        """A_i, B_i Gaussian, then rescaled to ||A_i||_F = ||B_i||_F = (std^2 out in / terms)^(1/4); s = 1.
 
         So every term has the norm std sqrt(out in / terms), and entries of W have that std: exactly with one term, on
         average with more; N(0, 0.02) for both factors would give 4e-4. Of the ways to share a norm between A_i and
@@ -156,47 +126,67 @@ class KroneckerLinear(nn.Module):
         """
         if self.scale is not None:
             nn.init.ones_(self.scale)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
         norm = std * math.sqrt(self.out_features * self.in_features / self.A.shape[0])      # of each A_i (x) B_i
         for factor in (self.A, self.B):
             nn.init.normal_(factor)
             factor.mul_(math.sqrt(norm) / factor.norm(dim=(1, 2), keepdim=True))
 
-    def forward(self, x):
+    def product(self, x, bias=None):
         """x (..., in) -> (..., out); never forms W."""
         A = self.A if self.scale is None else self.A * self.scale[:, None, None]
         y = contract(x.reshape(-1, self.in_features), A, self.B)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)           # autocast leaves the bias in fp32 and would widen y
+        if bias is not None:
+            y = y + bias.to(y.dtype)                # autocast leaves the bias in fp32 and would widen y
         return y.view(*x.shape[:-1], self.out_features)
 
-    def dense_weight(self):
-        """W (out, in), differentiable; multiplied in fp32 at least and cast back."""
+    def factors(self):
+        """A with the scales in it, and B, in fp32 at least."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
-        A, B = self.A.to(dtype), self.B.to(dtype)
-        if self.scale is not None:
-            A = A * self.scale.to(dtype)[:, None, None]
-        with torch.autocast(A.device.type, enabled=False):
-            W = torch.einsum('imn,ipq->mpnq', A, B)
-        return W.reshape(self.out_features, self.in_features).to(self.A.dtype)
+        A = self.A.to(dtype)
+        return A if self.scale is None else A * self.scale.to(dtype)[:, None, None], self.B.to(dtype)
+
+    def product_weight(self):
+        """sum_i s_i A_i (x) B_i, (out, in), in fp32 at least."""
+        with no_autocast(self.A):
+            return torch.einsum('imn,ipq->mpnq', *self.factors()).reshape(self.out_features, self.in_features)
+
+    def row_norms(self):
+        """Norms of the rows, (out,), without W: row (a, c) has sum_ij (A_i A_j^T)[a, a] (B_i B_j^T)[c, c] for a square."""
+        A, B = self.factors()
+        squares = torch.einsum('ijm,ijp->mp', torch.einsum('imn,jmn->ijm', A, A), torch.einsum('ipq,jpq->ijp', B, B))
+        return squares.reshape(-1).clamp(min=1e-24).sqrt()
+
+    def fans(self):
+        """{factor: inputs that each of its outputs sums}: the second one of the order sums over the terms too."""
+        (r, _, n), q = self.A.shape, self.B.shape[2]
+        return {'A': n, 'B': q * r} if cheaper_is_a_first(self.A.shape, self.B.shape) else {'A': n * r, 'B': q}
+
+    def norm_flops(self):
+        """FLOPs of row_norms."""
+        (r, m, n), (_, p, q) = self.A.shape, self.B.shape
+        return 2 * r * r * (m * n + p * q + m * p)
 
     def normalise_(self, dim):
         """Every row (dim=1) or column (dim=0) of W to unit length, in place: those of A (x) B are products of A's and B's.
 
         Raises ValueError for a sum of terms, whose rows no scaling of the factors makes unit.
         """
+        if self.refuse_to_normalise(dim):
+            self.magnitude.fill_(1)
+            return
         if self.A.shape[0] > 1 or self.scale is not None:
-            raise ValueError('a sum of Kronecker products cannot be normalised by its factors; take terms=1, scale=False')
+            raise ValueError('a sum of Kronecker products cannot be normalised by its factors; take terms=1, '
+                             'scale=False, or weight_norm=True where rows are normalised')
         for factor in (self.A, self.B):
             factor.copy_(nn.functional.normalize(factor, dim=dim + 1, eps=1e-12))
 
     def flops(self, tokens):
         """Forward FLOPs of the order that forward takes for that many tokens, a multiply-add counted as 2."""
-        return tokens * min(order_flops(self.A.shape, self.B.shape))
+        return tokens * min(order_flops(self.A.shape, self.B.shape)) + self.option_flops(tokens)
 
     @classmethod
-    def from_dense(cls, weight, bias, *, method='van_loan', stats=None, correct_bias=True, m, n, terms=1, scale=False):
+    def from_dense(cls, weight, bias, *, method='van_loan', stats=None, correct_bias=True, m, n, terms=1, scale=False,
+                   exact_columns=0, index=None, **options):
         """The structure that stands for a dense matrix, with its dtype and device.
 
         weight (out, in), bias (out,) or None; method: a name in METHODS; stats: what a calibration pass saw, an object
@@ -212,18 +202,19 @@ class KroneckerLinear(nn.Module):
                              f'{did_you_mean(method, METHODS)}')
         if method in CALIBRATED and stats is None:
             raise ValueError(f'method={method!r} needs what a calibration pass saw; give it text, or take van_loan')
-        with torch.device('meta'):                  # no memory and no random numbers for values that are replaced
-            module = cls(weight.shape[1], weight.shape[0], bias is not None, m, n, terms, scale)
+        if exact_columns and 'sequential' in method:        # what is left beside exact columns is not W on other inputs
+            weight, taken, stats = moved(weight, bias if correct_bias else None, stats)
+            bias, method = taken if correct_bias else bias, method.replace('_sequential', '')
         shift = correct_bias and bias is not None and method in CALIBRATED
-        A, B, s = METHODS[method](weight.detach(), centred(stats) if shift else stats, m, n, terms)
-        module.to(weight.dtype).to_empty(device=weight.device)
-        with torch.no_grad():
-            module.A.copy_(A)
-            module.B.copy_(B if scale else B * s)
-            if scale:
-                module.scale.fill_(s)
-            if bias is not None:
-                module.bias.copy_(bias + bias_shift(weight, module.dense_weight(), stats) if shift else bias)
+        index = loudest(weight, stats, exact_columns) if index is None else index
+        seen = None if method not in CALIBRATED else centred(stats) if shift else stats
+        A, B, s = fit_beside(METHODS[method], weight.detach(), seen, index, m, n, terms)
+        factors = {'A': A, 'B': B, 'scale': torch.tensor(s, dtype=torch.float64)} if scale else {'A': A, 'B': B * s}
+        module = cls.settled(weight.detach(), bias, factors, index, m=m, n=n, terms=terms, scale=scale,
+                             exact_columns=exact_columns, **options)
+        if shift:
+            with torch.no_grad():
+                module.bias.copy_(bias + bias_shift(weight, module.dense_weight(), stats))
         return module
 
     def extra_repr(self):

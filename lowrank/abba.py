@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from layers import Structured, no_autocast, options_numel
 from lowrank.hadamard import nearest_hadamard
 from lowrank.svd import seen
 
@@ -36,13 +37,13 @@ METHODS = {
 CALIBRATED = frozenset({'als'})             # the methods that need stats
 
 
-class ABBALinear(nn.Module):
+class ABBALinear(Structured):
     """y = s ((B1 A1) o (B2 A2)) x + b with B1 (out, rank1), A1 (rank1, in), B2 (out, rank2), A2 (rank2, in).
 
     in_features, out_features: sizes; bias: bool; rank1, rank2 >= 1; scale: s is one learnable number, 1 at first, else
     s = 1. Parameters (rank1 + rank2) (out + in), and the rank of W up to rank1 rank2: most where the ranks are equal.
     The factors are applied one after the other, or W is formed once a call, as `materialises` says: a rule by FLOPs.
-    Raises ValueError for sizes that are not positive.
+    guide: see structured.Structured. Raises ValueError for sizes that are not positive.
     Source: ABBA-Adapters (arXiv 2505.14238) for the product and the identity; FedPara (arXiv 2108.06098) trained such
     products as weights, from scratch.
     """
@@ -50,35 +51,34 @@ class ABBALinear(nn.Module):
     size_argument = 'rank1'                 # the argument to lower for fewer parameters
     zero_factor = 'B1'                      # zeros in it make W zero, and gradients still flow
 
-    def __init__(self, in_features, out_features, bias, rank1, rank2, scale=False):
+    def __init__(self, in_features, out_features, bias, rank1, rank2, scale=False, *, guide=False):
         super().__init__()
-        self.weight_numel(in_features, out_features, rank1, rank2, scale)       # refuses bad sizes
-        self.in_features, self.out_features, self.rank1, self.rank2 = in_features, out_features, rank1, rank2
+        self.weight_numel(in_features, out_features, rank1, rank2, scale, guide)        # refuses bad sizes
+        self.rank1, self.rank2 = rank1, rank2
         self.B1 = nn.Parameter(torch.empty(out_features, rank1))
         self.A1 = nn.Parameter(torch.empty(rank1, in_features))
         self.B2 = nn.Parameter(torch.empty(out_features, rank2))
         self.A2 = nn.Parameter(torch.empty(rank2, in_features))
         self.scale = nn.Parameter(torch.ones(1)) if scale else None
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.add_options(in_features, out_features, bias, guide=guide)
         self.reset_parameters()
 
     @classmethod
-    def weight_numel(cls, in_features, out_features, rank1, rank2, scale=False):
+    def weight_numel(cls, in_features, out_features, rank1, rank2, scale=False, guide=False):
         """Parameters without the bias, (rank1 + rank2) (out + in) and one with scale.
 
         Raises ValueError, in one sentence, for sizes below 1 or a scale that is no bool.
         """
-        sizes = {'in_features': in_features, 'out_features': out_features, 'rank1': rank1, 'rank2': rank2}
-        for name, value in sizes.items():
+        options_numel(in_features, out_features, guide=guide)
+        for name, value in {'rank1': rank1, 'rank2': rank2}.items():
             if type(value) is not int or value < 1:
                 raise ValueError(f'{name}={value!r} must be a whole number of at least 1')
         if not isinstance(scale, bool):
             raise ValueError(f'scale={scale!r} is neither True nor False; True learns one scale')
         return (rank1 + rank2) * (out_features + in_features) + scale
 
-    @torch.no_grad()
-    def reset_parameters(self, std=0.02):
-        """Factors N(0, sigma^2), sigma = (std^2 / (rank1 rank2))^(1/8), so that entries of W have std; s = 1; b = 0.
+    def reset_factors(self, std):
+        """Factors N(0, sigma^2), sigma = (std^2 / (rank1 rank2))^(1/8), so that entries of W have std; s = 1.
 
         Each is rescaled to a mean square of sigma^2 exactly, which takes half of the chance out of the norm of W.
         An entry of B1 A1 is a sum of rank1 products of independent entries, variance rank1 sigma^4; that of B2 A2
@@ -92,8 +92,6 @@ class ABBALinear(nn.Module):
             factor.mul_(sigma * factor.numel() ** 0.5 / factor.norm())
         if self.scale is not None:
             nn.init.ones_(self.scale)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
     # ------------------------------------------------------------------------------------------------
     # the map
@@ -117,42 +115,42 @@ class ABBALinear(nn.Module):
         """
         r1, r2, out, cols = self.rank1, self.rank2, self.out_features, self.in_features
         if self.materialises(tokens):
-            return 2 * out * cols * (r1 + r2 + tokens)
-        return 2 * tokens * r1 * r2 * (out + cols)
+            return 2 * out * cols * (r1 + r2 + tokens) + self.option_flops(tokens)
+        return 2 * tokens * r1 * r2 * (out + cols) + self.option_flops(tokens)
 
-    def forward(self, x):
+    def product(self, x, bias=None):
         """x (..., in) -> (..., out); forms W only where materialises(tokens)."""
         if x.shape[-1] != self.in_features:
             raise RuntimeError(f'x has {x.shape[-1]} features and not {self.in_features}')
         tokens = math.prod(x.shape[:-1])
         B1 = self.B1 if self.scale is None else self.B1 * self.scale
         if self.materialises(tokens):
-            return F.linear(x, self.weight(B1, self.A1, self.B2, self.A2).to(self.B1.dtype), self.bias)
+            return F.linear(x, self.weight(B1, self.A1, self.B2, self.A2).to(self.B1.dtype), bias)
         if tokens < self.rank2:
-            return self.few_tokens(x, B1)
+            return self.few_tokens(x, B1, bias)
         B = (B1[:, :, None] * self.B2[:, None]).flatten(1)                      # B* (out, r1 r2)
         A = (self.A1[:, None] * self.A2).flatten(0, 1)                          # A* (r1 r2, in)
-        return F.linear(F.linear(x, A), B, self.bias)
+        return F.linear(F.linear(x, A), B, bias)
 
-    def few_tokens(self, x, B1):
+    def few_tokens(self, x, B1, bias):
         """The same sums token by token, without B* and A*, which would cost more than a few tokens do."""
         z = F.linear(x[..., None, :] * self.A1, self.A2)                        # (..., r1, r2)
         z = F.linear(z, self.B2)                                                # (..., r1, out)
         y = (z * B1.t()).sum(-2)
-        return (y if self.bias is None else y + self.bias).to(z.dtype)          # autocast's sum is in fp32
+        return (y if bias is None else y + bias).to(z.dtype)          # autocast's sum is in fp32
 
     @staticmethod
     def weight(B1, A1, B2, A2):
         """(B1 A1) o (B2 A2) multiplied in fp32 at least."""
         dtype = torch.promote_types(B1.dtype, torch.float32)
-        with torch.autocast('cpu' if B1.is_meta else B1.device.type, enabled=False):        # 'meta' is refused there
+        with no_autocast(B1):
             return (B1.to(dtype) @ A1.to(dtype)) * (B2.to(dtype) @ A2.to(dtype))
 
-    def dense_weight(self):
-        """W (out, in), differentiable; multiplied in fp32 at least and cast back."""
+    def product_weight(self):
+        """s (B1 A1) o (B2 A2), (out, in), in fp32 at least."""
         dtype = torch.promote_types(self.B1.dtype, torch.float32)
         B1 = self.B1 if self.scale is None else self.B1.to(dtype) * self.scale.to(dtype)
-        return self.weight(B1, self.A1, self.B2, self.A2).to(self.B1.dtype)
+        return self.weight(B1, self.A1, self.B2, self.A2)
 
     def normalise_(self, dim):
         """Every row (dim=1) or column (dim=0) of W to unit length, in place, by rows of B1 or columns of A1.
@@ -160,6 +158,7 @@ class ABBALinear(nn.Module):
         The norms are exact, from ROWS rows of W at a time: (rank1 + rank2) out in multiply-adds. The form without any
         of W, ||W_i||^2 = B*_i (A* A*^T) B*_i^T, takes (rank1 rank2)^2 (out + in), more from ranks of 12 or so.
         """
+        self.refuse_to_normalise(dim)
         dtype = torch.promote_types(self.B1.dtype, torch.float32)
         s = 1 if self.scale is None else self.scale.abs()
         rows, squares = [], torch.zeros(self.in_features, dtype=dtype, device=self.B1.device)
@@ -173,7 +172,7 @@ class ABBALinear(nn.Module):
             self.A1.div_(squares.sqrt().clamp(min=1e-12))
 
     @classmethod
-    def from_dense(cls, weight, bias, *, method='van_loan', stats=None, rank1, rank2, scale=False):
+    def from_dense(cls, weight, bias, *, method='van_loan', stats=None, rank1, rank2, scale=False, guide=False):
         """The structure that stands for a dense matrix, with its dtype and device; s = 1.
 
         weight (out, in), bias (out,) or None (kept as it is); method: 'van_loan', a small Frobenius error, or 'als',
@@ -183,17 +182,9 @@ class ABBALinear(nn.Module):
         """
         if method not in METHODS:
             raise ValueError(f'method={method!r} is unknown; abba knows {", ".join(METHODS)}')
-        with torch.device('meta'):                  # no memory and no random numbers for values that are replaced
-            module = cls(weight.shape[1], weight.shape[0], bias is not None, rank1, rank2, scale)
-        module.to(weight.dtype).to_empty(device=weight.device)
-        with torch.no_grad():
-            for name, factor in zip(('B1', 'A1', 'B2', 'A2'), METHODS[method](weight.detach(), stats, rank1, rank2)):
-                getattr(module, name).copy_(factor)
-            if scale:
-                module.scale.fill_(1)
-            if bias is not None:
-                module.bias.copy_(bias)
-        return module
+        fitted = METHODS[method](weight.detach(), stats, rank1, rank2)
+        factors = dict(zip(('B1', 'A1', 'B2', 'A2'), fitted)) | ({'scale': torch.ones(1)} if scale else {})
+        return cls.settled(weight.detach(), bias, factors, rank1=rank1, rank2=rank2, scale=scale, guide=guide)
 
     def extra_repr(self):
         return (f'in_features={self.in_features}, out_features={self.out_features}, rank1={self.rank1}, '

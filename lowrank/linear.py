@@ -5,7 +5,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from lowrank.svd import seen, truncated_svd, whitened_svd
+from layers import Structured, loudest, no_autocast, options_numel, silenced
+from lowrank.svd import moved, seen, truncated_svd, whitened_svd
 
 
 def svd(weight, stats, rank):
@@ -25,47 +26,57 @@ def svd_whitened_bias(weight, stats, rank):
     return *whitened_svd(weight, rank, covariance, count), mean
 
 
+def svd_whitened_sequential(weight, stats, rank):
+    """The product with the nearest outputs to the dense model's, under what the compressed layers in front really give.
+
+    For a site without a bias, for which from_dense has the best one: svd_whitened of svd.moved's target.
+    """
+    T, _, stats = moved(weight, None, stats)
+    return *(factor.to(weight.dtype) for factor in svd_whitened(T, stats, rank)[:2]), None
+
+
 # method of from_dense -> function (weight (out, in) detached, stats, rank) -> U, V, the mean input or None
 METHODS = {
     'van_loan': svd,        # the name that every structure knows: its nearest member in Frobenius norm
     'svd': svd,
     'svd_whitened': svd_whitened,
     'svd_whitened_bias': svd_whitened_bias,
+    'svd_whitened_sequential': svd_whitened_sequential,
 }
-CALIBRATED = frozenset({'svd_whitened', 'svd_whitened_bias'})           # the methods that need stats
+CALIBRATED = frozenset({'svd_whitened', 'svd_whitened_bias', 'svd_whitened_sequential'})    # the methods that need stats
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(Structured):
     """y = U (V x) + b with U (out, rank) and V (rank, in).
 
     in_features, out_features: sizes; bias: bool; rank >= 1. Parameters rank (out + in) (+ out), FLOPs twice that
     a token. A rank beyond min(out, in) is allowed and useless. No (out, in) matrix is formed, forward or backward.
+    exact_columns, weight_norm, guide: see structured.Structured.
     Raises ValueError for sizes that are not positive.
     """
     tags = {'U': 'factor', 'V': 'factor', 'bias': 'vector'}
     size_argument = 'rank'                  # the argument to lower for fewer parameters
     zero_factor = 'U'                       # zeros in it make W zero, and gradients still flow
 
-    def __init__(self, in_features, out_features, bias, rank):
+    def __init__(self, in_features, out_features, bias, rank, *, exact_columns=0, weight_norm=False, guide=False):
         super().__init__()
-        self.weight_numel(in_features, out_features, rank)                      # refuses bad sizes
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.weight_numel(in_features, out_features, rank, exact_columns, weight_norm, guide)       # refuses bad sizes
+        self.rank = rank
         self.U = nn.Parameter(torch.empty(out_features, rank))
         self.V = nn.Parameter(torch.empty(rank, in_features))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.add_options(in_features, out_features, bias, exact_columns, weight_norm, guide)
         self.reset_parameters()
 
     @classmethod
-    def weight_numel(cls, in_features, out_features, rank):
-        """Parameters without the bias, rank (out + in). Raises ValueError, in one sentence, for sizes below 1."""
-        for name, value in {'in_features': in_features, 'out_features': out_features, 'rank': rank}.items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f'{name}={value!r} must be a whole number of at least 1')
-        return rank * (out_features + in_features)
+    def weight_numel(cls, in_features, out_features, rank, exact_columns=0, weight_norm=False, guide=False):
+        """Parameters without the bias: rank (out + in) and the options'. Raises ValueError, one sentence, for bad sizes."""
+        options = options_numel(in_features, out_features, exact_columns, weight_norm, guide)
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f'rank={rank!r} must be a whole number of at least 1')
+        return rank * (out_features + in_features) + options
 
-    @torch.no_grad()
-    def reset_parameters(self, std=0.02):
-        """U V = the part of `rank` largest singular values of a Gaussian matrix, rescaled to entries of std; b = 0.
+    def reset_factors(self, std):
+        """U V = the part of `rank` largest singular values of a Gaussian matrix, rescaled to entries of std.
 
         "Spectral" initialisation: U^T U = V V^T = diag(S), so that both factors get gradients of one size.
         Truncation takes norm (all but about rank/in of it when rank << in <= out), so U V is rescaled to
@@ -74,8 +85,6 @@ class LowRankLinear(nn.Module):
         third of the cost of an SVD (0.1 s for 3072 x 768). Ranks beyond min(out, in) start as zeros in U and
         Gaussian in V. Source of the initialisation: Wei et al., NeurIPS 2024 (structured FFNs).
         """
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
         if self.U.is_meta:
             return
         out, dtype = self.out_features, torch.promote_types(self.U.dtype, torch.float32)
@@ -94,57 +103,75 @@ class LowRankLinear(nn.Module):
         self.U[:, :k].copy_(left)
         self.V[:k].copy_(right.t())
 
-    def forward(self, x):
-        """x (..., in) -> (..., out); never forms W."""
-        return F.linear(F.linear(x, self.V), self.U, self.bias)
+    def product(self, x, bias=None):
+        """U (V x) + bias for x (..., in); never forms W."""
+        return F.linear(F.linear(x, self.V), self.U, bias)
 
-    def dense_weight(self):
-        """W (out, in), differentiable; multiplied in fp32 at least and cast back."""
+    def product_weight(self):
+        """U V (out, in) in fp32 at least."""
         dtype = torch.promote_types(self.U.dtype, torch.float32)
-        with torch.autocast(self.U.device.type, enabled=False):
-            return (self.U.to(dtype) @ self.V.to(dtype)).to(self.U.dtype)
+        with no_autocast(self.U):
+            return self.U.to(dtype) @ self.V.to(dtype)
+
+    def row_norms(self):
+        """||U_i V||, (out,), in fp32 at least and without W: rank^2 (out + in) multiply-adds."""
+        dtype = torch.promote_types(self.U.dtype, torch.float32)
+        U, V = self.U.to(dtype), self.V.to(dtype)
+        return ((U @ (V @ V.t())) * U).sum(1).clamp(min=1e-24).sqrt()
+
+    def fans(self):
+        """{factor: inputs that each of its outputs sums}."""
+        return {'V': self.in_features, 'U': self.rank}
+
+    def norm_flops(self):
+        """FLOPs of row_norms."""
+        return 2 * self.rank ** 2 * (self.in_features + self.out_features)
 
     def normalise_(self, dim):
         """Every row (dim=1) or column (dim=0) of W to unit length, in place and without forming W.
 
         Row i of W has the squared norm U_i (V V^T) U_i^T, column j V_j^T (U^T U) V_j.
         """
-        if dim == 1:
-            norms = torch.einsum('ir,rs,is->i', self.U, self.V @ self.V.t(), self.U).clamp(min=1e-24).sqrt()
-            self.U.div_(norms[:, None])
+        if self.refuse_to_normalise(dim):
+            self.magnitude.fill_(1)
+        elif dim == 1:
+            self.U.div_(self.row_norms()[:, None])
         else:
             norms = torch.einsum('rj,rs,sj->j', self.V, self.U.t() @ self.U, self.V).clamp(min=1e-24).sqrt()
             self.V.div_(norms)
 
     def flops(self, tokens):
         """Forward FLOPs for that many tokens, a multiply-add counted as 2."""
-        return 2 * tokens * self.rank * (self.in_features + self.out_features)
+        return 2 * tokens * self.rank * (self.in_features + self.out_features) + self.option_flops(tokens)
 
     @classmethod
-    def from_dense(cls, weight, bias, *, method='van_loan', stats=None, rank):
+    def from_dense(cls, weight, bias, *, method='van_loan', stats=None, rank, exact_columns=0, index=None, **options):
         """The structure that stands for a dense matrix, with its dtype and device.
 
         weight (out, in), bias (out,) or None; method: 'van_loan' or 'svd', both the nearest matrix of that rank in
         Frobenius norm; 'svd_whitened', the one with the nearest outputs on the inputs that stats saw (count, mean and
-        covariance, see seen); 'svd_whitened_bias', which also adds (W - U V) mean to the bias. Others keep the bias.
+        covariance, see seen); 'svd_whitened_bias', which also adds (W - U V) mean to the bias;
+        'svd_whitened_sequential', the dense model's outputs under other inputs (cross, source_mean), bias included. Others
+        keep the bias.
         Cost: truncated_svd, whitened_svd. Raises ValueError for an unknown method, stats or a bias that are missing,
-        or sizes below 1.
+        or sizes below 1. exact_columns are the inputs of largest E[x^2], without stats the largest columns of W;
+        or those of `index`.
         """
         if method not in METHODS:
             raise ValueError(f'method={method!r} is unknown; lowrank knows {", ".join(METHODS)}')
         if bias is None and method == 'svd_whitened_bias':
             raise ValueError("method='svd_whitened_bias' needs a bias to correct; take 'svd_whitened' or bias=True")
-        with torch.device('meta'):                  # no memory and no random numbers for values that are replaced
-            module = cls(weight.shape[1], weight.shape[0], bias is not None, rank)
-        module.to(weight.dtype).to_empty(device=weight.device)
-        U, V, mean = METHODS[method](weight.detach(), stats, rank)
-        with torch.no_grad():
-            module.U.copy_(U)
-            module.V.copy_(V)
-            if bias is not None:
-                lost = 0 if mean is None else (weight.double() - U.double() @ V.double()) @ mean
-                module.bias.copy_(bias + lost)
-        return module
+        weight = target = weight.detach()
+        if method == 'svd_whitened_sequential' and (bias is not None or exact_columns):
+            target, bias, stats = moved(weight, bias, stats)
+            method = 'svd_whitened' if bias is None else 'svd_whitened_bias'
+        index, whole = loudest(target, stats, exact_columns) if index is None else index, target.to(weight.dtype)
+        if index is not None:                       # the factors leave these columns at 0, which is the best that they can
+            target, stats = target.index_fill(1, index, 0), silenced(stats, index)
+        U, V, mean = METHODS[method](target, stats, rank)
+        if mean is not None:
+            bias = bias + (target.double() - U.double() @ V.double()) @ mean
+        return cls.settled(whole, bias, {'U': U, 'V': V}, index, rank=rank, exact_columns=exact_columns, **options)
 
     def extra_repr(self):
         return (f'in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, '

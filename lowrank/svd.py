@@ -39,6 +39,25 @@ def whitened_svd(weight, rank, moment, count=None):
     return U.to(weight.dtype), V.to(weight.dtype)
 
 
+def moved(weight, bias, stats):
+    """What a plain method is to fit for E||W x + b - What x' - b'||^2, x of the dense model, x' of the compressed one.
+
+    T = W (M + lambda) (C + lambda)^-1, M = E[x x'^T], C = E[x' x'^T], lambda that of with_ridge: the least-squares matrix
+    on the new inputs, as the error is tr((T - What)(C + lambda)(T - What)^T) + a constant. With a bias all is about the
+    means, and it takes W E[x] - T E[x']. -> T in float64, the bias, stats of x' alone. One solve of `in` unknowns.
+    """
+    method = 'svd_whitened_sequential'
+    W, parts = weight.detach().double(), ('count', 'mean', 'covariance', 'cross', 'source_mean')
+    count, mean, C, M, source = (seen(stats, name, weight, method) for name in parts)
+    plain = {'count': count, 'mean': mean, 'covariance': C}
+    if bias is None:
+        C, M = C + torch.outer(mean, mean), M + torch.outer(source, mean)
+    ridged = with_ridge(C, count)
+    size = ridged[0, 0] - C[0, 0]
+    T = torch.linalg.solve(ridged, (W @ M + size * W).t()).t()
+    return T, bias if bias is None else bias.double() + W @ source - T @ mean, plain
+
+
 def with_ridge(moment, count=None):
     """C + lambda I, positive definite, in float64: lambda = RIDGE min(mean, 3 median) of C's diagonal.
 

@@ -271,3 +271,69 @@ def test_an_object_serves_as_a_dict_does_and_a_bias_is_asked_for():
     assert torch.equal(*weights)
     with pytest.raises(ValueError, match='needs a bias'):
         LowRankLinear.from_dense(W, None, method='svd_whitened_bias', stats=stats, rank=3)
+
+
+# ---------------------------------------------------------------------------------------------------
+# under the inputs that compressed layers give
+
+def two_models(rows=400, size=24):
+    """Inputs x of a dense model, x' of a compressed one: a distorted copy with noise and another mean; their stats."""
+    from tests.test_als import inputs, randn, stats_of
+    x = inputs(rows, size)
+    other = x @ (torch.eye(size) + 0.2 * randn(size, size, seed=11)) + 0.1 * randn(rows, size, seed=12) + 0.3
+    return x, other, stats_of(other, x)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('rank', [1, 5, 24])
+def test_the_sequential_method_is_reduced_rank_regression(rank, bias):
+    """Against the textbook form on the rows themselves: the fitted values, projected on their leading directions.
+
+    The ridge is rows of its own, sqrt(lambda N) I on both sides.
+    """
+    x, other, stats = two_models()
+    W = torch.randn(48, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    b = torch.arange(48, dtype=torch.float64) if bias else None
+    module = LowRankLinear.from_dense(W, b, method='svd_whitened_sequential', stats=stats, rank=rank)
+    X, Y = (other - other.mean(0), x - x.mean(0)) if bias else (other, x)
+    power = X.square().mean(0)
+    ridge = (0.01 * min(power.mean(), 3 * power.median()) * len(x)).sqrt() * torch.eye(24, dtype=torch.float64)
+    X, Y = torch.cat((X, ridge)), torch.cat((Y, ridge)) @ W.t()
+    fitted = X @ torch.linalg.lstsq(X, Y).solution
+    leading = torch.linalg.svd(fitted, full_matrices=False)[2][:rank]
+    expected = (torch.linalg.lstsq(X, Y).solution @ leading.t() @ leading).t()
+    torch.testing.assert_close(module.dense_weight(), expected, rtol=1e-10, atol=1e-10)
+    if bias:
+        torch.testing.assert_close(module(other).mean(0), x.mean(0) @ W.t() + b, rtol=1e-10, atol=1e-10)
+
+
+def test_the_sequential_method_is_never_worse_than_the_plain_one_in_its_metric():
+    x, other, stats = two_models()
+    for seed in range(5):
+        W = torch.randn(48, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        error = {}
+        for method in ('svd_whitened_sequential', 'svd_whitened', 'svd'):
+            K = LowRankLinear.from_dense(W, None, method=method, stats=stats, rank=5).dense_weight()
+            error[method] = (x @ W.t() - other @ K.t()).square().sum().item()
+        assert error['svd_whitened_sequential'] < 0.99 * min(error['svd_whitened'], error['svd'])
+
+
+def test_equal_inputs_give_the_plain_whitened_svd():
+    from tests.test_als import stats_of
+    x, _, _ = two_models()
+    W = torch.randn(48, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    same = stats_of(x, x)
+    found, plain = (LowRankLinear.from_dense(W, None, method=method, stats=same, rank=5).dense_weight()
+                    for method in ('svd_whitened_sequential', 'svd_whitened'))
+    torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_the_sequential_method_asks_for_the_cross_moment():
+    from tests.test_als import stats_of
+    x, other, stats = two_models()
+    with pytest.raises(ValueError, match='cross'):
+        LowRankLinear.from_dense(torch.randn(48, 24).double(), None, method='svd_whitened_sequential', stats=stats_of(other),
+                                 rank=5)
+    module = LowRankLinear.from_dense(torch.randn(48, 24), torch.zeros(48), method='svd_whitened_sequential', stats=stats,
+                                      rank=3, exact_columns=2)
+    assert module.U.dtype == torch.float32 and module.columns.shape == (48, 2)

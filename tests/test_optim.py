@@ -172,3 +172,70 @@ def test_orthograd_leaves_state_groups_and_vectors_to_the_optimizer():
     before = bias.grad.clone()
     runs[0].step()
     assert torch.equal(bias.grad, before)
+
+
+# ---------------------------------------------------------------------------------------------------
+# factors
+
+FACTORS = {'*.c_fc': 'kron(16, 8, terms=2)', '*.c_v': 'lowrank(4)', '*.c_k': 'lowrank(4, weight_norm=True) + kron(8, 8)',
+           '*.c_q': 'abba(2, 3)'}
+
+
+def by_name(model, groups):
+    names = {id(p): n.removeprefix('transformer.h.0.') for n, p in model.named_parameters()}
+    return {names[id(p)]: (g.get('lr_scale', 1.0), g['weight_decay']) for g in groups for p in g['params']}
+
+
+def test_factors_learn_by_their_fan_in():
+    """in_features / fan-in / factors; c_fc (64 -> 256), A (16, 8), B (16, 8), two terms: B first takes fewer FLOPs."""
+    model = small(linear=FACTORS)
+    found = by_name(model, optim.groups(model, 0.1, factor_lr='fan_in'))
+    assert len(found) == len(list(model.named_parameters()))
+    assert found['attn.c_v.U'] == (64 / 4 / 2, 0.1) and found['attn.c_v.V'] == (0.5, 0.1)
+    module = model.transformer.h[0].mlp.c_fc
+    assert module.fans() == {'A': 8 * 2, 'B': 8} or module.fans() == {'A': 8, 'B': 8 * 2}
+    assert found['mlp.c_fc.A'][0] == 64 / module.fans()['A'] / 2 and found['mlp.c_fc.B'][0] == 64 / module.fans()['B'] / 2
+    assert found['attn.c_k.parts.0.U'][0] == 8 and found['attn.c_k.parts.1.A'][0] == 64 / 8 / 2
+    assert found['attn.c_q.A1'] == (1.0, 0.1) and found['attn.c_proj.weight'] == (1.0, 0.1)
+    assert found['attn.c_proj.bias'] == (1.0, 0.0)
+
+
+def test_krony_pts_multipliers():
+    """The figures of the sheet for (256, 1024) (x) (3, 3), one term: 1.5 and 128."""
+    from kron.linear import KroneckerLinear
+    with torch.device('meta'):
+        module = KroneckerLinear(768, 3072, False, 1024, 256)
+    assert {n: 768 / fan / 2 for n, fan in module.fans().items()} == {'A': 1.5, 'B': 128}
+
+
+@pytest.mark.parametrize('factor_lr', ['none', 'fan_in'])
+def test_decay_of_the_product_is_decay_of_the_weight(factor_lr):
+    """Without gradients a step multiplies W by 1 - lr weight_decay, to first order, as it does a dense one."""
+    model = small(linear=FACTORS).double()
+    before = {site: module.dense_weight().detach().clone() for site, module in model.sites().items()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for kind, expected in (('product', 1.0), ('tensors', None)):
+        other = small(linear=FACTORS).double()
+        other.load_state_dict(model.state_dict())
+        for p in other.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer = optim.adamw(other, 0.1, 1e-3, (0.9, 0.95), 'cpu', factor_lr=factor_lr, factor_decay=kind)
+        optim.set_learning_rate(optimizer, 1e-3)
+        optimizer.step()
+        shares = {s: 1 - (m.dense_weight() * before[s]).sum().item() / before[s].square().sum().item()
+                  for s, m in other.sites().items()}
+        if expected:
+            assert all(share == pytest.approx(1e-4, rel=2e-3) for share in shares.values())
+        elif factor_lr == 'none':                       # negative control: two factors decay W twice, four four times
+            assert shares['h.0.mlp.c_fc'] == pytest.approx(2e-4, rel=1e-3)
+            assert shares['h.0.attn.c_q'] == pytest.approx(4e-4, rel=1e-3)
+            assert shares['h.0.attn.c_proj'] == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_the_schedule_keeps_the_multipliers():
+    model = small(linear=FACTORS)
+    optimizer = optim.adamw(model, 0.1, 1e-3, (0.9, 0.95), 'cpu', factor_lr='fan_in')
+    optim.set_learning_rate(optimizer, 0.5)
+    assert {g['lr'] / 0.5 for g in optimizer.param_groups} == {g['lr_scale'] for g in optimizer.param_groups}
+    assert len({g['lr_scale'] for g in optimizer.param_groups}) > 2
