@@ -135,6 +135,8 @@ class Config(GPTConfig):
     grow_init: str = key('zero', "new blocks: 'zero' branches; 'copy' of the last one with zero branches; 'stack' it whole",
                          choices=('zero', 'copy', 'stack'))
     grow_rewarm: int = key(0, 'steps in which the learning rate comes back after a change of the model', low=0)
+    grow_report: int = key(0, 'steps between measurements of the loss on fixed batches in the 50 steps after a block was '
+                           'added or every site made dense; 0 = none', low=0)
     finish_dense_at: float = key(0.0, 'fraction of the run at which every structured site becomes dense; 0 = never', low=0)
     finish_dense_state: str = key('reset', "optimizer state of what became dense: none, or an 'estimate' from the factors'",
                                   choices=('reset', 'estimate'))
@@ -147,6 +149,17 @@ class Config(GPTConfig):
                          choices=('none', 'fan_in'))
     factor_decay: str = key('tensors', "weight_decay acts on each factor, which decays a product that many times, or on the "
                             "'product' once", choices=('tensors', 'product'))
+    drop_in: str = key('none', 'matrices that linear names become structured one by one in the course of the run: in depth '
+                       "order, the least damage first ('sensitivity', block 0 last), or 'all' at once",
+                       choices=('none', 'sequential', 'sensitivity', 'all'))
+    drop_in_unit: str = key('site', "what is replaced at a time: one matrix ('site'), or a block's ('layer')",
+                            choices=('site', 'layer'))
+    drop_in_from: int = key(0, 'step of the first replacement', low=0)
+    drop_in_every: int = key(0, 'steps from one replacement to the next', low=0)
+    drop_in_freeze: int = key(0, 'steps after a replacement in which nothing else trains', low=0)
+    drop_in_rewarm: int = key(0, 'steps in which the learning rate comes back after a replacement', low=0)
+    drop_in_report: int = key(0, 'steps between measurements of the loss on fixed batches while matrices are replaced, and '
+                              'drop_in.md, .json, .png at the end; 0 = none', low=0)
     decompose: str = key('van_loan', 'how dense weights become structured ones when init_from names a dense model: '
                          'van_loan, van_loan_normalised, prune, als, als_hessian, svd, ...; any with _sequential: layer by '
                          'layer; several with commas: each structure takes the first that it knows')
@@ -290,8 +303,9 @@ def check_run(config):
                                   "init_from='scratch' has none; take rank_allocation='uniform'")
     if config.self_guided >= 1:
         yield 'self_guided', f'self_guided must be below 1, got {config.self_guided}'
-    if config.self_guided and (config.grow_from or config.ngpt != 'none'):
-        yield 'self_guided', f'self_guided does not go with {"grow_from" if config.grow_from else "ngpt"}; drop one of them'
+    rivals = {'grow_from': config.grow_from, 'ngpt': config.ngpt != 'none', 'drop_in': config.drop_in != 'none'}
+    if config.self_guided and any(rivals.values()):
+        yield 'self_guided', f'self_guided does not go with {next(n for n, on in rivals.items() if on)}; drop one of them'
     if 0 < config.finish_dense_at <= config.self_guided:
         yield 'finish_dense_at', (f'finish_dense_at must be after self_guided ({config.self_guided}), got '
                                   f'{config.finish_dense_at}')
@@ -309,6 +323,8 @@ def check_run(config):
         yield 'grow_from', 'grow_from needs grow_every=STEPS or grow_on_plateau=True, or no block is ever added'
     if config.grow_from and config.init_from not in ('scratch', 'resume'):
         yield 'grow_from', f"grow_from grows a model from scratch, and init_from is {config.init_from!r}; drop one of them"
+    if config.drop_in != 'none':
+        yield from check_drop_in(config)
     if config.finish_dense_at >= 1:
         yield 'finish_dense_at', f'finish_dense_at must be below 1, got {config.finish_dense_at}'
     if not 0 < config.cooldown <= 1:
@@ -329,6 +345,24 @@ def check_run(config):
     for name in ('out_dir', 'dataset', 'init_from', 'data_dir'):
         if not getattr(config, name) or '\0' in getattr(config, name):
             yield name, f'{name} must not be empty'
+
+
+def check_drop_in(config):
+    """What a run that drops structures in cannot do; dropin.begin checks the schedule once the sites are known."""
+    specs = variants.as_rules(config.linear).values()
+    if all(isinstance(spec, str) and spec.strip() == 'dense' for spec in specs):
+        yield 'drop_in', (f"drop_in={config.drop_in!r} puts what linear names in place of dense matrices, and linear names "
+                          "nothing; set it, say --linear='h.*.mlp.*=kron(8, 8)'")
+    if config.grow_from:
+        yield 'drop_in', 'drop_in and grow_from change the same model; take one of them'
+    if config.init_from == 'scratch' and not config.drop_in_from:
+        yield 'drop_in_from', ('drop_in from scratch would decompose random weights; set drop_in_from=STEPS of dense '
+                               'training, or init_from=FOLDER of a dense run')
+    if config.drop_in != 'all' and not config.drop_in_every:
+        yield 'drop_in_every', f'drop_in={config.drop_in!r} needs drop_in_every=STEPS from one replacement to the next'
+    if config.drop_in != 'all' and config.drop_in_freeze > config.drop_in_every:
+        yield 'drop_in_freeze', (f'drop_in_freeze must not exceed drop_in_every ({config.drop_in_every}), got '
+                                 f'{config.drop_in_freeze}')
 
 
 def place(config, name):

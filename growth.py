@@ -1,14 +1,16 @@
-"""Changes of the model in the course of a run: blocks are added, earlier ones frozen, structured sites made dense.
+"""Changes of the model in the course of a run: blocks are added, earlier ones frozen, structured sites made dense, and
+(dropin.py) dense ones structured.
 
 A change is a checkpoint in memory that another model resumes: the state of the run is gathered, the model is changed,
 and everything around it (optimizer, DDP or FSDP2, compile) is built anew from that state. `built` is what a checkpoint
-holds of it: {'layers', 'dense', 'changed', 'losses'} and the model's fields that differ from the configuration.
+holds of it: {'layers', 'dense', 'changed', 'losses', 'drop'} and the model's fields that differ from the configuration.
 """
 import math
 
 import torch
 
 import configurator
+import dropin
 import guided
 import variants
 from layers import tags_of
@@ -21,8 +23,9 @@ PLATEAU = 0.005                                         # nats that three evalua
 def begin(config):
     """What a run from scratch has built before its first step."""
     layers = config.grow_from or config.n_layer
-    built = {'layers': layers, 'dense': False, 'changed': None, 'losses': [], 'guided': config.self_guided > 0}
-    return {**built, 'model': fields(config, layers, False) | (guided.fields(config) if built['guided'] else {})}
+    model = fields(config, layers, dense=config.drop_in != 'none')      # which drops structures into a dense model
+    return {'layers': layers, 'dense': False, 'changed': None, 'losses': [], 'guided': config.self_guided > 0,
+            'model': model | (guided.fields(config) if config.self_guided else {}), 'drop': dropin.begin(config)}
 
 
 def fields(config, layers, dense):
@@ -41,13 +44,13 @@ def model_config(config, built):
 
 
 def due(config, built, step):
-    """'unguide', 'dense', 'grow' or None: what happens to the model before this step."""
+    """'unguide', 'dense', 'grow', 'drop', 'thaw' or None: what happens to the model before this step."""
     if built.get('guided') and step >= math.ceil(config.self_guided * config.max_iters):
         return 'unguide'
     if config.finish_dense_at and not built['dense'] and step >= math.ceil(config.finish_dense_at * config.max_iters):
         return 'dense'
     if not config.grow_from or built['layers'] == config.n_layer:
-        return None
+        return dropin.due(config, built, step)
     since, losses = step - (built['changed'] or 0), built['losses']
     stands = config.grow_on_plateau and len(losses) > 3 and losses[-4] - min(losses[-3:]) < PLATEAU
     return 'grow' if stands or config.grow_every and since >= config.grow_every else None
@@ -59,15 +62,64 @@ def frozen(config, built):
     return range(built['layers'] - 1) if config.grow_freeze and grown and not built['dense'] else range(0)
 
 
+def freeze(model, config, built):
+    """No gradients for what does not train at this stage of the run; before the optimizer is built."""
+    for index in frozen(config, built):
+        model.freeze_block(index)
+    dropin.freeze(model, built['drop'])
+
+
 def warmth(config, built, step):
-    """What the learning rate is multiplied by: a line from 1 / (grow_rewarm + 1) to 1 after a change."""
+    """What the learning rate is multiplied by: a line from 1 / (rewarm + 1) to 1 after a change."""
     if built['changed'] is None:
         return 1.0
-    return min(1.0, (step - built['changed'] + 1) / (config.grow_rewarm + 1))
+    rewarm = config.drop_in_rewarm if built['drop']['done'] and not built['dense'] else config.grow_rewarm
+    return min(1.0, (step - built['changed'] + 1) / (rewarm + 1))
 
 
-def change(action, model, config, state):
-    """Carry out an action on a plain model and on the run's state, in place; returns words for the log."""
+def training_flops(model):
+    """FLOPs a token of a forward and a backward pass at full context; nothing frozen: 3 x the forward pass.
+
+    A frozen matrix needs no gradient of its weight: 2 x. Blocks below the first parameter that trains are reached by no
+    gradient: 1 x, attention too. What recompute does again is not counted.
+    """
+    length, blocks = model.config.block_size, model.transformer.h
+    trains = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    outside = [p for name, p in model.named_parameters() if name.startswith('transformer.w')]         # wte, wpe
+    first = 0 if any(p.requires_grad for p in outside) else (*trains, True).index(True)
+    sites = {site: sum(p.requires_grad for p in module.parameters()) > 0 for site, module in model.sites().items()}
+    reached = {site: int(site.split('.')[1]) >= first for site in sites}
+    total = sum(module.flops(length) * (1 + reached[site] * (1 + sites[site])) for site, module in model.sites().items())
+    attention = sum(block.attn.flops(length) * (3 if i >= first else 1) for i, block in enumerate(blocks))
+    head = 2 * model.lm_head.weight.numel() * (2 + model.lm_head.weight.requires_grad)
+    return total // length + attention + head
+
+
+def change(action, model, run, state, how=None):
+    """Carry out an action on a plain model and on the run's state, in place -> (words, line for log.jsonl).
+
+    how: the Decomposition of what is dropped in.
+    """
+    before = dropin.probe(model, run)
+    if action == 'drop':
+        words, line = dropin.replace_next(model, run, state, how)
+    else:
+        words, line = (thaw(state) if action == 'thaw' else reshape(action, model, run.config, state)), {}
+    if state['average']:                                # the average goes on from the new weights
+        state['average'] = {n: state['average'].get(n, p.detach().clone()) for n, p in model.named_parameters()}
+    line = {'change': words, 'probe_before': before, 'probe_after': dropin.probe(model, run), **line}
+    return words + ('' if before is None else f', loss {before:.4f} -> {line["probe_after"]:.4f}'), line
+
+
+def thaw(state):
+    """After the newest matrices trained alone, everything trains."""
+    dropin.release(state)
+    return 'everything trains again'
+
+
+def reshape(action, model, config, state):
+    """Add a block, or make every site dense; returns words for the log."""
+    dropin.release(state)
     built = state['built']
     built.update(changed=state['step'], losses=[])
     if action == 'dense':
@@ -88,8 +140,6 @@ def change(action, model, config, state):
         built.update(layers=built['layers'] + 1)
         words = f'block {built["layers"] - 1} added'
     built['model'] = fields(config, built['layers'], built['dense'])
-    if state['average']:                                # the average goes on from the new weights
-        state['average'] = {n: state['average'].get(n, p.detach().clone()) for n, p in model.named_parameters()}
     return words
 
 

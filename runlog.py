@@ -1,5 +1,6 @@
 """What a run writes and shows: config.json, env.json, log.jsonl, loss.png, a progress line, wandb, tensorboard."""
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -58,6 +59,12 @@ def draw(folder):
     plt.close(figure)
 
 
+@functools.cache
+def peak_flops(device, dtype):
+    """hardware.peak_flops, timed once a process: a run that changes its model opens a log each time."""
+    return hardware.peak_flops(device, dtype)
+
+
 class RunLog:
     """The log of one run; only rank 0 writes. Logging draws no random number and changes no state of training."""
 
@@ -65,7 +72,7 @@ class RunLog:
         self.config, self.job, self.progress, self.started = config, job, progress, None
         self.spent, self.seconds = {}, 0.0
         self.flops, self.tokens = model.flops_per_token(), progress['tokens']
-        self.peak = hardware.peak_flops(job.device, job.dtype) if job.main else 1.0
+        self.peak = peak_flops(job.device, job.dtype) if job.main else 1.0
         self.sheet = hardware.data_sheet_flops(job.device, job.dtype)
         self.file = self.bar = self.wandb = self.board = None
         self.first_step = progress['step']
@@ -107,7 +114,8 @@ class RunLog:
             self.wandb.log(line, step=line['step'])
         if self.board:
             for name, value in line.items():
-                self.board.add_scalar(name, value, line['step'])
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, line['step'])
 
     def show(self, text):
         if self.bar is not None:
@@ -116,9 +124,9 @@ class RunLog:
             print(text, flush=True)
 
     def evaluation(self, step, losses):
-        """An evaluation line: step, train_loss, val_loss."""
+        """An evaluation line: step, flops (of training so far, growth.training_flops), train_loss, val_loss."""
         if self.job.main:
-            self.write({'step': step, **losses})
+            self.write({'step': step, 'flops': self.progress['flops'], **losses})
             self.show(f'step {step}: train loss {losses["train_loss"]:.4f}, val loss {losses["val_loss"]:.4f}')
 
     def reached(self, val_loss):

@@ -40,11 +40,13 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
+import dropin
 import growth
 import guided
 import optim
 import parallel
 import precision
+import recovery
 import restart
 import schedules
 from data.loader import Loader, Prefetcher, open_dataset
@@ -52,7 +54,7 @@ from dryrun import dry_run, fit_memory
 from evaluation import evaluate
 from parallel import split_batch
 from runlog import RunLog
-from startup import build, check_shapes, choose_sizes, padded, resumed
+from startup import build, check_shapes, choose_sizes, decomposition, padded, resumed
 from variants import UserError
 
 
@@ -79,6 +81,7 @@ class Run:
     rounds: schedules.Rounds
     progress: dict
     built: dict                                         # what growth.py made of the model
+    flops: int                                          # of training, a token
     log: RunLog = None
 
 
@@ -124,7 +127,7 @@ def state_of(run, parts=False):
             'average': {name: gather(t) for name, t in run.average.state.items()},
             'outliers': run.outliers.state, 'built': copy.deepcopy(run.built), 'data': run.dataset.tokenizer,
             'data_digest': run.dataset.digest, 'torch': str(torch.__version__),
-            **{k: run.progress[k] for k in ('tokens', 'seconds', 'best_val_loss', 'evaluated')}}
+            **{k: run.progress[k] for k in ('tokens', 'flops', 'seconds', 'best_val_loss', 'evaluated')}}
 
 
 def save(run, last=False):
@@ -171,7 +174,9 @@ def train(config, job):
     state = restart.state(config, job)
     config = resumed(config, state) if state else config
     if state:                                           # what older checkpoints lack
-        state = {'average': {}, 'outliers': optim.Outliers(0).state, 'seconds': 0.0, 'built': growth.begin(config), **state}
+        state = {'average': {}, 'outliers': optim.Outliers(0).state, 'seconds': 0.0, 'flops': 0, **state}
+        state['built'] = state.get('built') or growth.begin(config)
+        state['built'].setdefault('drop', copy.deepcopy(dropin.IDLE))
     dataset = open_data(config, job)
     if state and state['data_digest'] != dataset.digest:
         raise UserError(f'{dataset.folder} is not the data that {config.out_dir} was trained on; '
@@ -200,21 +205,23 @@ def assemble(config, model, dataset, state, job):
     batch_size, accumulation = split_batch(config, job.world_size)
     loaders = {split: Loader(dataset, split, config.block_size, batch_size, job.world_size, job.world_size, config.seed)
                for split in ('train', 'val')}
-    for index in growth.frozen(config, state['built']) if state else ():
-        model.freeze_block(index)
+    if state:
+        growth.freeze(model, config, state['built'])
+    flops = growth.training_flops(model)
     model = parallel.shard(model, config, job)
     optimizer = optim.build(model, config, job.device.type, dist.group.WORLD if job.world_size > 1 else None)
     fast, net = parallel.wrap(model, config, job)
-    progress = {'step': 0, 'tokens': 0, 'seconds': 0.0, 'best_val_loss': math.inf, 'best_step': None, 'evaluated': None}
+    progress = {'step': 0, 'tokens': 0, 'flops': 0, 'seconds': 0.0, 'best_val_loss': math.inf, 'best_step': None,
+                'evaluated': None}
     run = Run(config, job, dataset, loaders, model, fast, net, optimizer, precision.scaler(config, job),
               optim.Average(model, config.ema_decay, state and state['average']), optim.Outliers(config.skip_zscore),
               schedules.Rounds(config, accumulation, job.world_size), progress,
-              copy.deepcopy(state['built']) if state else growth.begin(config))
+              copy.deepcopy(state['built']) if state else growth.begin(config), flops)
     if state:
         optim.load_state_by_name(optimizer, model, state['optimizer'])
         run.scaler.load_state_dict(state['scaler'])
         run.outliers.state = state['outliers']
-        progress.update({k: state[k] for k in ('step', 'tokens', 'seconds', 'best_val_loss', 'evaluated')})
+        progress.update({k: state[k] for k in ('step', 'tokens', 'flops', 'seconds', 'best_val_loss', 'evaluated')})
     run.log = RunLog(config, model, progress, job)
     return run
 
@@ -262,11 +269,12 @@ def loop(run):
                 guided.fade(run.model, config, step)
             words = check_in(run)
             if words is not None:
-                return run.log.close(words)
+                return finish(run, words)
             action = growth.due(config, run.built, step)
             if action:
                 run = changed(run, action)
                 progress = run.progress
+            dropin.watch(run, step)
             rate = schedules.learning_rate(step, config) * growth.warmth(config, run.built, step)
             optim.set_learning_rate(run.optimizer, rate)
             run.log.begin()
@@ -279,6 +287,7 @@ def loop(run):
             progress['step'] += 1
             rows = run.rounds.count(step) * job.world_size * run.loaders['train'].batch_size
             progress['tokens'] += rows * config.block_size
+            progress['flops'] += rows * config.block_size * run.flops
             run.log.step(step, {**result, 'lr': rate, 'tokens': progress['tokens']})
             progress['seconds'] += run.log.seconds
 
@@ -288,12 +297,23 @@ def changed(run, action):
     state, job, best = state_of(run), run.job, run.progress['best_step']
     torch.manual_seed(run.config.seed + state['step'])
     model = build(run.config, run.dataset, state, job)
-    words = growth.change(action, model, run.config, state)
+    words, line = growth.change(action, model, run, state, decomposition(run.config, run.dataset, job))
     run.log.show(f'step {state["step"]}: {words}, {model.num_params():,} parameters')
+    if run.fast is not run.model:
+        torch.compiler.reset()                          # dynamo counts the versions of one forward, and gives up at 8
     run.log.leave()
     run = assemble(run.config, model, run.dataset, state, job)
     run.progress['best_step'] = best
+    run.log.write({'step': state['step'], **line})
     return run
+
+
+def finish(run, words):
+    """The end of a run: its last line, plots and reports."""
+    dropin.watch(run, run.progress['step'])
+    run.log.close(words)
+    if run.job.main and run.config.drop_in_report and not run.config.eval_only:
+        recovery.write(run.config.out_dir)
 
 
 def give_up(run, result, rate):

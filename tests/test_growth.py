@@ -1,18 +1,23 @@
 """Growing, freezing and realising a model: model.add_block, freeze_block, realise; growth.py."""
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import configurator
 import growth
 import interop
 import optim
+import recovery
 import train
 from model import GPT, GPTConfig, UserError
 from tests.tiny import arguments, make_data
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61)
 KINDS = {'gpt2': {}, 'bias': dict(bias=True), 'llama': dict(rope=True, norm='rmsnorm', mlp='swiglu', tie_weights=False),
          'kron': dict(linear={'*': 'kron(4, 4)'}), 'lowrank': dict(linear='lowrank(4)', bias=True),
@@ -243,6 +248,117 @@ def test_the_estimate_of_a_full_gradient():
     assert cosine > 0.6 and 0.3 < entry['exp_avg'].norm() / G.norm() < 3
     assert entry['exp_avg_sq'].shape == G.shape and 0.1 < entry['exp_avg_sq'].mean() / G.square().mean() < 10
     assert 'transformer.h.0.attn.c_q.weight' not in growth.estimates(model, state)
+
+
+# ----------------------------------------------------------------------------------------------------
+# training FLOPs
+
+def counted(model):
+    """Matrix products of a forward and backward pass a token, as torch counts them; scores and the head's own apart."""
+    x = tokens()
+    with FlopCounterMode(display=False) as counter:
+        model(x, x)[1].backward()
+    total = counter.get_flop_counts()['Global']
+    return sum(n for op, n in total.items() if str(op) in ('aten.mm', 'aten.addmm')) / x.numel()
+
+
+@pytest.mark.parametrize('name, frozen', [('all', ()), ('first', (0,)), ('two', (0, 1)), ('last', (2,))])
+def test_training_flops_are_those_of_the_matrix_products(name, frozen):
+    model = small(n_layer=3, attention='causal')
+    for index in frozen:
+        model.freeze_block(index)
+    attention = 3 * sum(block.attn.flops(16) for block in model.transformer.h)         # embeddings train: all are reached
+    assert growth.training_flops(model) - attention == counted(model)
+    assert name != 'all' or growth.training_flops(model) == 3 * model.flops_per_token()
+
+
+def test_training_flops_end_where_no_gradient_goes():
+    model = small(n_layer=3, tie_weights=False)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith('transformer.h.2'))
+    site = sum(module.flops(16) // 16 for module in model.sites().values()) // 3
+    scores = model.transformer.h[0].attn.flops(16)
+    assert growth.training_flops(model) == (1 + 1 + 3) * (site + scores) + 2 * 2 * 61 * 32
+    assert growth.training_flops(model) - 5 * scores == counted(model)
+
+
+def test_evaluation_lines_hold_training_flops_that_follow_growth(data, tmp_path):
+    run(data, tmp_path, *WAYS['freeze'], '--eval_interval=1')
+    lines = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    flops = {line['step']: line['flops'] for line in lines if 'val_loss' in line}
+    steps = [flops[i + 1] - flops[i] for i in range(12)]
+    assert flops[0] == 0 and len(set(steps)) == 4 and steps == sorted(steps) and steps[0] == steps[2] < steps[3]
+    config = configurator.load(arguments(data, tmp_path, *WAYS['freeze'], '--vocab_size=61'))
+    config.vocab_size = checkpoint.load(tmp_path)['config']['vocab_size']
+    model = GPT(configurator.model_config(config))
+    for index in range(3):
+        model.freeze_block(index)
+    assert steps[-1] == 2 * 4 * 16 * growth.training_flops(model) < 2 * 4 * 16 * 3 * model.flops_per_token()
+
+
+def test_the_loss_is_watched_around_changes(data, tmp_path):
+    run(data, tmp_path, '--finish_dense_at=0.5', '--grow_report=2')
+    lines = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    change = [line for line in lines if 'change' in line]
+    assert [(line['step'], line['change']) for line in change] == [(6, 'every site is dense from here')]
+    assert abs(change[0]['probe_before'] - change[0]['probe_after']) < 1e-5
+    probes = {line['step']: line['probe_loss'] for line in lines if 'probe_loss' in line}
+    assert list(probes) == [6, 8, 10, 12] and probes[6] == change[0]['probe_after']
+    spike = max(probes.values()) - change[0]['probe_before']
+    assert recovery.switch_spike(lines) == spike and recovery.switch_spike([]) is None
+
+
+def test_flops_to_a_baselines_loss_are_read_between_evaluations(tmp_path, run_program):
+    curve = lambda *losses: [{'step': i, 'flops': 100 * i, 'val_loss': loss} for i, loss in enumerate(losses)]    # noqa: E731
+    assert recovery.flops_to(curve(4.0, 3.0, 2.0), 2.5) == 150 and recovery.flops_to(curve(4.0, 3.0), 3.0) == 100
+    assert recovery.flops_to(curve(4.0, 3.0, 3.5), 2.9) is None and recovery.flops_to(curve(4.0, 3.0), 5.0) == 0
+    for name, seed, losses in (('dense', 1, (4, 3, 2)), ('dense', 2, (4, 3, 2.2)), ('grown', 1, (4, 2.2, 1.8)),
+                               ('grown', 2, (4, 3, 2.4))):
+        folder = tmp_path / name / f'seed={seed}'
+        folder.mkdir(parents=True)
+        (folder / 'config.json').write_text(json.dumps({'seed': seed, 'kind': name}))
+        (folder / 'env.json').write_text('{}')
+        (folder / 'log.jsonl').write_text('\n'.join(map(json.dumps, curve(*losses))))
+    done = run_program('recovery.py', *sorted(tmp_path.glob('*/*')), '--baseline=*/dense/*')
+    row = next(line for line in done.stdout.splitlines() if '/grown/' in line).split(' | ')
+    assert row[1:6] == ['2.1000 ± 0.3000 (n=2)', '200', '150', '1.33', '1 of 2']
+    assert '| 1.00 ± 0.00 (n=2) | 2 of 2 |' in done.stdout
+    assert 'matches none' in run_program('recovery.py', tmp_path / 'grown/seed=1', '--baseline=*/dense/*', code=2).stderr
+
+
+# ----------------------------------------------------------------------------------------------------
+# the configs
+
+SMALLER = ['--n_head=4', '--n_embd=64', '--block_size=16', '--batch_size=2', '--gradient_accumulation_steps=1',
+           '--device=cpu', '--compile=False', '--dataset=tiny', '--max_iters=24', '--lr_decay_iters=24', '--warmup_iters=1',
+           '--eval_interval=24', '--eval_iters=1', '--log_interval=1']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, more', [
+    ('gpt2_grow_lowrank', ['--n_layer=5', '--grow_every=5', '--linear=h.*.attn.c_v=lowrank(8); h.*.mlp.*=lowrank(20)']),
+    ('grow_shakespeare_char', ['--grow_every=5', '--linear=h.*.attn.c_v=lowrank(8); h.*.mlp.*=lowrank(20)'])])
+def test_configs_that_grow_train_when_made_small(name, more, data, tmp_path, run_program):
+    run_program('train.py', f'config/{name}.py', *SMALLER, *more, f'--data_dir={data}', f'--out_dir={tmp_path}',
+                timeout=300)
+    state = checkpoint.load(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    changes = [line['change'] for line in lines if 'change' in line]
+    assert len(changes) == {'gpt2_grow_lowrank': 3, 'grow_shakespeare_char': 4}[name] and 'dense' in changes[-1]
+    assert state['built']['dense'] and all(2 < line['loss'] < 6 for line in lines if 'loss' in line)
+
+
+def test_configs_that_grow_have_the_size_and_words_they_promise():
+    config = configurator.load(['config/gpt2_grow_lowrank.py'])
+    with torch.device('meta'):
+        model = GPT(GPTConfig(**{**configurator.as_dict(configurator.model_config(config)), 'linear': {}}))
+    assert model.num_params() == 124_373_760 and '124,373,760' in (ROOT / 'config/gpt2_grow_lowrank.py').read_text()
+    assert config.batch_size * config.gradient_accumulation_steps * config.block_size == 491_520
+    for name in ('gpt2_grow_lowrank', 'grow_shakespeare_char'):
+        config, text = configurator.load([f'config/{name}.py']), (ROOT / f'config/{name}.py').read_text()
+        assert 'torchrun --standalone --nproc_per_node=' in text and config.out_dir == f'out/{name}'
+        last = (config.n_layer - config.grow_from) * config.grow_every
+        assert last < config.finish_dense_at * config.max_iters             # all blocks are there before the dense finish
 
 
 @pytest.mark.parametrize('more, words', [
