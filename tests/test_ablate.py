@@ -1,7 +1,10 @@
 """ablate.py in a second process, on a grid of tiny runs."""
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -71,6 +74,7 @@ def test_a_failing_variant_is_named_and_the_others_go_on(tmp_path, grid):
     path = grid(variants={'plain': {}, 'broken': {'dataset': 'missing'}}, only={}, search={}, seeds=1)
     result = ablate(path, f'--out_dir={out}', f'--data_dir={data}', *SETTINGS)
     assert result.returncode == 1 and 'broken' in result.stderr and 'missing' in result.stderr
+    assert '- a broken seed=1337:' in result.stdout.partition('### Failed')[2]
     assert result.stdout.count('| plain |') == 2
 
 
@@ -90,6 +94,34 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, grid):
     last = json.loads((run / 'log.jsonl').read_text().splitlines()[-1])
     assert last['val_loss'] == json.loads(whole[-1])['val_loss']
     assert json.loads((run / 'env.json').read_text())['command'][-1] == '--init_from=resume'
+
+
+@pytest.mark.slow
+def test_a_grid_killed_in_the_middle_goes_on_and_loses_the_running_run_only(tmp_path, grid):
+    """kill -9 of ablate.py and its train.py while the second of three runs trains."""
+    data, out = make_data(tmp_path / 'data'), tmp_path / 'out'
+    path = grid("base = 'config/attention/causal.py'\n", axes={'mlp': {'linear': {'h.*.mlp.*': 'lowrank(4)'}},
+                                                               'finish': {'finish_dense_at': 0.5}},
+                needs={'finish': ['mlp']}, tasks={'': {'dataset': 'tiny'}}, seeds=1, controls=False)
+    command = [path, f'--out_dir={out}', f'--data_dir={data}', *SETTINGS, '--max_iters=200', '--lr_decay_iters=200',
+               '--eval_interval=200', '--save_interval=10']
+    first = subprocess.Popen([sys.executable, ROOT / 'ablate.py', *map(str, command)], stdout=subprocess.DEVNULL, cwd=ROOT,
+                             start_new_session=True)
+    second = out / 'mlp' / 'seed=1337'
+    deadline = time.monotonic() + 240
+    while not list(second.glob('ckpt_*.json')) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    steps = len((second / 'log.jsonl').read_text().splitlines())
+    assert 0 < steps < 200 and not (out / 'mlp+finish').exists()
+    finished = (out / 'dense' / 'seed=1337' / 'log.jsonl').stat().st_mtime_ns
+    again = ablate(*command)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count('(done before)') == 1 and 'mlp+finish seed=1337: ' in again.stdout
+    assert (out / 'dense' / 'seed=1337' / 'log.jsonl').stat().st_mtime_ns == finished
+    assert json.loads((second / 'env.json').read_text())['command'][-1] == '--init_from=resume'
+    assert (out / 'report.html').exists() and '### Main effects' in again.stdout
 
 
 def test_the_committed_grids_are_valid(tmp_path):

@@ -1,0 +1,158 @@
+"""A grid: its settings, its runs, and what each run tells train.py. Imports no torch."""
+import itertools
+import os
+import re
+from dataclasses import dataclass
+
+from configurator import key
+from variants import UserError
+
+SEEDS = (1337, 1, 2, 3, 4, 5, 6, 7, 8, 9)
+
+
+@dataclass
+class Grid:
+    """Settings of ablate.py."""
+    base: str = key('', 'config file that every run starts from')
+    out_dir: str = key('', 'folder of all runs; default out/<name of the grid file>')
+    variants: dict = key({}, '{name: {setting: value}}: what differs from the base')
+    axes: dict = key({}, '{axis: {setting: value}}: every combination of them is a variant, in place of `variants`')
+    needs: dict = key({}, '{axis: [axes]}: on only where one of these is')
+    exchange: dict = key({}, '{axis: {spec: spec}}: an axis that puts other specs into `linear`')
+    grids: dict = key({}, '{name: {axis: [True or False]}}: parts of the grid, chosen by --axes=NAME')
+    part: str = key('', "name of one of `grids`; --axes=NAME says the same; default ''all combinations")
+    controls: bool = key(True, 'with axes or ranks: the dense base and narrower dense models of equal size run beside')
+    equal: str = key('tokens', 'what every variant gets: the same tokens, or the training FLOPs of the dense base',
+                     choices=('tokens', 'flops'))
+    tasks: dict = key({'': {}}, '{name: {setting: value}}: every variant runs on every task, a data set as a rule')
+    only: dict = key({}, '{variant: [tasks]} for variants that do not run on all')
+    search: dict = key({}, '{setting: [values]}: tried on the first seed, the best value kept, for each variant and task')
+    ranks: dict = key({}, '{name: [lowest, highest]}: searched by optuna; variants hold {name} in their specs')
+    budget: float = key(0.0, "ranks: share of the dense base's parameters or FLOPs that a trial may take", low=0)
+    budget_of: str = key('parameters', 'what the budget counts', choices=('parameters', 'flops'))
+    trials: int = key(20, 'ranks: trials a variant and task', low=1)
+    confirm: int = key(3, 'ranks: best trials that run with the other seeds', low=1)
+    seeds: int = key(3, 'seeds a variant, with its best setting', low=1)
+    jobs: int = key(1, 'runs at a time', low=1)
+    threads: int = key(1, 'CPU threads a run', low=1)
+    gpus: int = key(0, 'GPUs: every run gets one, by CUDA_VISIBLE_DEVICES; 0 = what train.py chooses', low=0)
+    baseline: str = key('', 'the variant that others are compared with; default dense, or the first')
+    dry_run: bool = key(False, 'list the runs and stop')
+    record: str = key('', 'name of a record to write to records/<date>_NAME')
+    title: str = key('', 'title of the record')
+    note: str = key('', 'a paragraph for the record: what a reader must know')
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of the grid; `searched` holds its values of Grid.search and Grid.ranks."""
+    task: str
+    variant: str
+    searched: tuple
+    seed: int
+
+    def folder(self, grid):
+        values = ''.join(f'{name}={value}_' for name, value in self.searched)
+        return os.path.join(grid.out_dir, self.task, self.variant, f'{values}seed={self.seed}')
+
+    def __str__(self):
+        words = (self.task, self.variant, *(f'{name}={value}' for name, value in self.searched), f'seed={self.seed}')
+        return ' '.join(filter(None, words))
+
+
+def placeholders(settings, ranks):
+    """Names of `ranks` that stand as {name} in a variant's specs, in the order of `ranks`."""
+    text = ' '.join(str(part) for value in settings.values() for part in
+                    (value.values() if isinstance(value, dict) else [value]))
+    return [name for name in ranks if '{' + name + '}' in text]
+
+
+def first_runs(grid):
+    """The runs of the search: every variant and task with every value, on the first seed; none that optuna draws."""
+    values = [[(name, value) for value in choices] for name, choices in grid.search.items()]
+    return [Run(task, variant, searched, SEEDS[0])
+            for task in grid.tasks for searched in itertools.product(*values) for variant in grid.variants
+            if task in grid.only.get(variant, [task]) and not placeholders(grid.variants[variant], grid.ranks)]
+
+
+def by_variant(runs):
+    groups = {}
+    for run in runs:
+        groups.setdefault((run.task, run.variant), []).append(run)
+    return groups
+
+
+def with_seeds(run, grid):
+    """The same run with the other seeds."""
+    return [Run(run.task, run.variant, run.searched, seed) for seed in SEEDS[1:grid.seeds]]
+
+
+def later_runs(grid, runs, loss_of):
+    """The best of each variant's searched values on the other seeds, where all of its runs have ended.
+
+    loss_of: run -> loss, inf for a run that failed, None for one that has not ended. Nothing where all failed.
+    """
+    later = []
+    for group in by_variant(runs).values():
+        losses = {run: loss_of(run) for run in group}
+        if None not in losses.values() and min(losses.values()) < float('inf'):
+            later += with_seeds(min(group, key=losses.get), grid)
+    return sorted(later, key=lambda run: run.seed)
+
+
+def argument(name, value):
+    """--name=value as train.py reads it; rules become 'pattern=spec; pattern=spec'."""
+    if isinstance(value, dict):
+        value = '; '.join(f'{pattern}={spec}' for pattern, spec in value.items())
+    return f'--{name}={value}'
+
+
+def filled(value, ranks):
+    """A setting with {name} replaced by the values of ranks, in rules too."""
+    if isinstance(value, dict):
+        return {pattern: filled(spec, ranks) for pattern, spec in value.items()}
+    if isinstance(value, str):
+        return re.sub(r'\{(\w+)\}', lambda found: str(ranks.get(found[1], found[0])), value)
+    return value
+
+
+def settings_of(run, grid, passed=()):
+    """What a run adds to the base, as arguments of train.py.
+
+    passed: of the command line. They hold over the base's and the task's, and give way to what makes a variant.
+    """
+    searched = dict(run.searched)
+    ranks = {name: searched.pop(name) for name in list(searched) if name in grid.ranks}
+    variant = {name: filled(value, ranks) for name, value in grid.variants[run.variant].items()}
+    own = {**variant, **searched, 'seed': run.seed}
+    return [*(argument(name, value) for name, value in grid.tasks[run.task].items()), *passed,
+            *(argument(name, value) for name, value in own.items())]
+
+
+def run_at(task, variant, name, grid):
+    """The run whose folder has this name, or None: 'v=8_learning_rate=0.003_seed=1'."""
+    known = [*(n for n in grid.ranks if n in placeholders(grid.variants[variant], grid.ranks)), *grid.search, 'seed']
+    found = re.fullmatch('_'.join(f'{re.escape(n)}=(?P<v{i}>.+)' for i, n in enumerate(known)), name)
+    if not found:
+        return None
+    values = {n: found[f'v{i}'] for i, n in enumerate(known)}
+    seed = values.pop('seed')
+    searched = []
+    for n, text in values.items():
+        choices = {str(c): c for c in grid.search.get(n, ())}
+        if n not in grid.ranks and text not in choices or n in grid.ranks and not text.isdigit():
+            return None
+        searched.append((n, choices.get(text) if n in grid.search else int(text)))
+    return Run(task, variant, tuple(searched), int(seed)) if seed.isdigit() else None
+
+
+def check(grid):
+    """Refuse dicts that hold what they must not, and names that nothing has."""
+    inner = {'variants': dict, 'axes': dict, 'tasks': dict, 'exchange': dict, 'grids': dict, 'needs': list, 'only': list,
+             'search': list, 'ranks': list}
+    for name, kind in inner.items():
+        for label, value in getattr(grid, name).items():
+            if not isinstance(value, kind) or kind is list and not value:
+                raise UserError(f'{name}: {label!r} needs a {kind.__name__}, got {value!r}', name)
+    if grid.seeds > len(SEEDS):
+        raise UserError(f'seeds must be at most {len(SEEDS)}, got {grid.seeds}')

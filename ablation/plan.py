@@ -1,0 +1,65 @@
+"""What every run of a grid is: its configuration, its arguments, and the controls that run beside the variants."""
+import functools
+
+import configurator
+from ablation import axes, cost
+from ablation.grid import SEEDS, Run, argument, first_runs, placeholders, settings_of
+
+
+def first_choice(grid):
+    return tuple((name, values[0]) for name, values in grid.search.items())
+
+
+class Plan:
+    """A grid with the settings that the command line adds to every run."""
+
+    def __init__(self, grid, passed=()):
+        self.grid, self.passed = grid, tuple(passed)
+        self.base, self.scaled = functools.cache(self.base), functools.cache(self.scaled)
+
+    def config(self, *more):
+        return cost.with_vocabulary(configurator.load([self.grid.base, *more]))
+
+    def load(self, run):
+        """The Config of a run, as train.py will read it. Raises UserError."""
+        return self.config(*self.arguments(run)[1:])
+
+    def base(self, task):
+        """The Config of the dense base on a task, whether or not it is a variant."""
+        return self.config(*(argument(name, value) for name, value in self.grid.tasks[task].items()), *self.passed)
+
+    def scaled(self, task, variant, searched):
+        """equal=flops: arguments that give a variant the training FLOPs of the dense base; none for equal tokens."""
+        if self.grid.equal == 'tokens':
+            return ()
+        config = self.config(*settings_of(Run(task, variant, searched, SEEDS[0]), self.grid, self.passed))
+        flops = cost.training_cost(self.base(task))['flops']
+        return tuple(argument(name, value) for name, value in cost.steps_for(config, flops).items())
+
+    def arguments(self, run):
+        """The command line of a run for train.py, without its out_dir."""
+        return [self.grid.base, *settings_of(run, self.grid, self.passed), *self.scaled(
+            run.task, run.variant, run.searched)]
+
+    def check(self):
+        """Every variant on every task must be a model that train.py takes. Raises UserError."""
+        for run in first_runs(self.grid):
+            if run.searched == first_choice(self.grid):
+                cost.check_model(self.load(run))
+
+    def structured(self):
+        """The variants whose matrices or attention differ from the base's."""
+        return [name for name, settings in self.grid.variants.items() if {'linear', 'attention', 'mlp'} & set(settings)]
+
+    def add_controls(self):
+        """Put the dense base and narrower dense models beside the variants: one width for each size that a variant has."""
+        grid, task = self.grid, next(iter(self.grid.tasks))
+        if not grid.controls or not (grid.axes or grid.ranks):
+            return
+        base, measure = self.base(task), grid.budget_of if grid.ranks else 'parameters'
+        sizes = {grid.budget * cost.size_of(base, measure)} if grid.ranks else {
+            cost.size_of(self.load(Run(task, name, first_choice(grid), SEEDS[0])), 'parameters')
+            for name in self.structured() if not placeholders(grid.variants[name], grid.ranks)}
+        widths = {cost.narrow_width(base, size, measure) for size in sizes} - {base.n_embd}
+        controls = {axes.DENSE: {}, **{f'narrow {width}': {'n_embd': width} for width in sorted(widths, reverse=True)}}
+        grid.variants = {**controls, **grid.variants}

@@ -1,0 +1,206 @@
+"""The queue of a grid: an optuna study in a journal file, which several processes and machines may share.
+
+Every run is a trial. A process holds a lock on a folder of its own as long as it lives (the kernel gives it up however it
+ends), and takes trials under another lock, so that no two take the same one. A trial whose process is gone goes back into
+the queue, and train.py goes on from its checkpoint. What is done is read from the runs' folders: a lost journal costs
+nothing but the samplers' memory.
+"""
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import warnings
+
+from ablation import axes
+from ablation.grid import Run
+from ablation.runner import STOP, say, state_of
+from durable import Lock
+from variants import UserError
+
+JOURNAL = 'study.jsonl'
+
+
+def open_optuna():
+    """The optuna module, quiet; a UserError that says how to get it."""
+    try:
+        import optuna
+    except ImportError:
+        raise UserError('ablate.py runs its grids with optuna, which is not installed; pip install optuna') from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings('ignore', category=optuna.exceptions.ExperimentalWarning)
+    return optuna
+
+
+def open_storage(folder):
+    """The journal of a grid's folder; one that cannot be read is set aside, as the runs' folders hold what is done."""
+    optuna = open_optuna()
+    path = os.path.join(folder, JOURNAL)
+    backend = optuna.storages.journal.JournalFileBackend(path)
+    try:
+        return optuna.storages.JournalStorage(backend)
+    except ValueError as error:                         # a line that a crash of the machine cut short
+        say(f'{path} is not readable ({error}); it becomes {JOURNAL}.broken')
+        os.replace(path, f'{path}.broken')
+        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
+
+
+class Held:
+    """`with held:` one thread of one process at a time, over all that share the folder."""
+
+    def __init__(self, folder):
+        self.folder, self.thread, self.lock = folder, threading.Lock(), None
+
+    def __enter__(self):
+        self.thread.acquire()
+        while self.lock is None:
+            try:
+                self.lock = Lock(self.folder)
+            except UserError:
+                time.sleep(0.02)
+
+    def __exit__(self, *error):
+        self.lock.release()
+        self.lock = None
+        self.thread.release()
+
+
+class Worker:
+    """This process as the owner of trials."""
+
+    def __init__(self, grid):
+        self.folder = os.path.join(grid.out_dir, '.workers')
+        self.name = f'{socket.gethostname()}-{os.getpid()}'
+        self.lock = Lock(os.path.join(self.folder, self.name))
+
+    def alive(self, name):
+        """Whether the process of that name still holds its lock."""
+        if name == self.name:
+            return True
+        try:
+            Lock(os.path.join(self.folder, name)).release()
+        except UserError:
+            return True
+        return False
+
+
+class Queue:
+    """The runs of a grid as trials.
+
+    take() -> (study, trial, run, watch); 'wait' while others run the rest; None when nothing is left. end(): how one ended.
+    """
+
+    def __init__(self, grid):
+        self.grid, self.optuna = grid, open_optuna()
+        os.makedirs(grid.out_dir, exist_ok=True)
+        self.states = self.optuna.trial.TrialState
+        self.held = Held(os.path.join(grid.out_dir, '.queue'))
+        self.worker, self.losses, self.failures = Worker(grid), {}, {}
+        with self.held:
+            self.storage = open_storage(grid.out_dir)
+            self.study = self.make_study('runs')
+        self.flags = axes.switches(grid) if grid.axes else {}
+
+    def make_study(self, name, **how):
+        return self.optuna.create_study(storage=self.storage, study_name=name, load_if_exists=True, **how)
+
+    def loss_of(self, run):
+        """Loss of a run that is done, inf of one that failed in this start, None of one to come."""
+        if run in self.failures:
+            return float('inf')
+        if run not in self.losses:
+            state, loss = state_of(run.folder(self.grid))
+            if state in ('done', 'pruned'):
+                self.losses[run] = loss if state == 'done' else float('inf')
+                if state == 'done':
+                    say(f'{run}: {loss:.4f} (done before)')
+        return self.losses.get(run)
+
+    def take(self, wanted):
+        """The next of `wanted()`, a list of runs in their order that may grow as others end."""
+        with self.held:
+            runs = wanted(self.loss_of)
+            self.give_back(self.study)
+            active = {self.run_of(t) for t in self.trials(self.study, self.states.WAITING, self.states.RUNNING)}
+            for run in runs:
+                if self.loss_of(run) is None and run not in active:
+                    self.study.enqueue_trial(self.parameters(run), {'run': self.described(run)})
+            if self.trials(self.study, self.states.WAITING):
+                trial = self.study.ask()
+                for name, value in self.parameters(trial).items():
+                    self.suggest(trial, name, value)
+                return self.study, self.own(trial), self.run_of(trial), None
+            return 'wait' if self.trials(self.study, self.states.RUNNING) else None
+
+    def own(self, trial):
+        trial.set_user_attr('worker', self.worker.name)
+        return trial
+
+    def give_back(self, study):
+        """Trials of processes that are gone become FAIL; whoever wants their runs asks for them again."""
+        for trial in self.trials(study, self.states.RUNNING):
+            if not self.worker.alive(trial.user_attrs.get('worker', 'nobody')):
+                with contextlib.suppress(ValueError):
+                    study.tell(trial.number, state=self.states.FAIL)
+
+    def trials(self, study, *states):
+        return study.get_trials(deepcopy=False, states=states)
+
+    def parameters(self, run):
+        """What optuna calls a trial's parameters: the switches of its axes, its searched numbers, the seed."""
+        run = run if isinstance(run, Run) else self.run_of(run)
+        numbers = {name: value for name, value in run.searched if isinstance(value, (int, float))}
+        return {**self.flags.get(run.variant, {}), **numbers, 'seed': run.seed}
+
+    @staticmethod
+    def suggest(trial, name, value):
+        """Register a value that is given: optuna wants a range, which may differ between trials for numbers."""
+        if isinstance(value, bool):
+            return trial.suggest_categorical(name, [False, True])
+        return trial.suggest_int(name, value, value) if isinstance(value, int) else trial.suggest_float(name, value, value)
+
+    @staticmethod
+    def described(run):
+        return json.dumps([run.task, run.variant, run.searched, run.seed])
+
+    @staticmethod
+    def run_of(trial):
+        task, variant, searched, seed = json.loads(trial.user_attrs['run'])
+        return Run(task, variant, tuple(map(tuple, searched)), seed)
+
+    def end(self, study, trial, run, state, loss, words):
+        """Tell optuna and the reader how a run ended."""
+        with self.held:
+            if state == 'done':
+                self.losses[run] = loss
+                study.tell(trial, loss)
+            elif state == 'pruned':
+                self.losses[run] = float('inf')
+                study.tell(trial, state=self.states.PRUNED)
+            else:
+                if state == 'failed':
+                    self.failures[run] = words
+                    trial.set_user_attr('error', words)
+                elif study is not self.study:           # these ranks again, when the command is given again
+                    study.enqueue_trial(trial.params)
+                study.tell(trial, state=self.states.FAIL)
+        told = {'done': f'{loss:.4f}' if loss is not None else '', 'pruned': f'pruned at {loss}',
+                'stopped': 'stopped; the same command goes on', 'failed': f'failed: {words}'}[state]
+        say(f'{run}: {told}')
+
+
+def work(queue, slot, take, train):
+    """One job: take a trial, train it, say how it ended, until nothing is left or a signal came.
+
+    take: () -> (study, trial, run, watch), 'wait' or None; train: (run, slot, watch) -> (state, loss, words).
+    """
+    while not STOP.is_set():
+        found = take()
+        if found is None:
+            return
+        if found == 'wait':                             # what others run may call for more
+            STOP.wait(0.5)
+            continue
+        study, trial, run, watch = found
+        queue.end(study, trial, run, *train(run, slot, watch))
