@@ -48,7 +48,8 @@ def evaluate(model, fast, loaders, config, job):
     eval_iters=0 takes the whole validation split in order, and 20 batches of training.
     """
     model.eval()
-    losses, rows = {}, max(config.batch_size, 4096 // config.block_size)        # small windows: fewer, larger batches
+    tokens = 1024 if job.device.type == 'cpu' else 4096            # small windows: fewer, larger batches, but within caches
+    losses, rows = {}, max(config.batch_size, tokens // config.block_size)
     if config.loss_chunk:                               # evaluation makes all logits of a batch
         rows = max(1, config.loss_chunk // config.block_size)
     for split in ('train', 'val'):
