@@ -107,6 +107,18 @@ def causal_mask(queries, keys, device):
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
+def attend_openly(q, k, v, scale):
+    """The same with scores (B H, T, T) in the open, for training in bf16 on a CPU, where SDPA's backward pass is slow.
+
+    Forward and backward at (B, H, T, D) = (6, 2, 128, 64), one thread: 1.7 ms, SDPA 6.5; (4, 6, 256, 64): 9.6 and 24 ms.
+    """
+    batch, heads = q.shape[:2]
+    k, v = (t.repeat_interleave(heads // t.size(1), 1).flatten(0, 1) for t in (k, v))
+    mask = q.new_zeros(()).masked_fill(~causal_mask(q.size(2), k.size(1), q.device), -torch.inf)       # (T, T)
+    scores = torch.baddbmm(mask, q.flatten(0, 1), k.mT, alpha=scale)                                    # (B H, T, T)
+    return torch.bmm(scores.softmax(-1).to(v.dtype), v).unflatten(0, (batch, heads))
+
+
 def attend(q, k, v, scale, dropout=0.0, softcap=0.0):
     """Causal softmax(scale q k^T) v of the last T positions of S, by SDPA.
 
@@ -119,6 +131,8 @@ def attend(q, k, v, scale, dropout=0.0, softcap=0.0):
         scores = softcap * torch.tanh(scale * (q @ k.mT) / softcap)
         scores = scores.masked_fill(~causal_mask(queries, keys, q.device), -torch.inf)
         return F.dropout(scores.softmax(-1), dropout) @ v
+    if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.requires_grad and not dropout and queries == keys:
+        return attend_openly(q, k, v, scale)
     mask = {'is_causal': True} if queries == keys else {} if queries == 1 else {
         'attn_mask': causal_mask(queries, keys, q.device)}
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, enable_gqa=q.size(1) != k.size(1),

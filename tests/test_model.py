@@ -271,3 +271,19 @@ def test_overfits_one_batch_in_50_steps():
             optimizer.step()
     torch.set_num_threads(1)
     assert loss.item() < 0.01
+
+
+@pytest.mark.parametrize('heads, groups', [(2, 2), (4, 2)])
+def test_attention_in_the_open_is_sdpa(heads, groups):
+    """What training in bf16 on a CPU takes, in float64 against SDPA, gradients too; and that it is taken there alone."""
+    import heads as module
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, h, 50, 16, dtype=torch.float64, generator=draw).requires_grad_()
+               for h in (heads, groups, groups))
+    found, expected = module.attend_openly(q, k, v, 0.25), module.attend(q, k, v, 0.25)
+    assert (found - expected).abs().max() < 1e-12
+    for a, b in zip(torch.autograd.grad(found.sin().sum(), (q, k, v)), torch.autograd.grad(expected.sin().sum(), (q, k, v))):
+        assert (a - b).abs().max() < 1e-10
+    half = [t.detach().bfloat16().requires_grad_() for t in (q, k, v)]
+    assert module.attend(*half, 0.25).grad_fn.name() != module.attend(q, k, v, 0.25).grad_fn.name()
+    assert (module.attend(*half, 0.25).double() - expected).abs().max() < 0.02
