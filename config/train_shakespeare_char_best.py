@@ -7,7 +7,7 @@ out_dir = 'out/train_shakespeare_char_best'
 dataset = 'shakespeare_char'
 
 n_layer = 4
-n_head = 4
+n_head = 2
 n_embd = 128
 block_size = 256
 norm = 'rmsnorm'
@@ -21,24 +21,24 @@ softcap = 15.0
 dtype = 'bfloat16'                   # autocast, as muon_dtype: on CPUs with bf16 instructions
 
 optimizer = 'muon'
-muon_lr = 0.02
+muon_lr = 0.015
 muon_dtype = 'bfloat16'              # on CPUs with bf16 instructions; 'float32' elsewhere
-muon_momentum_warmup = 200
+muon_momentum_warmup = 50
 learning_rate = 1e-2
 min_lr = 0.0
 beta1 = 0.8
 beta2 = 0.95
 weight_decay = 0.0
 lr_schedule = 'wsd'
-cooldown = 0.7
+cooldown = 0.8
 warmup_iters = 0
 
 batch_size = 4
 gradient_accumulation_steps = 1
-max_iters = 1200                     # 1,228,800 tokens
-lr_decay_iters = 1200
+max_iters = 1600                     # 1,638,400 tokens
+lr_decay_iters = 1600
 
-eval_interval = 1200
+eval_interval = 1600
 eval_first = False
 eval_iters = 0
 log_interval = 10

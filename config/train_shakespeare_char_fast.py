@@ -1,12 +1,15 @@
 """The modern recipe on a laptop: what nanoGPT's CPU recipe reaches, in a fraction of its tokens and time.
 
 Launch: bash run.sh config/train_shakespeare_char_fast.py
+About 20 seconds on one CPU core, 153,600 tokens. Validation loss on the whole last 10 % of the text (nats a character),
+windows of 128: 1.872 +- 0.004, 3 seeds; the classic recipe takes 1.5 million tokens to 1.90. The race against nanoGPT is
+in records/2026-11-21_recipe.
 """
 out_dir = 'out/train_shakespeare_char_fast'
 dataset = 'shakespeare_char'
 
 n_layer = 4
-n_head = 4
+n_head = 2                           # heads of 64: better than 4 of 32
 n_embd = 128
 block_size = 128                     # longer than the parent's 64: fewer characters lack their context
 norm = 'rmsnorm'
@@ -20,24 +23,25 @@ softcap = 15.0
 dtype = 'bfloat16'                   # autocast, as muon_dtype: on CPUs with bf16 instructions
 
 optimizer = 'muon'
-muon_lr = 0.03
+muon_lr = 0.024
+muon_momentum = 0.9
 muon_dtype = 'bfloat16'              # on CPUs with bf16 instructions; 'float32' elsewhere
 muon_momentum_warmup = 50
-learning_rate = 1.5e-2
+learning_rate = 1.7e-2
 min_lr = 0.0
 beta1 = 0.8
 beta2 = 0.95
 weight_decay = 0.0
 lr_schedule = 'wsd'
-cooldown = 0.7
+cooldown = 1.0
 warmup_iters = 0
 
-batch_size = 3                       # 384 tokens a step: few tokens are best spent on many steps
+batch_size = 4
 gradient_accumulation_steps = 1
-max_iters = 400                      # 153,600 tokens
-lr_decay_iters = 400
+max_iters = 300                      # 153,600 tokens
+lr_decay_iters = 300
 
-eval_interval = 400
+eval_interval = 300
 eval_first = False
 eval_iters = 0
 log_interval = 10
