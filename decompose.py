@@ -41,7 +41,7 @@ class Work:
     """The decomposition of a model's sites: which method where, in which order, under which stats."""
 
     def __init__(self, model, config, state, how):
-        self.sites, self.how, self.config, self.state = model.sites(), how, config, state
+        self.sites, self.how, self.config, self.state = fillable(model), how, config, state
         check_pruning(how)
         self.dense = self.mixed = self.dense_loss = None
 
@@ -72,9 +72,9 @@ class Work:
 
     def method(self, site):
         """(the first method of how.method that the site's structure knows, whether it needs stats)."""
-        name, arguments = structure(self.sites[site])
+        _, arguments = structure(self.sites[site])
         try:
-            return sums.choose(variants.LINEARS[name], self.how.method, arguments)
+            return sums.choose(type(self.sites[site]), self.how.method, arguments)
         except ValueError as error:
             raise UserError(f'{site}: {error}', 'decompose') from None
 
@@ -85,10 +85,12 @@ class Work:
         device = self.how.device or like.device
         values = {key: t.to(device, like.dtype if t.is_floating_point() else t.dtype) for key, t in tensors.items()}
         source.load_state_dict(values, assign=True)
-        weight, (name, arguments) = source.dense_weight(), structure(module)
-        made = self.make(variants.LINEARS[name], site, weight, source.bias, stats, arguments)
-        made.spec = module.spec
+        weight, (_, arguments) = source.dense_weight(), structure(module)
+        made = self.make(type(module), site, weight, source.bias, stats, arguments)
         module.load_state_dict(made.state_dict())
+        if hasattr(made, 'experts'):
+            made = made.at_start()                      # as a dense linear: what it is before its router learns
+        made.spec = module.spec
         if self.mixed is not None:
             self.mixed.transformer.set_submodule(site, made)
         kept, norm = made.dense_weight(), weight.norm().clamp_min(1e-30)
@@ -189,6 +191,11 @@ def prune(weight, fraction, kind, stats=None):
     return weight.reshape(score.shape).scatter(1, drop, 0.0).view_as(weight)
 
 
+def fillable(model):
+    """{site: module} of what a dense matrix can fill: linear sites, and linears of many experts; no routers."""
+    return {site: module for site, module in model.sites(experts=True).items() if hasattr(module, 'from_dense')}
+
+
 def tensors_of(state, site):
     """{name below the site: tensor}."""
     prefix = f'transformer.{site}.'
@@ -197,6 +204,8 @@ def tensors_of(state, site):
 
 def structure(module):
     """(name, {argument: value}) of a site's spec, so that kron(8, 8) and kron(8, n=8, terms=1) are the same."""
+    if hasattr(module, 'experts'):
+        return type(module).__name__, module.arguments()
     spec = variants.parse_spec(module.spec)
     bound = inspect.signature(variants.LINEARS[spec.name]).bind(0, 0, False, *spec.args, **spec.kwargs)
     bound.apply_defaults()

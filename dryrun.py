@@ -25,12 +25,16 @@ def dry_run(config, job):
         choose_sizes(config, job, open_dataset(folder, job.say) if calibrated else None, source_config, source)
     model = check_shapes(config)
     job.say(f'{"site":24}{"spec":36}{"out x in":>14}{"parameters":>14}{"FLOPs/token":>14}{"share":>8}')
-    for row in model.site_table():
+    rows = model.site_table()
+    for row in rows:
         shape = '{} x {}'.format(*row['shape'])
         job.say(f'{row["site"]:24}{row["spec"]:36}{shape:>14}{row["parameters"]:14,}{row["flops"]:14,}{row["share"]:8.2%}')
     embeddings = model.num_params(positions=False) - model.transformer.wte.weight.numel()
     job.say(f'parameters: {model.num_params():,} in all, {model.num_params(positions=False):,} without the position '
             f'table, {embeddings:,} without embeddings')
+    idle = sum(row['parameters'] - row.get('active', row['parameters']) for row in rows)
+    if idle:
+        job.say(f'active: {model.num_params() - idle:,} parameters a token; the rest are experts that are not chosen for it')
     job.say(f'FLOPs a token: {model.flops_per_token():,} forward, {3 * model.flops_per_token():,} training')
     job.say(f'memory: about {memory_estimate(model, config, job.dtype.itemsize) / 2**30:.2f} GiB a device (weights, '
             'gradients, AdamW, activations, logits)')

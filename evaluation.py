@@ -22,11 +22,11 @@ def dealt(batches, model, job):
 
 @torch.no_grad()
 def mean_loss(model, fast, batches, job):
-    """(mean loss a token, share of tokens guessed right) over all ranks' batches; full-size batches take the compiled model.
+    """(mean loss a token, share of tokens guessed right, expert_load) over all ranks' batches; None when asked to stop.
 
-    None when asked to stop.
+    Full-size batches take the compiled model.
     """
-    total, count, shape = torch.zeros(2, device=job.device, dtype=torch.float64), 0, None
+    total, count, shape, loads = torch.zeros(2, device=job.device, dtype=torch.float64), 0, None, {}
     for x, y, counts in dealt(batches, model, job):
         shape = shape or x.shape
         with job.autocast():
@@ -36,15 +36,19 @@ def mean_loss(model, fast, batches, job):
         right = (logits.argmax(-1) == y.to(job.device)).sum()
         total += torch.stack((loss.double() * y.numel(), right.double()))
         count += y.numel()
+        for (_, site), load in model.measures.items():  # in evaluation there is no other kind
+            loads[site] = loads.get(site, 0) + load
         if job.world_size == 1 and job.stop.get('signal'):
             return None
     sums = [job.agree(value, dist.ReduceOp.SUM) for value in (*total.tolist(), count)]
-    return sums[0] / sums[2], sums[1] / sums[2]
+    loads = [[job.agree(n, dist.ReduceOp.SUM) for n in load.tolist()] for load in loads.values()]
+    return sums[0] / sums[2], sums[1] / sums[2], [max(load) * len(load) / sum(load) for load in loads]
 
 
 def evaluate(model, fast, loaders, config, job):
-    """{'train_loss', 'val_loss', 'train_accuracy', 'val_accuracy'}.
+    """{'train_loss', 'val_loss', 'train_accuracy', 'val_accuracy'}, and 'expert_load' where mlps are mixtures.
 
+    expert_load: for each of them the tokens of its busiest expert over those of a mean one, on the validation split.
     eval_iters=0 takes the whole validation split in order, and 20 batches of training.
     """
     model.eval()
@@ -60,5 +64,6 @@ def evaluate(model, fast, loaders, config, job):
     model.train()
     if None in losses.values():
         return None
+    loads = {'expert_load': losses['val'][2]} if losses['val'][2] else {}
     return {f'{split}_{name}': value for i, name in enumerate(('loss', 'accuracy')) for split, value in (
-        (split, pair[i]) for split, pair in losses.items())}
+        (split, found[i]) for split, found in losses.items())} | loads

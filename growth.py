@@ -139,7 +139,7 @@ def reshape(action, model, config, state):
         grow(model, config.grow_init)
         built.update(layers=built['layers'] + 1)
         words = f'block {built["layers"] - 1} added'
-    built['model'] = fields(config, built['layers'], built['dense'])
+    built['model'] = fields(config, built['layers'], built['dense']) | ({'mlp': model.config.mlp} if built['dense'] else {})
     return words
 
 

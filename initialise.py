@@ -5,7 +5,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from decompose import Decomposition, Work, structure, tensors_of
+from decompose import Decomposition, Work, fillable, structure, tensors_of
 from model import GPT
 from variants import UserError
 
@@ -28,26 +28,30 @@ def initialise(model, source_config, source_state, method='van_loan', progress=N
     how = how or Decomposition(method)
     check_sizes(model.config, source_config)
     with torch.device('meta'):
-        sources = GPT(source_config).sites()
-    if sources.keys() != model.sites().keys():
-        raise UserError(f'the linears are not those of the source: {min(sources.keys() ^ model.sites().keys())} is in '
+        sources = fillable(GPT(source_config))
+    sites = fillable(model)
+    if sources.keys() != sites.keys():
+        raise UserError(f'the linears are not those of the source: {min(sources.keys() ^ sites.keys())} is in '
                         'one only; take its attention and mlp', 'init_from')
     rows, work = {}, Work(model, source_config, source_state, how)
-    for site, module in model.sites().items():
+    for site, module in sites.items():
         if structure(module) == structure(sources[site]):
             with one_line(site):
                 module.load_state_dict(tensors_of(source_state, site))
             rows[site] = {'error': 0.0, 'norm': 1.0}
-    todo = [site for site in model.sites() if site not in rows]
+        elif hasattr(sources[site], 'experts'):
+            raise UserError(f'{site} is a mixture in the source ({sources[site].spec}) and not the same here; take its mlp',
+                            'mlp')
+    todo = [site for site in sites if site not in rows]
     bar = tqdm(work.walk(todo), total=len(todo), unit='site', leave=False, disable=not sys.stderr.isatty())
     for site, stats in bar:
         with one_line(site):
             rows[site] = work.fill(site, sources.pop(site), stats)
         if progress and rows[site]['error']:
-            progress(describe(site, model.sites()[site].spec, rows[site]))
+            progress(describe(site, sites[site].spec, rows[site]))
     fill_rest(model, source_config, source_state)
     return [{'site': site, 'spec': module.spec, **rows[site], 'parameters': sum(p.numel() for p in module.parameters())}
-            for site, module in model.sites().items()]
+            for site, module in sites.items()]
 
 
 def describe(site, spec, row):
@@ -89,12 +93,14 @@ def check_sizes(config, source):
 
 def fill_rest(model, source_config, source_state):
     """Everything that is no site, by name: embeddings, norms, the head."""
-    sites = tuple(f'transformer.{site}.' for site in model.sites())
+    sites = tuple(f'transformer.{site}.' for site in fillable(model))
     if source_config.tie_weights:
         source_state = {'lm_head.weight': source_state['transformer.wte.weight'], **source_state}
     rest = {name: t for name, t in model.state_dict().items() if not name.startswith(sites)}
     buffers = {name for name, _ in model.named_buffers()}       # a window, say: the model's own where the source has none
     rest = {name: t for name, t in rest.items() if name in source_state or name not in buffers}
+    for name in [name for name in rest if name.endswith('.router.weight') and name not in source_state]:
+        rest.pop(name).zero_()                          # equal gates: experts.ExpertLinear.from_dense counts on it
     odd = rest.keys() ^ {name for name in source_state if not name.startswith(sites)}
     if odd:
         raise UserError(f'{min(odd)} is in the source or the model only', 'init_from')

@@ -1,4 +1,6 @@
 """Small layers that every variant stands on: the dense linear, norms, learned scales, and parameter tags."""
+import math
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -141,64 +143,20 @@ class UnitNorm(nn.Module):
         return unit(x)
 
 
-def cross_entropy(logits, targets, reduction='mean'):
-    """Mean (or sum) of -log softmax(logits)[target] in fp32 at least; logits (N, V), targets (N,), -1 ignored."""
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, ignore_index=-1,
-                           reduction=reduction)
-
-
-def stablemax(logits, targets, reduction='mean'):
-    """Mean (or sum) of -log(s_target / sum s), s = x + 1 for x >= 0 and 1 / (1 - x) below, in float64; -1 ignored.
-
-    For small vocabularies only: p grows with the logit and not its exponential, so that among 50,304 tokens a
-    probability of 0.9 takes a logit near 450,000. Source: Prieto et al. 2025, arXiv 2501.04697.
-    """
-    x = logits.double()
-    s = torch.where(x >= 0, x + 1, 1 / (1 - x.clamp(max=0)))            # clamped: the unused branch has a pole at 1
-    log_p = s.log() - s.sum(-1, keepdim=True).log()
-    return F.nll_loss(log_p, targets, ignore_index=-1, reduction=reduction).to(logits.dtype)
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """cross_entropy(cap(x W^T), targets), `chunk` rows of logits at a time, cap(z) = softcap tanh(z / softcap).
-
-    x (N, C), weight (V, C), targets (N,). The forward pass makes both gradients, so that nothing is computed twice and
-    no more than chunk x V logits exist; memory chunk V + V C numbers. Plain tensor code, so that torch.compile takes it.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, softcap, chunk):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        count = (targets != -1).sum().clamp(min=1).to(wide)
-        loss = torch.zeros((), dtype=wide, device=x.device)
-        dx, dw = (torch.zeros_like(t, dtype=wide) if wanted else None for t in (x, weight))
-        for start in range(0, x.size(0), chunk):
-            piece, target = x[start:start + chunk], targets[start:start + chunk]
-            logits = (piece @ weight.T).to(wide)
-            slope = None
-            if softcap:
-                slope = torch.tanh(logits / softcap)
-                logits, slope = softcap * slope, 1 - slope.square()
-            loss = loss + cross_entropy(logits, target, 'sum')
-            if not wanted:
-                continue
-            d = logits.softmax(-1) - F.one_hot(target.clamp(min=0), weight.size(0)).to(wide)
-            d = d * ((target != -1) / count)[:, None]
-            d = (d if slope is None else d * slope).to(piece.dtype)
-            dx[start:start + chunk] = d @ weight.to(d.dtype)
-            dw += d.T @ piece
-        if wanted:
-            ctx.save_for_backward(dx.to(x.dtype), dw.to(weight.dtype))
-        return loss / count
-
-    @staticmethod
-    def backward(ctx, gradient):
-        dx, dw = ctx.saved_tensors
-        return dx * gradient, dw * gradient, None, None, None
-
-
-LOSSES = {'cross_entropy': cross_entropy, 'stablemax': stablemax}
+def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """One token id a row, (B, 1), from logits (B, V): temperature, then top-k, then nucleus (Holtzman et al. 2020)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = F.softmax(logits, dim=-1)
+    if top_p is not None and top_p < 1:
+        ranked, order = probs.sort(descending=True)
+        before = ranked.cumsum(-1) - ranked             # mass in front of a token; the first always stays
+        probs = probs.masked_fill(torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, before >= top_p), 0)
+    return torch.multinomial(probs, 1, generator=generator)
 
 
 def tags_of(model):

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import variants
 from configurator import GPTConfig
 from heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, rotate, rotation, split_heads
-from layers import LOSSES, ChunkedCrossEntropy, Learned, hidden_scale, norm, tags_of, unit, zero_
+from layers import Learned, choose, hidden_scale, norm, tags_of, unit, zero_
+from losses import LOSSES, ChunkedCrossEntropy, Losses
 from variants import UserError
 
 __all__ = ['CausalSelfAttention', 'MLP', 'Block', 'GPT', 'GPTConfig', 'Context', 'UserError']
@@ -32,7 +33,8 @@ class Context:
     cache: dict | None = None                           # this layer's own, {} at first; None while training
     first_value: torch.Tensor | None = None             # block 0's values, for the value residual
     first_latent: tuple | None = None                   # block 0, its latents, its W_UV: the same in mla's decoding
-    losses: list = field(default_factory=list)          # auxiliary losses, added to the training loss only
+    losses: Losses = field(default_factory=lambda: Losses())  # of mixtures, for training; torch.compile wants the lambda
+    measures: dict = field(default_factory=dict)        # (kind, module) -> tensor without graph, kept as GPT.measures
     tables: dict = field(default_factory=dict)          # RoPE's, by size
 
     @property
@@ -186,7 +188,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.measures = config, {}         # measures: of the last call, see Context
         self.transformer = nn.ModuleDict({
             'wte': nn.Embedding(config.vocab_size, config.n_embd),
             'drop': nn.Dropout(config.dropout),
@@ -219,9 +221,13 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------------------------------------
     # construction and accounting
 
-    def sites(self):
-        """{site: linear module}, in depth order: `h.3.mlp.c_fc` is `transformer.h.3.mlp.c_fc` in the state dict."""
-        return {name: module for name, module in self.transformer.named_modules() if hasattr(module, 'spec')}
+    def sites(self, experts=False):
+        """{site: linear module}, in depth order: `h.3.mlp.c_fc` is `transformer.h.3.mlp.c_fc` in the state dict.
+
+        experts: the parts of mixtures too, which `linear` does not choose: routers, and linears of many experts.
+        """
+        return {name: module for name, module in self.transformer.named_modules()
+                if hasattr(module, 'spec') and (experts or not hasattr(module, 'experts'))}
 
     def init_weights(self):
         """GPT-2: N(0, 0.02), and 0.02 / sqrt(2 n_layer) where a branch joins the residual stream.
@@ -237,7 +243,7 @@ class GPT(nn.Module):
 
     def init_sites(self, prefix, zero):
         """Random weights, biases 0, for the sites that begin with prefix; zero: c_proj at 0."""
-        for site, module in self.sites().items():
+        for site, module in self.sites(experts=True).items():
             if site.startswith(prefix):
                 joins = site.endswith('.c_proj')
                 module.reset_parameters(getattr(module, 'std', 0.02) / (math.sqrt(2 * self.config.n_layer) if joins else 1))
@@ -295,7 +301,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def realise(self):
-        """Put the dense matrix in the place of every structured one, in place: the same function, config.linear dense.
+        """Put the dense matrix in the place of every structured one, in place: the same function, config dense.
 
         Logits stay within rounding. Parameters are new tensors; build the optimizer anew. A frozen site stays frozen.
         """
@@ -303,7 +309,9 @@ class GPT(nn.Module):
             dense = variants.LINEARS['dense'].from_dense(module.dense_weight(), module.bias)
             dense.requires_grad_(next(module.parameters()).requires_grad).spec = 'dense'
             self.transformer.set_submodule(name, dense)
-        self.config.linear = {}
+        for block in (b for b in self.transformer.h if hasattr(b.mlp, 'realise')):
+            block.mlp.realise()
+        self.config.linear, self.config.mlp = {}, variants.realised_mlp(self.config)
 
     def set_progress(self, fraction):
         """Tell every attention on a schedule how much of the run, step / max_iters, is over."""
@@ -320,17 +328,21 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Forward FLOPs a token at full context: sites, attention (no causal halving) and head; a multiply-add is 2."""
         T = self.config.block_size
-        sites = sum(module.flops(T) for module in self.sites().values()) // T       # of many at once: see ABBALinear
+        sites = sum(module.flops(T) for module in self.sites(experts=True).values()) // T   # of many at once: see ABBALinear
         attention = sum(block.attn.flops(self.config.block_size) for block in self.transformer.h)
         return sites + attention + 2 * self.lm_head.weight.numel()
 
     def site_table(self):
-        """One dict a site: site, spec, shape (out, in), parameters with bias, forward FLOPs a token, share of all."""
+        """One dict a site: site, spec, shape (out, in), parameters with bias, forward FLOPs a token, share of all.
+
+        A linear of many experts has `active` too, the parameters that a token meets.
+        """
         total, length, rows = self.num_params(), self.config.block_size, []
-        for site, module in self.sites().items():
+        for site, module in self.sites(experts=True).items():
             numel = sum(p.numel() for p in module.parameters())
             rows.append({'site': site, 'spec': module.spec, 'shape': (module.out_features, module.in_features),
-                         'parameters': numel, 'flops': module.flops(length) // length, 'share': numel / total})
+                         'parameters': numel, 'flops': module.flops(length) // length, 'share': numel / total,
+                         **({'active': module.active()} if hasattr(module, 'active') else {})})
         return rows
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
@@ -379,7 +391,7 @@ class GPT(nn.Module):
             ctx.cache = caches[i] if caches is not None else None
             again = self.config.recompute and torch.is_grad_enabled()
             x = checkpoint(block, x, ctx, use_reentrant=False) if again else block(x, ctx)
-        x = self.transformer.ln_f(x)
+        x, self.measures = self.transformer.ln_f(x), ctx.measures
         if targets is None:
             return self.head(x[:, -1:]), None
         if self.training and self.config.loss_chunk:
@@ -431,19 +443,3 @@ class GPT(nn.Module):
         whose probabilities sum to top_p. The cache changes the speed and not the text.
         """
         return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, use_cache)), dim=1)
-
-
-def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """One token id a row, (B, 1), from logits (B, V): temperature, then top-k, then nucleus (Holtzman et al. 2020)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    probs = F.softmax(logits, dim=-1)
-    if top_p is not None and top_p < 1:
-        ranked, order = probs.sort(descending=True)
-        before = ranked.cumsum(-1) - ranked             # mass in front of a token; the first always stays
-        probs = probs.masked_fill(torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, before >= top_p), 0)
-    return torch.multinomial(probs, 1, generator=generator)

@@ -124,7 +124,7 @@ class RunLog:
             print(text, flush=True)
 
     def evaluation(self, step, losses):
-        """An evaluation line: step, flops (of training so far, growth.training_flops), train_loss, val_loss."""
+        """An evaluation line: step, flops of training so far (growth.training_flops), losses, accuracies, expert_load."""
         if self.job.main:
             self.write({'step': step, 'flops': self.progress['flops'], **losses})
             self.show(f'step {step}: train loss {losses["train_loss"]:.4f}, val loss {losses["val_loss"]:.4f}')
@@ -161,6 +161,8 @@ class RunLog:
     def step(self, step, result):
         """A training line: step, loss, lr, grad_norm, tokens, ms, cpu_ms, tokens_per_s, mfu, peak_memory, and parts.
 
+        loss is that of the tokens alone; the auxiliary losses of mixtures stand beside it under their names.
+
         cpu_ms is the processor time of this rank: what to compare on a machine that does other work too.
         """
         now = time.perf_counter()
@@ -174,6 +176,7 @@ class RunLog:
                 'tokens': result['tokens'], 'ms': seconds * 1e3, 'cpu_ms': cpu * 1e3, 'tokens_per_s': done / seconds,
                 'mfu': 3 * self.flops * done / seconds / self.peak / self.job.world_size,
                 'peak_memory': hardware.peak_memory(self.job.device)}
+        line.update(result['auxiliary'])                    # balance_loss, z_loss: not in loss
         if self.sheet:
             line['mfu_data_sheet'] = line['mfu'] * self.peak / self.sheet
         line.update({f'{name}_ms': 1e3 * spent for name, spent in self.spent.items()})

@@ -39,7 +39,7 @@ def choose(cls, wanted, arguments):
 
 def name_of(cls):
     """The name of a class in the table."""
-    return next(name for name in variants.LINEARS if variants.LINEARS[name] is cls)
+    return next((name for name in variants.LINEARS if variants.LINEARS[name] is cls), cls.__name__)
 
 
 def part_of(text):

@@ -88,7 +88,7 @@ class Run:
 def train_step(run, batches, step):
     """One optimizer step: {'loss', 'grad_norm', 'applied'}, or None when a signal came in between (nothing is changed)."""
     config, job, optimizer, scaler = run.config, run.job, run.optimizer, run.scaler
-    per_rank, length, total = run.rounds.count(step), schedules.block_size(step, config), 0.0
+    per_rank, length, total, apart = run.rounds.count(step), schedules.block_size(step, config), 0.0, {}
     for micro in range(per_rank):
         with run.log.part('data'):
             x, y = (t.view(-1, length).to(job.device, non_blocking=True)
@@ -100,6 +100,7 @@ def train_step(run, batches, step):
                 _, loss = run.net(x, y)
             scaler.scale(loss / per_rank).backward()
             total = total + loss.detach().double()
+            add_auxiliary(apart, run.model.measures)
         if micro < per_rank - 1 and job.agree(bool(STOP['signal'])):
             optimizer.zero_grad(set_to_none=True)
             return None
@@ -115,7 +116,16 @@ def train_step(run, batches, step):
             run.model.normalise_weights()
             run.average.update(step)
     optimizer.zero_grad(set_to_none=True)
-    return {'loss': loss, 'grad_norm': norm, 'applied': finite and not outlier, 'finite': finite}
+    apart = {name: job.agree(value.item() / per_rank, dist.ReduceOp.SUM) / job.world_size for name, value in apart.items()}
+    return {'loss': loss - sum(apart.values()), 'grad_norm': norm, 'applied': finite and not outlier, 'finite': finite,
+            'auxiliary': apart}
+
+
+def add_auxiliary(sums, measures):
+    """Add the auxiliary losses of one micro-step to {name: sum over blocks}; they are part of the training loss."""
+    for (kind, _), value in measures.items():
+        if kind.endswith('_loss'):
+            sums[kind] = sums.get(kind, 0.0) + value.double()
 
 
 def state_of(run, parts=False):

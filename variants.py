@@ -1,32 +1,13 @@
-"""The site language: which linear, attention and MLP stands where. Imports no torch.
-
-A *site* is a module path below `transformer`, such as `h.3.mlp.c_fc`. A *rule* maps a pattern of
-sites to a *spec*; a spec is a name with literal arguments, `kron(8, 8, terms=4)`. Patterns are
-fnmatch patterns in which `*` crosses dots, and the first that matches a site wins:
-
-    linear = {'h.0.*': 'dense', 'h.*.mlp.*': 'kron(8, 8, terms=4)', 'h.*.attn.c_v': 'lowrank(64)'}
-
-Linears may be added, `lowrank(64) + kron(8, 8)`: the spec `sum`, whose argument is the parts.
+"""Which linear, attention and MLP stands where: the tables and what builds from them. Imports no torch.
 
 The three tables below are all there is to register: a new variant is one file and one line here.
+The language that names them is in specs.py, whose names are handed on.
 """
-import ast
-import difflib
-import fnmatch
 import importlib
 import inspect
-from dataclasses import dataclass, field
 
-
-class UserError(Exception):
-    """A mistake of the user's: one sentence with the setting, the value and the remedy; exit code 2.
-
-    key: the setting that it is about, where that is known, so that a program can name file and line.
-    """
-
-    def __init__(self, sentence, key=None):
-        super().__init__(sentence)
-        self.key = key
+from specs import (Spec, UserError, as_rules, did_you_mean, idle_rules, match, parse_rules, parse_spec,  # noqa: F401
+                   spec_of, summands)
 
 
 class Table(dict):
@@ -64,96 +45,8 @@ MLPS = Table({
     'relu2': 'model:ReLU2MLP',
     'swiglu': 'model:SwiGLU',
     'latent': 'lowrank.latent_mlp:LatentMLP',
+    'kron_moe': 'kron.moe:KronMoE',
 })
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One parsed spec: `kron(8, 8, terms=4)` is Spec('kron', (8, 8), {'terms': 4})."""
-    name: str
-    args: tuple = ()
-    kwargs: dict = field(default_factory=dict)
-
-    def __str__(self):
-        if self.name == 'sum' and len(self.args) == 1 and not self.kwargs:
-            return ' + '.join(self.args[0])
-        words = [repr(a) for a in self.args] + [f'{k}={v!r}' for k, v in self.kwargs.items()]
-        return f'{self.name}({", ".join(words)})' if words else self.name
-
-
-def did_you_mean(word, known):
-    """', did you mean X?' with the known word nearest to `word`, or ''."""
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f', did you mean {near[0]!r}?' if near else ''
-
-
-def parse_spec(text, table=None):
-    """Parse `name` or `name(literals)`; with a table, the name must stand in it.
-
-    Raises UserError in one sentence. Nothing is executed: the text is read with ast.
-    """
-    try:
-        parts = [spec_of(node) for node in summands(ast.parse(text.strip(), mode='eval').body)]
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, AttributeError):
-        raise UserError(f'{str(text)[:80]!r} is no spec; write a name or a name with literal arguments, '
-                        "such as 'kron(8, 8, terms=4)', or a sum of such") from None
-    spec = parts[0] if len(parts) == 1 else Spec('sum', (tuple(map(str, parts)),))
-    for part in (spec, *parts) if table is not None else ():
-        if part.name not in table:
-            known = [name for name in table if name != 'sum']           # which is written with +
-            raise UserError(f'{part.name!r} is not one of {", ".join(known)}{did_you_mean(part.name, known)}')
-    return spec
-
-
-def summands(node):
-    """The nodes that a tree of + holds, from left to right."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return summands(node.left) + summands(node.right)
-    return [node]
-
-
-def spec_of(node):
-    """The Spec of `name` or `name(literals)`; ValueError or TypeError for any other node."""
-    call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
-    if not isinstance(call.func, ast.Name) or any(k.arg is None for k in call.keywords):
-        raise ValueError
-    return Spec(call.func.id, tuple(ast.literal_eval(a) for a in call.args),
-                {k.arg: ast.literal_eval(k.value) for k in call.keywords})
-
-
-def parse_rules(text):
-    """'pattern=spec; pattern=spec' -> {pattern: spec}; a text that holds no pattern is one spec for all sites."""
-    rules = {}
-    for item in text.split(';'):
-        pattern, equals, spec = item.partition('=')
-        if not equals or '(' in pattern:                # the first '=' belongs to an argument
-            pattern, spec = '*', item
-        pattern = pattern.strip()
-        if not pattern or not spec.strip():
-            raise UserError(f"{item.strip()!r} is no rule; write 'h.*.mlp.*=kron(8,8,terms=4)'")
-        if pattern in rules:
-            raise UserError(f'the pattern {pattern!r} stands there twice; the first match wins, so drop one')
-        rules[pattern] = spec.strip()
-    return rules
-
-
-def as_rules(value):
-    """A spec for every site, or rules already: both become rules."""
-    return {'*': value} if isinstance(value, str) else value
-
-
-def match(rules, site, default):
-    """The first pattern that matches the site, and its spec: (None, default) when none does."""
-    for pattern, spec in as_rules(rules).items():
-        if fnmatch.fnmatchcase(site, pattern):
-            return pattern, spec
-    return None, default
-
-
-def idle_rules(rules, sites):
-    """The patterns that win at none of the sites, in order: an error, since the user meant something by them."""
-    winners = {match(rules, site, None)[0] for site in sites}
-    return [pattern for pattern in as_rules(rules) if pattern not in winners]
 
 
 def check_rules(rules, table):
@@ -247,3 +140,16 @@ def mlp(config, site, block):
         except ValueError as error:
             raise sentence('mlp', site, spec, error) from None
     return build('mlp', cls, site, spec, config, site)
+
+
+def realised_mlp(config):
+    """config.mlp with the specs that GPT.realise leaves: a class that has structured experts names its dense form."""
+    rules = {}
+    for pattern, text in as_rules(config.mlp).items():
+        spec = parse_spec(text, MLPS)
+        cls = MLPS[spec.name]
+        if hasattr(cls, 'realised'):
+            arguments = cls.realised(check_arguments('mlp', cls, pattern, spec, config, pattern), config.n_embd)
+            text = str(Spec(spec.name, (), arguments))
+        rules[pattern] = text
+    return rules['*'] if isinstance(config.mlp, str) else rules

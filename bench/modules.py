@@ -81,8 +81,9 @@ EXAMPLES = {
         'linformer': lambda s: f'linformer({divided(s.block_size, 32)}, chunk={divided(s.block_size, 8)})',
         **{name: lambda s, name=name: mla(s, name) for name in ('mla', 'mla_diff', 'mla_dint')},
     },
-    'linear': {'kron': kron, 'lowrank': lowrank, 'abba': lambda s: lowrank(s, 'abba({0}, {0})', 4)},
-    'mlp': {'latent': lambda s: f'latent({divided(s.n_embd, 4)})'},
+    'linear': {'kron': kron, 'lowrank': lowrank, 'abba': lambda s: lowrank(s, 'abba({0}, {0})', 4),
+               'sum': lambda s: f'{lowrank(s, share=4)} + {kron(s)}'},
+    'mlp': {'latent': lambda s: f'latent({divided(s.n_embd, 4)})', 'kron_moe': lambda s: 'kron_moe(8)'},
 }
 
 
@@ -234,10 +235,9 @@ def time(subject, baseline, measure):
     from bench.measure import side_by_side
     calls = [getattr(one, measure.method)(measure.batch, measure.length) for one in (baseline, subject)]
     times = side_by_side(*calls, subject.settings.min_time, subject.device)
-    flops = measure.passes * subject.flops() * measure.tokens / times['ms'] * 1e3
+    flops = measure.passes * subject.flops() * measure.tokens / times['ms'] * 1e3 if measure.passes else None
     return {'measure': measure.name, 'tokens': measure.tokens,
-            'cached': measure.length if measure.method == 'decode' else 0, **times,
-            'flops_per_s': flops if measure.passes else None}
+            'cached': measure.length if measure.method == 'decode' else 0, **times, 'flops_per_s': flops}
 
 
 def difference(part, settings, baseline):

@@ -126,7 +126,7 @@ def test_a_grid_killed_in_the_middle_goes_on_and_loses_the_running_run_only(tmp_
 
 def test_the_committed_grids_are_valid(tmp_path):
     for path in (ROOT / 'config' / 'ablation').glob('*.py'):
-        result = ablate(path, '--dry_run=True', f'--out_dir={tmp_path}')
+        result = ablate(path, '--dry_run=True', f'--out_dir={tmp_path}', '--vocab_size=64')
         assert result.returncode == 0, result.stderr
 
 

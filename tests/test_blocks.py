@@ -7,7 +7,8 @@ import torch
 import configurator
 import optim
 from heads import QueryKeyNorm
-from layers import RMSNorm, rms, stablemax, unit
+from layers import RMSNorm, rms, unit
+from losses import stablemax
 from model import GPT, GPTConfig
 from variants import UserError
 

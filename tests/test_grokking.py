@@ -10,7 +10,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import optim
-from layers import LOSSES, Linear
+from layers import Linear
+from losses import LOSSES
 
 MODULUS, SHARE, HIDDEN, EPOCHS = 67, 0.4, 256, 300
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from layers import ChunkedCrossEntropy, cross_entropy
+from losses import ChunkedCrossEntropy, cross_entropy
 from model import GPT, GPTConfig, UserError
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61)
@@ -48,9 +48,9 @@ def test_the_chunked_gradient_against_finite_differences(softcap):
 
 
 def test_no_more_than_a_chunk_of_logits_exists(monkeypatch):
-    import layers
+    import losses
     seen = []
-    monkeypatch.setattr(layers, 'cross_entropy', lambda z, *rest: seen.append(z.shape) or cross_entropy(z, *rest))
+    monkeypatch.setattr(losses, 'cross_entropy', lambda z, *rest: seen.append(z.shape) or cross_entropy(z, *rest))
     x, w = torch.randn(20, 4, requires_grad=True), torch.randn(7, 4)
     ChunkedCrossEntropy.apply(x, w, torch.randint(7, (20,)), 0.0, 8)
     assert seen == [(8, 7), (8, 7), (4, 7)]
