@@ -93,6 +93,7 @@ class Config(GPTConfig):
     muon_adjust_lr: str = key('original', "scale of an update by its shape; 'match_rms' makes AdamW's learning rates fit",
                               choices=('original', 'match_rms'))
     muon_coefficients: str = key('quintic', 'polynomials of the iteration', choices=('quintic', 'polar_express'))
+    muon_steps: int = key(5, 'steps of the iteration, the first ones of its polynomials', choices=(1, 2, 3, 4, 5))
     muon_dtype: str = key('auto', "type that the iteration runs in; 'auto' = bfloat16 on a GPU, float32 elsewhere",
                           choices=('auto', 'float32', 'bfloat16'))
     orthograd: bool = key(False, 'make gradients of matrices orthogonal to the weights, norms kept')

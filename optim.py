@@ -70,7 +70,7 @@ def muon(model, config, process_group=None):
     scale = config.muon_lr / config.learning_rate if config.learning_rate else 0.0
     return Muon([{'params': params, 'lr_scale': scale}], lr=config.muon_lr, weight_decay=config.muon_weight_decay,
                 momentum=config.muon_momentum, momentum_warmup=config.muon_momentum_warmup,
-                coefficients=COEFFICIENTS[config.muon_coefficients], adjust_lr=config.muon_adjust_lr,
+                coefficients=COEFFICIENTS[config.muon_coefficients][:config.muon_steps], adjust_lr=config.muon_adjust_lr,
                 cautious=config.muon_cautious, process_group=process_group,
                 ns_dtype=None if config.muon_dtype == 'auto' else getattr(torch, config.muon_dtype))
 

@@ -315,12 +315,13 @@ def test_a_killed_process_goes_on_in_the_middle_of_a_drop_in(data, dense, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['ddp', 'fsdp'])
-def test_two_ranks_drop_in_as_one_does(data, dense, tmp_path, kind):
+@pytest.mark.parametrize('kind, bound', [('ddp', 1e-4), ('fsdp', 1e-3)])
+def test_two_ranks_drop_in_as_one_does(data, dense, tmp_path, kind, bound):
+    """But for rounding, which FSDP has more of, and which the fits carry into directions of small singular values."""
     more = [*WAYS['sensitivity'], f'--init_from={dense}', '--dropout=0']
     done = [finish(start(data, tmp_path / name, *more, *extra, ranks=ranks)) for name, extra, ranks in
             (('one', [], None), ('two', [f'--parallel={kind}'], 2))]
     assert [d.returncode for d in done] == [0, 0], done[1].stderr[-2000:]
     one, two = (checkpoint.load(tmp_path / name) for name in ('one', 'two'))
     assert one['built']['drop']['order'] == two['built']['drop']['order']
-    assert max((t - two['model'][name]).abs().max().item() for name, t in one['model'].items()) < 1e-4
+    assert max((t - two['model'][name]).abs().max().item() for name, t in one['model'].items()) < bound

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+import configurator
 import muon
 import optim
 from layers import tags_of
@@ -588,3 +589,14 @@ def test_other_shardings_are_refused():
         p.placements, p.device_mesh = [Placement(dim) for dim in dims], None
         with pytest.raises(ValueError, match='sharded on dim 0'):
             Muon([p])
+
+
+def test_four_steps_of_polar_express_land_where_the_documentation_says():
+    y = polynomials(POLAR_EXPRESS[:4], torch.linspace(0.003, 1, 400_001, dtype=torch.float64))
+    assert y.min() == pytest.approx(0.44, abs=0.005) and y.max() == pytest.approx(1.56, abs=0.005)
+
+
+def test_the_number_of_steps_is_a_setting():
+    config = configurator.load(['--optimizer=muon', '--muon_steps=4', '--muon_coefficients=polar_express'])
+    made = optim.muon(GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8)), config)
+    assert made.param_groups[0]['coefficients'] == POLAR_EXPRESS[:4]

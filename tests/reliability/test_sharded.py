@@ -323,7 +323,8 @@ def test_a_killed_worker_is_restarted_and_the_run_ends_in_the_same_bits(data, tm
     old = tmp_path / 'killed' / 'ckpt_00000099.json'            # what lies there from before must not be taken
     checkpoint.save(old.parent, {'step': 99, 'model': {}}, ops=Hasty())
     process = torchrun(data, tmp_path / 'killed', *more)
-    if moment == '.tmp':
+    if moment == '.tmp':                                        # not the first, before which there is nothing to go on from
+        wait_for(tmp_path / 'killed' / 'log.jsonl', '"step": 6, "loss"', process, 120)
         catch_a_save(tmp_path / 'killed', 120)
     else:
         wait_for(tmp_path / 'killed' / 'log.jsonl', moment, process, 120)
@@ -412,10 +413,9 @@ def test_half_precision_weights_are_refused_in_one_sentence(data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('more', [
-    ['--ngpt=full', '--linear={}'], ['--ngpt=simple', '--linear=h.*.mlp.*=kron(8,8); h.1.attn.c_v=lowrank(4)'],
+    ['--ngpt=full', '--linear=dense'], ['--ngpt=simple', '--linear=h.*.mlp.*=kron(8,8); h.1.attn.c_v=lowrank(4)'],
     ['--tie_weights=False', '--grad_clip=0'], ['--grad_clip=0.05', '--attention=dint'], ['--orthograd=True']])
 def test_fsdp_is_the_optimisation_of_one_rank_for_other_models(data, tmp_path, more):
-    more = [a for a in more if a != '--linear={}']
     _, one = run(data, tmp_path / 'one', *more, ranks=1)
     _, two = run(data, tmp_path / 'two', *more, '--parallel=fsdp')
     assert distance(one, two) < 1e-5
@@ -442,6 +442,6 @@ def test_a_model_that_grows_under_fsdp_is_that_of_one_rank_and_resumes_in_the_sa
 
 @pytest.mark.slow
 def test_compile_under_fsdp_is_the_same_optimisation(data, tmp_path):
-    _, one = run(data, tmp_path / 'one', ranks=1)
-    _, two = run(data, tmp_path / 'two', '--parallel=fsdp', '--compile=True')
+    _, one = run(data, tmp_path / 'one', '--dropout=0', ranks=1)             # compiled dropout draws other masks
+    _, two = run(data, tmp_path / 'two', '--dropout=0', '--parallel=fsdp', '--compile=True')
     assert distance(one, two) < 1e-4
