@@ -1,8 +1,9 @@
 """Where the money is: Kronecker sums in the MLPs, in the attention projections, or in both, at equal parameters.
 
-A block's matrices have 196,608 parameters, 131,072 of them in the MLP. At 75 % of them all of the saving comes from attention
-(at 25 %), from the MLP (at 62.5 %), or from both (at 75 % each); at 50 % from the MLP (at 25 %) or from both (at 50 % each).
-Factors of 2 x 2 in all of them, and more terms where there is more room. `narrow` are dense models of the same sizes.
+A block's matrices have 196,608 parameters, 131,072 of them in the MLP. At 75 % of them all of the saving comes from
+attention (at 25 %), from the MLP (at 62.5 %), or from both (at 75 % each); at 50 % from the MLP (at 25 %) or from both (at
+50 % each). Factors of 2 x 2 in all of them, and more terms where there is more room. `narrow` are dense models of these
+sizes.
 
 Launch: python ablate.py config/ablation/where.py --jobs=2
 Then:   python ablate.py report out/where
