@@ -14,6 +14,7 @@ from runlog import read_log, write_json
 from variants import UserError
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
+LINES = 8000                            # of a record's log: a few megabytes
 APART = ('seed', 'out_dir', 'init_from', 'device', 'debug', 'wandb_run_name')    # may differ within a row
 
 
@@ -84,11 +85,12 @@ def commands(runs):
 
 
 def write_record(folder, title, note, runs, text=None, lines=None):
-    """README.md with table, commands and machine; config.json, env.json and log.jsonl of every run.
+    """README.md with table, commands and machine; config.json, env.json and log.jsonl of every run, thinned beyond LINES.
 
     text: another text in place of the table; lines: the commands to print it again, in place of one a run.
     """
     os.makedirs(folder, exist_ok=True)
+    every = -(-sum(len(run['lines']) for run in runs) // LINES)
     env = runs[0]['env']
     machine = ', '.join(f'{name} {env.get(name)}' for name in ('torch', 'python', 'gpu', 'cpus', 'threads', 'commit'))
     changed = '; the working tree held uncommitted changes (env.json)' if any(r['env'].get('diff') for r in runs) else ''
@@ -99,7 +101,8 @@ def write_record(folder, title, note, runs, text=None, lines=None):
     write_json(os.path.join(folder, 'env.json'), {run['folder']: run['env'] for run in runs})
     with open(os.path.join(folder, 'log.jsonl'), 'w', encoding='utf-8') as file:
         for run in runs:
-            file.writelines(json.dumps({'run': run['folder'], **line}) + '\n' for line in run['lines'])
+            file.writelines(json.dumps({'run': run['folder'], **line}) + '\n' for i, line in enumerate(run['lines'])
+                            if i % every == 0 or 'val_loss' in line)
 
 
 def main():
