@@ -6,9 +6,8 @@ Launch: python ablate.py config/ablation/approximations.py --axes=note --jobs=2 
 Add --equal=flops for the same training FLOPs in place of the same tokens; it has a folder of its own.
 78 variants fit together, 26 of them in the note's grid (layer by layer always on, no Linformer). Beside them run the dense
 model and narrower dense ones (n_embd 96 and 88) of the variants' sizes, every one with the best of three learning rates.
-The note's grid is 145 runs, all 78 are 156 more. Measured on one core of a machine with five times more work than cores, in
-processor time with imports and the whole validation split: dense 39.6 s, grow+v+mlp+abba+freeze+finish 31.8 s,
-v+mlp+abba+linformer 46.0 s. So about 40 and 50 minutes on 2 free cores are reckoned; neither grid has been run whole yet.
+The note's grid is 145 runs, all 78 are 156 more. The note's took 42 minutes on 2 cores that also did other work:
+records/2026-11-21_approximations_note.
 """
 base = 'config/attention/causal.py'
 
