@@ -28,6 +28,7 @@ class Decomposition:
     prune_before: 'none', 'magnitude' or 'wanda', with prune_fraction, before the method.
     validation: [(x, y)] on which each site's own damage is measured, or None.
     device: of calibration and fits, None = the model's.
+    passes: what gathers the statistics of the dense model, as calibrate.passes does; for who keeps them.
     """
     method: str = 'van_loan'
     batches: object = None
@@ -35,6 +36,7 @@ class Decomposition:
     prune_fraction: float = 0.0
     validation: list | None = None
     device: object = None
+    passes: object = calibrate.passes
 
 
 class Work:
@@ -65,9 +67,9 @@ class Work:
         gradients = any('hessian' in name for name, _ in methods)
         if layerwise:
             self.mixed = runnable(self.config, self.state, self.how.device)
-            yield from sequential.walk(self.dense, self.mixed, todo, batches, gradients)
+            yield from sequential.walk(self.dense, self.mixed, todo, batches, gradients, self.how.passes)
             return
-        for found in calibrate.passes(self.dense, todo, batches, gradients):
+        for found in self.how.passes(self.dense, todo, batches, gradients):
             yield from found.items()
 
     def method(self, site):

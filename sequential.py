@@ -74,14 +74,14 @@ def stopped_at(outer, inner, *arguments):
     return kept[0] if kept else None
 
 
-def walk(dense, mixed, todo, batches, gradients=False):
+def walk(dense, mixed, todo, batches, gradients=False, passes=calibrate.passes):
     """Yield (site, Stats) of the sites of todo, block by block; who asks for the next one has put its site into `mixed`.
 
-    With gradients the Stats hold the gradient covariance of the dense model, of a pass of its own.
+    With gradients the Stats hold the gradient covariance of the dense model, of `passes`, as calibrate.passes gives them.
     """
     calibrate.check_enough(dense, todo, batches)
     streams, known = Streams(dense, mixed, batches), {}
-    passes = calibrate.passes(dense, todo, batches, gradients=True) if gradients else None
+    found = passes(dense, todo, batches, gradients=True) if gradients else None
     order = [[site for site in group if site in todo] for group in calibrate.groups(dense, batches[0][0][:1])]
     for index in range(len(dense.transformer.h)):
         for group in order:
@@ -90,7 +90,7 @@ def walk(dense, mixed, todo, batches, gradients=False):
             stats = streams.stats(group[0])
             for site in group:
                 while gradients and site not in known:
-                    known = next(passes)
-                stats.gradient = known[site].gradient if gradients else None
+                    known.update(next(found))
+                stats.gradient = known.pop(site).gradient if gradients else None
                 yield site, stats
         streams.advance()

@@ -12,20 +12,23 @@ rows of A share one normal matrix, (r n, r n):
 
     G[(i, b), (j, b')] = sum_{d d'} RC[(b, b'), (d, d')] K_ij[d, d'],  K_ij = B_i^T B_j,  A_rows G = RT contracted with B
 
-and with A fixed the same holds for R(C)^T, RT^T. With an H that is not I the rows are coupled, (r m n)^2 numbers, so that
-the normal equations are solved by a few steps of conjugate gradients, which lower the objective at each step too.
+and with A fixed the same holds for R(C)^T, RT^T. With an H that is not I the rows are coupled, (r m n)^2 numbers, and with
+many terms of long rows G itself is large: then the normal equations are solved by a few steps of conjugate gradients,
+which lower the objective at each step too, and G is never formed where it is large.
 """
 import copy
 
 import torch
 
+from kron.solve import conjugate_gradients, dense, factorise, rows, separable_inverse, unrows
 from kron.van_loan import canonical, nearest_kronecker_sum, rearrange
 
 RIDGE = 0.01            # of C's typical diagonal entry; 0.003 to 0.03 do equally well, 0.3 is too much
 HESSIAN_RIDGE = 1.0     # of H's: what the gradients show holds near the dense model, and errors are not small
 SWEEPS = 60             # at most
 GAIN = 3e-4             # a sweep that lowers the objective by less than this share of it is the last
-CG_STEPS = 6            # of a half-step with H
+CG_STEPS = 6            # of a half-step with H, or with a large G
+DIRECT = 4096           # unknowns r n or r q above which G is large: half a second of a core to factorise, 134 MB
 PROXIMAL = 1e-12        # of the mean diagonal of G: keeps terms that G does not determine where they are
 
 
@@ -149,18 +152,26 @@ class Problem:
     """tr(H (T - What) C (T - What)^T) with what all half-steps share."""
 
     def __init__(self, target, C, H, m, n):
-        weighted = target @ C if H is None else H @ target @ C
         self.C, self.H, self.kept = C, H, (None, None)
+        weighted = self.weighted(target)
         self.constant = (weighted * target).sum().item()
         self.RT, self.RC = rearrange(weighted, m, n), rearrange(C, n, n)
+
+    def weighted(self, W):
+        """H W C"""
+        return W @ self.C if self.H is None else self.H @ W @ self.C
+
+    def large(self, terms):
+        """Whether normal matrices are too large to form: a half-step's takes as much of the factors that are fixed."""
+        return terms * int(max(self.RC.shape) ** 0.5 + 0.5) > DIRECT
 
     def objective(self, A, B):
         """The objective at a sum: constant - 2 <RT, R(What)> + tr(H What C What^T)."""
         r = len(A)
         cross = (self.RT * (A.reshape(r, -1).t() @ B.reshape(r, -1))).sum()
-        if self.H is not None:
+        if self.H is not None or self.large(len(A)):
             W = dense(A, B)
-            return (self.constant - 2 * cross + (self.H @ W @ self.C * W).sum()).item()
+            return (self.constant - 2 * cross + (self.weighted(W) * W).sum()).item()
         X, self.kept = rows(A), (B, self.normal_matrix(B, True))           # which the next half-step needs too
         return (self.constant - 2 * cross + (X @ self.kept[1] * X).sum()).item()
 
@@ -181,70 +192,39 @@ class Problem:
             height, r * width)
 
     def half_step(self, fixed, moving, left):
-        """The best moving factors with the others fixed (with H: better ones)."""
+        """The best moving factors with the others fixed (with H or a large G: better ones)."""
+        if self.large(len(fixed)):
+            inverse = separable_inverse(fixed, self.RC if left else self.RC.t(), PROXIMAL)
+            rhs = self.right_hand_side(fixed, moving, left)
+            return unrows(self.conjugate_gradients(fixed, moving, left, rhs, inverse), moving.shape)
         known, G = self.kept
         G = G if left and fixed is known else self.normal_matrix(fixed, left)
-        rhs, X, (factor, eps) = self.right_hand_side(fixed, moving, left), rows(moving), factorise(G)
+        rhs, X, (factor, eps) = self.right_hand_side(fixed, moving, left), rows(moving), factorise(G, PROXIMAL)
         if self.H is None:
             X = torch.cholesky_solve((rhs + eps * X).t(), factor).t()
         else:
-            X = self.conjugate_gradients(fixed, moving, left, rhs, factor)
+            X = self.conjugate_gradients(fixed, moving, left, rhs,
+                                         lambda X: torch.cholesky_solve(X.t(), factor).t())
         return unrows(X, moving.shape)
 
-    def conjugate_gradients(self, fixed, moving, left, rhs, factor):
-        """CG_STEPS from the moving factors, preconditioned by H's partial trace (x) G, which is exact for H = h (x) I."""
-        height = moving.shape[1]
-        H = self.H.view(height, -1, height, len(self.H) // height) if left else (
-            self.H.view(-1, height, len(self.H) // height, height).permute(1, 0, 3, 2))
-        partial, _ = factorise(H.diagonal(dim1=1, dim2=3).mean(-1))
+    def conjugate_gradients(self, fixed, moving, left, rhs, inverse):
+        """CG_STEPS from the moving factors, preconditioned by `inverse`, X -> X G^-1 or near it, and H's partial trace.
+
+        Exact at the first step for H = h (x) I and an exact inverse.
+        """
+        precondition = inverse
+        if self.H is not None:
+            height = moving.shape[1]
+            H = self.H.view(height, -1, height, len(self.H) // height) if left else (
+                self.H.view(-1, height, len(self.H) // height, height).permute(1, 0, 3, 2))
+            partial, _ = factorise(H.diagonal(dim1=1, dim2=3).mean(-1), PROXIMAL)
+
+            def precondition(residual):
+                return torch.cholesky_solve(inverse(residual), partial)
 
         def apply(X):
             new = unrows(X, moving.shape)
             W = dense(new, fixed) if left else dense(fixed, new)
             (_, m, n) = (new if left else fixed).shape
-            return self.right_hand_side(fixed, moving, left, rearrange(self.H @ W @ self.C, m, n))
-
-        def precondition(residual):
-            return torch.cholesky_solve(torch.cholesky_solve(residual.t(), factor).t(), partial)
-        X = rows(moving)
-        residual = rhs - apply(X)
-        direction = z = precondition(residual)
-        rho = (residual * z).sum()
-        for _ in range(CG_STEPS):
-            if not rho > 0:
-                break
-            image = apply(direction)
-            step = rho / (direction * image).sum()
-            X, residual = X + step * direction, residual - step * image
-            z = precondition(residual)
-            rho, old = (residual * z).sum(), rho
-            direction = z + rho / old * direction
-        return X
-
-
-def rows(factor):
-    """(r, height, width) -> (height, r width)"""
-    return factor.transpose(0, 1).reshape(factor.shape[1], -1)
-
-
-def unrows(X, shape):
-    """(height, r width) -> (r, height, width)"""
-    return X.view(shape[1], shape[0], shape[2]).transpose(0, 1).contiguous()
-
-
-def dense(A, B):
-    """sum_i A_i (x) B_i, (m p, n q)."""
-    (_, m, n), (_, p, q) = A.shape, B.shape
-    return torch.einsum('imn,ipq->mpnq', A, B).reshape(m * p, n * q)
-
-
-def factorise(G):
-    """Cholesky factor of G + eps I, and eps: PROXIMAL of G's mean diagonal, more where G is not definite to rounding."""
-    eps = PROXIMAL * max(G.diagonal().mean().item(), 1e-300)
-    eye = torch.eye(len(G), dtype=G.dtype, device=G.device)
-    for _ in range(10):
-        factor, failed = torch.linalg.cholesky_ex(G + eps * eye)
-        if not failed:
-            break
-        eps *= 10
-    return factor, eps
+            return self.right_hand_side(fixed, moving, left, rearrange(self.weighted(W), m, n))
+        return conjugate_gradients(apply, precondition, rows(moving), rhs, CG_STEPS)

@@ -6,7 +6,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from layers import Structured, loudest, no_autocast, options_numel, silenced
-from lowrank.svd import moved, seen, truncated_svd, whitened_svd
+from lowrank.svd import moved, seen, truncated_svd, two_sided_svd, whitened_svd
 
 
 def svd(weight, stats, rank):
@@ -26,6 +26,12 @@ def svd_whitened_bias(weight, stats, rank):
     return *whitened_svd(weight, rank, covariance, count), mean
 
 
+def svd_whitened_hessian(weight, stats, rank):
+    """The product that costs the least loss, to second order: output errors weighed by the covariance of its gradients."""
+    count, moment, gradient = (seen(stats, name, weight, 'svd_whitened_hessian') for name in ('count', 'moment', 'gradient'))
+    return *two_sided_svd(weight, rank, moment, gradient, count), None
+
+
 def svd_whitened_sequential(weight, stats, rank):
     """The product with the nearest outputs to the dense model's, under what the compressed layers in front really give.
 
@@ -42,8 +48,9 @@ METHODS = {
     'svd_whitened': svd_whitened,
     'svd_whitened_bias': svd_whitened_bias,
     'svd_whitened_sequential': svd_whitened_sequential,
+    'svd_whitened_hessian': svd_whitened_hessian,
 }
-CALIBRATED = frozenset({'svd_whitened', 'svd_whitened_bias', 'svd_whitened_sequential'})    # the methods that need stats
+CALIBRATED = frozenset(name for name in METHODS if 'whitened' in name)      # the methods that need stats
 
 
 class LowRankLinear(Structured):
@@ -151,8 +158,8 @@ class LowRankLinear(Structured):
         weight (out, in), bias (out,) or None; method: 'van_loan' or 'svd', both the nearest matrix of that rank in
         Frobenius norm; 'svd_whitened', the one with the nearest outputs on the inputs that stats saw (count, mean and
         covariance, see seen); 'svd_whitened_bias', which also adds (W - U V) mean to the bias;
-        'svd_whitened_sequential', the dense model's outputs under other inputs (cross, source_mean), bias included. Others
-        keep the bias.
+        'svd_whitened_sequential', the dense model's outputs under other inputs (cross, source_mean), bias included;
+        'svd_whitened_hessian', errors weighed by the gradients' covariance too (gradient). Others keep the bias.
         Cost: truncated_svd, whitened_svd. Raises ValueError for an unknown method, stats or a bias that are missing,
         or sizes below 1. exact_columns are the inputs of largest E[x^2], without stats the largest columns of W;
         or those of `index`.

@@ -2,6 +2,7 @@
 import torch
 
 RIDGE = 0.01            # of a covariance, as a part of its typical diagonal entry
+GRADIENT_RIDGE = 0.1    # of the gradients', likewise: what they show holds near the dense model
 
 
 def truncated_svd(weight, rank):
@@ -39,6 +40,23 @@ def whitened_svd(weight, rank, moment, count=None):
     return U.to(weight.dtype), V.to(weight.dtype)
 
 
+def two_sided_svd(weight, rank, moment, gradient, count=None):
+    """argmin tr((H + ridge) (W - U V) (C + ridge) (W - U V)^T): U (out, rank), V (rank, in), balanced as truncated_svd's.
+
+    moment C (in, in) and count as for whitened_svd; gradient H = E[g g^T], (out, out), of the loss's gradients at the
+    outputs: half the objective is the loss that the error costs, to second order, in K-FAC's approximation. With
+    H + ridge = R^T R and C + ridge = S S^T it is ||R W S - R U V S||_F^2, so that U V = R^-1 P R W with P the projection on
+    the leading left singular vectors of R W S. H = I gives whitened_svd. Float64 inside; two SVDs, two Cholesky factors.
+    Sources: Martens and Grosse 2015 (arXiv 1503.05671) for the curvature; the closed form is Eckart and Young's.
+    """
+    W = weight.detach().double()
+    S = torch.linalg.cholesky(with_ridge(moment, count))
+    R = torch.linalg.cholesky(with_ridge(gradient, ridge=GRADIENT_RIDGE)).t()
+    P = torch.linalg.svd(R @ W @ S, full_matrices=False)[0][:, :rank]           # (out, rank)
+    U, V = truncated_svd(torch.linalg.solve_triangular(R, P @ (P.t() @ (R @ W)), upper=True), rank)
+    return U.to(weight.dtype), V.to(weight.dtype)
+
+
 def moved(weight, bias, stats):
     """What a plain method is to fit for E||W x + b - What x' - b'||^2, x of the dense model, x' of the compressed one.
 
@@ -58,8 +76,8 @@ def moved(weight, bias, stats):
     return T, bias if bias is None else bias.double() + W @ source - T @ mean, plain
 
 
-def with_ridge(moment, count=None):
-    """C + lambda I, positive definite, in float64: lambda = RIDGE min(mean, 3 median) of C's diagonal.
+def with_ridge(moment, count=None, ridge=RIDGE):
+    """C + lambda I, positive definite, in float64: lambda = ridge min(mean, 3 median) of C's diagonal.
 
     The median bounds what a few massive inputs do to it. Fewer inputs than features leave C singular and say little of
     the directions that they missed: lambda grows by features / count. C = 0, of a site that saw nothing, becomes I.
@@ -73,7 +91,7 @@ def with_ridge(moment, count=None):
     if size <= 0:
         return torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
     few = 1.0 if count is None else max(1.0, C.shape[0] / max(float(count), 1.0))
-    return C + RIDGE * size * few * torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
+    return C + ridge * size * few * torch.eye(C.shape[0], dtype=C.dtype, device=C.device)
 
 
 def seen(stats, name, weight, method):
@@ -90,7 +108,8 @@ def seen(stats, name, weight, method):
     if entry is None:
         raise ValueError(f"method={method!r} needs the {name} of the inputs that a calibration pass saw; "
                          "without one take 'van_loan'")
-    entry, size = torch.as_tensor(entry).to(weight.device, torch.float64), weight.shape[1]
+    entry, size = torch.as_tensor(entry).to(weight.device, torch.float64), weight.shape[name != 'gradient']
     if entry.ndim and (entry.shape[0], entry.shape[-1]) != (size, size):
-        raise ValueError(f'the {name} of the inputs is {tuple(entry.shape)}, and the matrix takes {size} inputs')
+        what = 'gives {} outputs' if name == 'gradient' else 'takes {} inputs'
+        raise ValueError(f'the {name} is {tuple(entry.shape)}, and the matrix {what.format(size)}')
     return entry

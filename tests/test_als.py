@@ -7,6 +7,7 @@ import torch
 import kron.als as als
 from kron.als import FITTED, Problem, dense, fit, with_ridge
 from kron.linear import CALIBRATED, METHODS, KroneckerLinear
+from kron.solve import separable_inverse
 from kron.van_loan import canonical, nearest_kronecker_sum
 
 SHAPES = [(6, 4, 2, 3, 1), (3, 2, 4, 5, 2), (8, 6, 3, 1, 2), (1, 5, 6, 2, 2), (4, 1, 3, 6, 2)]      # m, n, p, q, terms
@@ -73,6 +74,29 @@ def test_a_matrix_that_is_such_a_sum_is_found(weighted):
     W = dense(randn(2, 6, 4), randn(2, 3, 5, seed=1))
     A, B, _ = fit(W, covariance(20), 6, 4, 2, covariance(18, seed=5) if weighted else None)
     torch.testing.assert_close(dense(A, B), W, **EXACT)
+
+
+@pytest.mark.parametrize('m, n, p, q, terms', SHAPES, ids=str)
+def test_a_large_system_is_never_formed_and_ends_as_low(monkeypatch, m, n, p, q, terms):
+    W, C = randn(m * p, n * q), covariance(n * q, decay=2)
+    direct = fit(W, C, m, n, terms, sweeps=40)[2]
+    monkeypatch.setattr(als, 'DIRECT', 0)
+    monkeypatch.setattr(Problem, 'normal_matrix', None)
+    A, B, objectives = fit(W, C, m, n, terms, sweeps=40)
+    assert all(now < before for before, now in zip(objectives, objectives[1:]))
+    assert objectives[0] == pytest.approx(direct[0], rel=1e-10)
+    assert objectives[-1] == pytest.approx(loss(W, dense(A, B), C), rel=1e-10)
+    assert objectives[-1] < 1.02 * direct[-1]
+
+
+@pytest.mark.parametrize('left', [True, False])
+def test_the_separable_inverse_is_exact_where_the_covariance_is_a_product(left):
+    C = torch.kron(covariance(4), covariance(5, seed=2))
+    problem = Problem(randn(18, 20), C, None, 6, 4)
+    fixed = randn(2, 3, 5, seed=7) if left else randn(2, 6, 4, seed=7)
+    X = randn(6 if left else 3, 2 * (4 if left else 5), seed=8)
+    inverse = separable_inverse(fixed, problem.RC if left else problem.RC.t(), 0.0)
+    torch.testing.assert_close(inverse(X @ problem.normal_matrix(fixed, left)), X, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize('left', [True, False])

