@@ -21,6 +21,7 @@ PARTS = {
     'attention': 'bench.modules',       # every attention class beside causal attention; --maps draws a model's maps
     'linear': 'bench.modules',          # every structure beside the dense linear
     'mlp': 'bench.modules',             # every MLP class beside GELU's
+    'plans': 'bench.plans',             # every contraction plan of a Kronecker sum, the chosen one, and dense
     'ladder': 'bench.ladder',           # a train step from plain fp32 upwards, and the checks before a long run
     'precision': 'bench.precisions',    # a train step in every precision beside fp32, small models and large
     'step': 'bench.step',               # where the time of a config's train step goes; MFU, memory

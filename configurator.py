@@ -120,6 +120,9 @@ class Config(GPTConfig):
     master_weights: bool = key(True, 'with half-precision weights: the optimizer keeps them in fp32 too')
     loss_scaling: bool = key(True, 'in float16: multiply the loss, so that small gradients do not round to 0')
     compile: bool | None = key(None, 'torch.compile; default True on a GPU, False elsewhere (it gains little there)')
+    kron_plan: str = key('rule', "how Kronecker sums are contracted: by FLOPs, or by timing every way once, on rank 0, into "
+                         'kron_plans', choices=('rule', 'measure'))
+    kron_plans: dict = key({}, 'what was timed, and is kept on resume: {shape and call: plan}, see docs/kronecker.md')
     parallel: str = key('ddp', "several ranks: 'ddp' copies the model, 'fsdp' shards it (FSDP2)", choices=('ddp', 'fsdp'))
     sharded_checkpoints: bool = key(False, "with parallel='fsdp': every rank saves its own part (docs/distributed.md)")
     prefetch: int | None = key(None, 'micro-batches that a thread makes ahead; None = 2 on a GPU, 0 elsewhere', low=0)

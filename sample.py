@@ -34,6 +34,8 @@ class SampleConfig:
     device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = key('auto', "autocast type; 'auto' = bfloat16 where the GPU has it, float16 on older ones, "
                      'float32 on a CPU', choices=('auto', 'float32', 'bfloat16', 'float16'))
+    kron_plan: str = key('rule', "how Kronecker sums are contracted: by FLOPs, or 'measure': as is fastest here, for prompt "
+                         'and single tokens', choices=('rule', 'measure'))
     compile: bool = key(False, 'torch.compile: worth its minute for many tokens only')
     dataset: str = key('', "data set whose tokenizer is meant, for checkpoints that do not say (nanoGPT's)")
     data_dir: str = key('data', 'folder that holds the data set folders')
@@ -159,6 +161,7 @@ def sample(config, prompt):
     import torch
 
     import hardware
+    from kron import timing
     device = hardware.device(config.device)
     dtype = hardware.dtype(config.dtype, device)
     model, meta = load_model(config)
@@ -169,6 +172,8 @@ def sample(config, prompt):
     if len(tokens) > model.config.block_size:
         note(f'the prompt has {len(tokens)} tokens, of which the model sees the last {model.config.block_size}')
     model.eval().to(device)
+    if config.kron_plan == 'measure':
+        timing.prepare(model, [1, min(len(tokens), model.config.block_size)], dtype, device, keep=not config.compile)
     if config.compile:
         model.compile(dynamic=True)
     generator = torch.Generator(device).manual_seed(config.seed)

@@ -2,17 +2,20 @@
 import dataclasses
 
 import torch
+import torch.distributed as dist
 
 import allocate
 import calibrate
 import configurator
 import growth
 import interop
+import parallel
 import precision
 import sums
 import variants
 from data.loader import Loader
 from decompose import Decomposition, runnable, structure
+from kron import plan, timing
 from model import GPT
 from variants import UserError
 
@@ -75,6 +78,35 @@ def build(config, dataset, state, job):
     if job.half_weights:
         precision.halve(model, job.dtype)
     return model.to(job.device)
+
+
+def choose_plans(config, job, say=None):
+    """With kron_plan='measure': config.kron_plans gains what it lacks for the run's shapes, timed on rank 0 for all ranks.
+
+    All shapes of the whole run, those of blocks and sites to come too, so that a resumed run times nothing. Raises
+    UserError for an entry that is none.
+    """
+    if config.kron_plan != 'measure':
+        return
+    try:
+        plan.check(config.kron_plans)
+    except ValueError as error:
+        raise UserError(f'kron_plans: {error}', 'kron_plans') from None
+    found = [None]
+    if job.main:
+        tokens = parallel.split_batch(config, job.world_size)[0] * config.block_size
+        found = [timing.measured(check_shapes(config), [tokens], job.dtype, job.device, config.kron_plans, job.half_weights)]
+        new = {call: name for call, name in found[0].items() if call not in config.kron_plans}
+        (say or job.say)(''.join(f'timed: {call}: {name}\n' for call, name in new.items()) +
+                         f'{len(new)} contraction plans timed')
+    if job.world_size > 1:
+        dist.broadcast_object_list(found, group=job.control)
+    config.kron_plans = found[0]
+
+
+def use_plans(model, config, job):
+    """Contraction plans to the Kronecker sums of a model that was built."""
+    plan.assign(model, config.kron_plans if config.kron_plan == 'measure' else {}, job.dtype, job.device)
 
 
 def choose_sizes(config, job, dataset=None, source_config=None, source=None):

@@ -54,7 +54,7 @@ from dryrun import dry_run, fit_memory
 from evaluation import evaluate
 from parallel import split_batch
 from runlog import RunLog
-from startup import build, check_shapes, choose_sizes, decomposition, padded, resumed
+from startup import build, check_shapes, choose_plans, choose_sizes, decomposition, padded, resumed, use_plans
 from variants import UserError
 
 
@@ -200,6 +200,7 @@ def train(config, job):
     lock = checkpoint.Lock(config.out_dir) if job.main and not config.eval_only else None
     try:
         model = build(config, dataset, state, job)
+        choose_plans(config, job)
         if lock and not state:
             restart.set_aside(config)
         run = assemble(config, model, dataset, state, job)
@@ -218,6 +219,7 @@ def assemble(config, model, dataset, state, job):
     if state:
         growth.freeze(model, config, state['built'])
     flops = growth.training_flops(model)
+    use_plans(model, config, job)
     model = parallel.shard(model, config, job)
     optimizer = optim.build(model, config, job.device.type, dist.group.WORLD if job.world_size > 1 else None)
     fast, net = parallel.wrap(model, config, job)

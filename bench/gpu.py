@@ -24,6 +24,7 @@ PLAIN = 'config/train_gpt2.py'
 SPEEDRUN = 'config/train_gpt_windows.py'        # the windowed recipe
 WINDOWED = ['--attention=window(512)', '--rope=True', '--qk_norm=standard', '--mlp=relu2', '--norm=rmsnorm',
             '--optimizer=muon']         # where that config is not there
+KRON = '--linear=h.*.mlp.*=kron(768, 768)'          # the model of 82 million parameters
 SMALL = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=2']
 FIGURES = ('tokens_per_s', 'mfu_measured', 'mfu_sheet', 'peak_memory')
 TINY = [*SMALL, '--device=cpu']
@@ -49,7 +50,8 @@ class Job(NamedTuple):
 def step_job(name, config, arguments, seconds, tiny_attention='causal'):
     """A job of part step on random tokens; on a GPU compiled, in the device's half precision."""
     some = [f'--config={config}', '--random_tokens=True', *arguments]
-    tiny = [word for word in some if word.split('=')[0] not in ('--batch_size', '--block_size', '--loss_chunk')]
+    tiny = [word for word in some if word.split('=')[0] not in ('--batch_size', '--block_size', '--loss_chunk', '--linear')]
+    tiny += ['--linear=h.*.mlp.*=kron(8, 8)'] * any(word.startswith('--linear') for word in some)
     chunk = ['--loss_chunk=8'] if any(word.startswith('--loss_chunk') for word in some) else []
     sizes = ['--gradient_accumulation_steps=1', '--vocabulary=300', '--rounds=1']
     return Job(name, 'step', ['--device=cuda', '--compile=True', '--rounds=5', *some],
@@ -74,13 +76,16 @@ def jobs():
             ['--device=cpu', '--sizes=char', '--rounds=1', '--round_ms=0'], 60),
         step_job('windowed', recipe, [*windowed, one, '--progress=0.5'], 150, 'window(8)'),
         modules_job('linear', ['--tokens=8192,32768']),
+        Job('plans', 'plans', ['--device=cuda', '--only=81M,80M-2', '--tokens=8192,32768', '--cell_s=0.2'],
+            ['--device=cpu', '--only=small', '--tokens=1', '--cell_s=0'], 60),
+        step_job('81M 16 x 1024', PLAIN, [KRON, '--kron_plan=measure', '--batch_size=16', '--block_size=1024', one], 90),
+        step_job('plain 16 x 1024', PLAIN, ['--batch_size=16', '--block_size=1024', one], 90),
         Job('ladder', 'ladder', ['--device=cuda', '--rounds=5', '--max_seconds=130'],
             [*TINY, '--rounds=1', '--round_s=0', '--check_tokens=char', '--check_iters=2'], 240),
         modules_job('attention', ['--batch_size=8']),
         modules_job('mlp', ['--batch_size=8']),
         Job('sample', 'sample', [f'--config={PLAIN}', '--device=cuda', '--new_tokens=256', '--rounds=2'],
             [f'--config={PLAIN}', *TINY, '--prompt=4', '--new_tokens=4', '--rounds=1', '--vocab_size=60'], 60),
-        step_job('plain 16 x 1024', PLAIN, ['--batch_size=16', '--block_size=1024', one], 90),
         Job('precision', 'precision', ['--device=cuda'],
             ['--device=cpu', '--sizes=1x1x32', '--batch_size=2', '--block_size=16', '--rounds=1', '--round_s=0'], 100),
         Job('loader', 'loader', ['--device=cuda', '--seconds=0.5'], ['--device=cpu', '--seconds=0', '--block_size=64'], 60),
@@ -142,9 +147,13 @@ def summary(done):
     """The figures that the aims are about; what could not be measured is missing."""
     results = {name: job['result'] for name, job in done.items() if 'result' in job}
     found = {}
-    for name in ('plain 64 x 1024', 'chunked 64 x 1024', 'windowed', 'plain 16 x 1024'):
+    for name in ('plain 64 x 1024', 'chunked 64 x 1024', 'windowed', '81M 16 x 1024', 'plain 16 x 1024'):
         if name in results:
             found[name] = {figure: results[name][figure] for figure in FIGURES}
+    if '81M 16 x 1024' in results and 'plain 16 x 1024' in results:
+        found['kron_step_speedup'] = results['81M 16 x 1024']['tokens_per_s'] / results['plain 16 x 1024']['tokens_per_s']
+    if 'plans' in results:
+        found['plans'] = {clause['clause']: clause['worst'] for clause in results['plans']['clauses']}
     sizes = results['optim']['sizes'] if 'optim' in results else {}
     for size in sizes.values():
         found['muon_ms'] = size['ms']['batched']

@@ -9,7 +9,7 @@ import parallel
 import precision
 from bench.training import step_memory, stopwatch
 from data.loader import Loader, Prefetcher
-from startup import build, check_shapes, padded
+from startup import build, check_shapes, choose_plans, padded, use_plans
 
 PARTS = ('data', 'forward', 'backward', 'optimizer')
 
@@ -25,6 +25,8 @@ class Steps:
         self.job, self.rows = job, parallel.split_batch(config, 1)
         self.accumulation, self.tokens = self.rows[1], self.rows[0] * self.rows[1] * config.block_size
         self.model = build(config, dataset, None, job)
+        choose_plans(config, job, say=lambda words: None)
+        use_plans(self.model, config, job)
         self.model.train().set_progress(progress)
         self.optimizer = optim.build(self.model, config, job.device.type)
         self.net = parallel.wrap(self.model, config, job)[0]

@@ -1,8 +1,8 @@
-"""A linear map whose matrix is a sum of Kronecker products, W = sum_i s_i A_i (x) B_i, applied without forming W.
+"""A linear map whose matrix is a sum of Kronecker products, W = sum_i s_i A_i (x) B_i, applied by one of several plans.
 
-With x as a matrix X (n, q), row-major, (A (x) B) x is the matrix A X B^T (m, p), row-major. So a term costs two
-small products, in either order, and the orders differ in FLOPs by up to m or n: an expanding and a contracting
-linear want opposite ones. Sizes in this file: A (terms, m, n), B (terms, p, q), out = m p, in = n q.
+products.py has the plans: a term costs two small products, in either order, and the orders differ in FLOPs by up to m or
+n, so that an expanding and a contracting linear want opposite ones. plan.py chooses. Sizes in this file: A (terms, m, n),
+B (terms, p, q), out = m p, in = n q.
 """
 import math
 
@@ -10,62 +10,11 @@ import torch
 import torch.nn as nn
 
 from kron.als import bias_shift, centred
+from kron.lean import computed_in
 from kron.methods import CALIBRATED, METHODS, fit_beside, moved
+from kron.plan import PLANS, by_rule, cheaper_is_a_first, rule, rule_flops, taken
 from layers import Structured, loudest, no_autocast, options_numel
 from variants import did_you_mean
-
-THIN = 8        # a B of at most this many rows and columns is contracted by planes; measured on a CPU, 768 <-> 3072
-
-
-def b_first(x, A, B):
-    """Y = sum_i A_i (X B_i^T), the sum over terms inside the second product. x (T, in) -> (T, out).
-
-    FLOPs 2 T terms n p (q + m), largest intermediate T terms n p.
-    """
-    (r, m, n), (_, p, q), T = A.shape, B.shape, x.shape[0]
-    if max(p, q) <= THIN:           # B's small axes outermost: long rows in both products, copies of long runs
-        z = B.transpose(0, 1).reshape(p * r, q) @ x.reshape(T * n, q).t()                   # (p r, T n)
-        z = z.view(p, r, T, n).transpose(1, 2).reshape(p * T, r * n)
-        y = z @ A.transpose(0, 1).reshape(m, r * n).t()                                     # (p T, m)
-        return y.view(p, T, m).permute(1, 2, 0).reshape(T, m * p)
-    z = x.reshape(T * n, q) @ B.reshape(r * p, q).t()                                       # (T n, r p)
-    z = z.view(T, n, r, p).permute(0, 3, 1, 2).reshape(T * p, n * r)
-    y = z @ A.permute(2, 0, 1).reshape(n * r, m)                                            # (T p, m)
-    return y.view(T, p, m).transpose(1, 2).reshape(T, m * p)
-
-
-def a_first(x, A, B):
-    """Y = sum_i (A_i X) B_i^T, the sum over terms inside the second product. x (T, in) -> (T, out).
-
-    FLOPs 2 T terms m q (n + p), largest intermediate T terms m q.
-    """
-    (r, m, n), (_, p, q), T = A.shape, B.shape, x.shape[0]
-    x = x.reshape(T, n, q)
-    if max(p, q) <= THIN:
-        v = x.permute(2, 0, 1).reshape(q * T, n) @ A.reshape(r * m, n).t()                  # (q T, r m)
-        v = v.view(q, T, r, m).transpose(1, 2).reshape(q * r, T * m)
-        y = B.permute(1, 2, 0).reshape(p, q * r) @ v                                        # (p, T m)
-        return y.view(p, T, m).permute(1, 2, 0).reshape(T, m * p)
-    v = x.transpose(1, 2).reshape(T * q, n) @ A.reshape(r * m, n).t()                       # (T q, r m)
-    v = v.view(T, q, r, m).permute(0, 3, 1, 2).reshape(T * m, q * r)
-    return (v @ B.permute(2, 0, 1).reshape(q * r, p)).view(T, m * p)
-
-
-def contract(x, A, B):
-    """(sum_i A_i (x) B_i) x for rows x (T, in), in the order of fewer FLOPs."""
-    return (a_first if cheaper_is_a_first(A.shape, B.shape) else b_first)(x, A, B)
-
-
-def order_flops(A_shape, B_shape):
-    """Forward FLOPs a token of (A-first, B-first), a multiply-add counted as 2."""
-    (r, m, n), (_, p, q) = A_shape, B_shape
-    return 2 * r * m * q * (n + p), 2 * r * n * p * (q + m)
-
-
-def cheaper_is_a_first(A_shape, B_shape):
-    """Whether A-first costs fewer FLOPs; a tie goes to B-first."""
-    a_first_flops, b_first_flops = order_flops(A_shape, B_shape)
-    return a_first_flops < b_first_flops
 
 
 class KroneckerLinear(Structured):
@@ -73,8 +22,12 @@ class KroneckerLinear(Structured):
 
     in_features, out_features: sizes; bias: bool; m must divide out_features and n in_features; terms >= 1;
     scale: one learnable s_i a term, 1 at first, else s_i = 1. Factors A (terms, m, n), B (terms, out/m, in/n).
-    More terms than min(m n, p q) are allowed and useless. The order of contraction is the one of fewer FLOPs;
-    no (out, in) matrix is formed, forward or backward. exact_columns, weight_norm, guide: see structured.Structured.
+    More terms than min(m n, p q) are allowed and useless. exact_columns, weight_norm, guide: see structured.Structured.
+
+    plans: two tuples of (tokens, plan), without and with gradients, as plan.assign sets them; where they are empty the plan
+    is the rule's, by FLOPs. No (out, in) matrix is formed, forward or backward, unless the plan says so.
+    merge: without gradients, a plan that forms W keeps it until the factors change or `train()`; off at first. A change
+    through `.data` is not seen, so only programs that never train switch it on. torch.compile forms W at each call.
     Raises ValueError for sizes that do not divide or are not positive.
     Source: Krony-PT (arXiv 2412.12351) for the model; it forms W, which this class does not.
     """
@@ -89,6 +42,7 @@ class KroneckerLinear(Structured):
         self.A = nn.Parameter(torch.empty(terms, m, n))
         self.B = nn.Parameter(torch.empty(terms, out_features // m, in_features // n))
         self.scale = nn.Parameter(torch.ones(terms)) if scale else None
+        self.plans, self.rule, self.merge, self.merged = ((), ()), rule(self.A.shape, self.B.shape), False, None
         self.add_options(in_features, out_features, bias, exact_columns, weight_norm, guide)
         self.reset_parameters()
 
@@ -132,12 +86,40 @@ class KroneckerLinear(Structured):
             factor.mul_(math.sqrt(norm) / factor.norm(dim=(1, 2), keepdim=True))
 
     def product(self, x, bias=None):
-        """x (..., in) -> (..., out); never forms W."""
-        A = self.A if self.scale is None else self.A * self.scale[:, None, None]
-        y = contract(x.reshape(-1, self.in_features), A, self.B)
+        """x (..., in) -> (..., out), by the plan for that many rows."""
+        rows = x if x.ndim == 2 else x.reshape(-1, self.in_features)
+        name = self.plan(rows.shape[0])
+        if name == 'materialise' and self.keeps():
+            y = rows @ self.merged_weight(computed_in(x)).t()
+        else:
+            y = PLANS[name].apply(rows, self.A if self.scale is None else self.A * self.scale[:, None, None], self.B)
         if bias is not None:
             y = y + bias.to(y.dtype)                # autocast leaves the bias in fp32 and would widen y
-        return y.view(*x.shape[:-1], self.out_features)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def plan(self, tokens):
+        """The plan's name for that many rows, here and now."""
+        plans = self.plans[torch.is_grad_enabled()]
+        return taken(plans, tokens) if plans else by_rule(self.rule, tokens)
+
+    def keeps(self):
+        """Whether a W that is formed here and now stays for the next call."""
+        return self.merge and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+    @torch.no_grad()
+    def merged_weight(self, dtype):
+        """W in that type, made once a version of the factors. The factors are held, so that no other has their address."""
+        parameters = [p for p in (self.A, self.B, self.scale) if p is not None]
+        version = [dtype, *((p.data_ptr(), p._version) for p in parameters)]
+        if self.merged is None or self.merged[0] != version:
+            self.merged = None                      # before another takes as much memory
+            self.merged = version, self.product_weight().to(dtype), [p.detach() for p in parameters]
+        return self.merged[1]
+
+    def train(self, mode=True):
+        """nn.Module's; the kept W goes where training begins."""
+        self.merged = None if mode else self.merged
+        return super().train(mode)
 
     def factors(self):
         """A with the scales in it, and B, in fp32 at least."""
@@ -181,8 +163,8 @@ class KroneckerLinear(Structured):
             factor.copy_(nn.functional.normalize(factor, dim=dim + 1, eps=1e-12))
 
     def flops(self, tokens):
-        """Forward FLOPs of the order that forward takes for that many tokens, a multiply-add counted as 2."""
-        return tokens * min(order_flops(self.A.shape, self.B.shape)) + self.option_flops(tokens)
+        """Forward FLOPs of the rule's plan for that many tokens, a multiply-add counted as 2, whatever plan is taken."""
+        return rule_flops(self.A.shape, self.B.shape, tokens) + self.option_flops(tokens)
 
     @classmethod
     def from_dense(cls, weight, bias, *, method='van_loan', stats=None, correct_bias=True, m, n, terms=1, scale=False,

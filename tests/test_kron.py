@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kron import linear as kron_linear
-from kron.linear import THIN, KroneckerLinear, a_first, b_first, cheaper_is_a_first, order_flops
+from kron.linear import KroneckerLinear
+from kron.plan import PLANS, cheaper_is_a_first, order_flops, rule
 from kron.van_loan import nearest_kronecker_sum, pruned_sum, rearrange
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,14 +41,12 @@ def kron_sum(A, B):
 # ---------------------------------------------------------------------------------------------------
 # contraction
 
-@pytest.mark.parametrize('order', [a_first, b_first])
+@pytest.mark.parametrize('name', [name for name in PLANS if not name.endswith('_fused')])
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('thin', [0, 10 ** 6], ids=['thick', 'thin'])
-def test_each_order_and_layout_is_the_definition(order, shape, thin, monkeypatch):
-    monkeypatch.setattr(kron_linear, 'THIN', thin)
+def test_each_order_and_layout_is_the_definition(name, shape):
     A, B = factors(*shape)
     x = torch.randn(5, A.shape[2] * B.shape[2], dtype=torch.float64)
-    torch.testing.assert_close(order(x, A, B), x @ by_definition(A, B).t(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(PLANS[name].apply(x, A, B), x @ by_definition(A, B).t(), rtol=1e-10, atol=1e-10)
 
 
 def test_dense_weight_is_the_definition_with_scale():
@@ -137,16 +135,14 @@ def broadcast_b_first(x, A, B):
 
 
 @pytest.mark.parametrize('large', [(24, 32, 12, 16, 2), (12, 16, 24, 32, 2)], ids=['large_A', 'large_B'])
-@pytest.mark.parametrize('thin', [0, 10 ** 6], ids=['thick', 'thin'])
-@pytest.mark.parametrize('order', [a_first, b_first])
-def test_no_tensor_of_tokens_by_factor(order, thin, large, monkeypatch):
-    monkeypatch.setattr(kron_linear, 'THIN', thin)
+@pytest.mark.parametrize('name', [name for name, plan in PLANS.items() if plan.order != 'W' and not name.endswith('_fused')])
+def test_no_tensor_of_tokens_by_factor(name, large):
     A, B = (f.requires_grad_() for f in factors(*large))
     (r, m, n), (_, p, q), tokens = A.shape, B.shape, 64
-    intermediate = r * m * q if order is a_first else r * n * p
+    intermediate = r * m * q if PLANS[name].order == 'A' else r * n * p
     x = torch.randn(tokens, n * q, dtype=torch.float64, requires_grad=True)
     records = []
-    for function in (order, broadcast_b_first):
+    for function in (PLANS[name].apply, broadcast_b_first):
         with Largest() as record:
             function(x, A, B).square().sum().backward()
         records.append(record.numel)
@@ -368,6 +364,7 @@ def test_the_decomposition_is_exact_by_construction():
         assert 'svd' in names and not names & {'svd_lowrank', 'pca_lowrank', 'randn'}
 
 
-def test_both_layouts_are_in_use():
-    """THIN parts this file's and the contract's shapes: a B of 12 x 8 is thick, one of 2 x 2 thin."""
-    assert 2 <= THIN < 12
+def test_the_rule_uses_both_layouts():
+    """In this file's and the contract's shapes: a B of 12 x 8 is thick, one of 2 x 2 thin."""
+    assert rule((3, 8, 6), (3, 12, 8))[0].endswith('rows')
+    assert rule((1, 48, 24), (1, 2, 2))[0].endswith('planes')

@@ -1,0 +1,150 @@
+"""Contraction plans by the clock: which one takes least time for a shape, a number of tokens, a type and a device."""
+import contextlib
+import itertools
+import math
+import time
+
+import torch
+
+from kron import lean
+from kron.plan import PLANS, assign, by_rule, entry, kronecker, order_flops, rule, shape_of, sizes_of
+
+NEAR = 1.6          # an order of contraction with that many times the FLOPs of the other is not timed
+SLOW = 2.0          # nor is, with many tokens, a plan that took that many times as long as the best with few of them
+FEW = 512           # tokens of that first look; a plan's time goes with the tokens from there on
+MOST = 2048         # tokens of a timing at most
+ROUNDS = 3, 30      # timings of each plan, by turns, the least one counts: no more after ENOUGH_S
+ENOUGH_S = 0.25
+TURN_S = 2e-3       # of one timing, s: so many calls
+HALF = (torch.bfloat16, torch.float16)
+CACHES = 2 ** 27    # bytes of weights that a timing with fewer than FEW tokens goes round, where the model has as many
+GAIN = 0.03         # share of time that another plan than the rule's must save
+
+
+def candidates(shape, tokens, device):
+    """Names of the plans that may be the fastest for a shape and so many tokens on a device."""
+    flops = dict(zip('AB', order_flops((shape.terms, shape.m, shape.n), (shape.terms, shape.p, shape.q))))
+    least = min(flops.values())
+    return [name for name, plan in PLANS.items() if plan.suits(shape) and tokens <= plan.most and plan.runs(device)
+            and flops.get(plan.order, least) <= NEAR * least]
+
+
+def layers(numel, tokens, most):
+    """Layers of so many numbers that a timing goes round: with few tokens CACHES bytes of them, `most` at most."""
+    return 1 if tokens >= FEW else max(1, min(most, CACHES // (4 * numel)))
+
+
+class Trial:
+    """Random factors and rows of one shape in which plans are timed; under autocast to dtype unless `half`.
+
+    copies: layers that calls go round: a token that is decoded reads every weight of a model once, from memory where they
+    are many; merged: materialise has its W already.
+    """
+
+    def __init__(self, shape, tokens, dtype, device, training, merged=False, half=False, copies=1):
+        generator, self.device = torch.Generator().manual_seed(0), torch.device(device)
+        self.training, self.merged = training, merged
+        self.autocast = torch.autocast(self.device.type, dtype) if not half and dtype in HALF else contextlib.nullcontext()
+
+        def make(*size):
+            t = torch.randn(*size, generator=generator)
+            return t.to(device, dtype if half else torch.float32).requires_grad_(training)
+        A_size, B_size = sizes_of(shape)
+        self.x, self.factors = make(tokens, shape.n * shape.q), [
+            (make(*A_size), make(*B_size)) for _ in range(layers(math.prod(A_size) + math.prod(B_size), tokens, copies))]
+        kept = layers(shape.m * shape.p * shape.n * shape.q, tokens, copies)
+        with torch.no_grad(), self.autocast:
+            self.W = [lean.form(A, B).to(lean.computed_in(self.x)) for A, B in self.factors[:kept * merged]]
+            self.gradient = torch.ones_like(PLANS['materialise'].apply(self.x, *self.factors[0]))
+
+    def call(self, name):
+        """-> a function that applies the plan once, with its backward pass in training, to the next layer."""
+        apply, weights = PLANS[name].apply, itertools.cycle(self.factors)
+        if self.merged and name == 'materialise':
+            apply, weights = (lambda x, W: x @ W.t()), itertools.cycle((W,) for W in self.W)
+
+        def forward():
+            with torch.no_grad(), self.autocast:
+                apply(self.x, *next(weights))
+
+        def step():
+            layer = next(weights)
+            with self.autocast:
+                y = apply(self.x, *layer)
+            torch.autograd.grad(y, (self.x, *layer), self.gradient)
+        return step if self.training else forward
+
+
+def seconds(call, times, device):
+    """Time of `times` calls, s: of the processor where one CPU thread does all the work, else of the clock."""
+    now = time.process_time if device.type == 'cpu' and torch.get_num_threads() == 1 else time.perf_counter
+    wait = getattr(torch, device.type).synchronize
+    wait()
+    begin = now()
+    for _ in range(times):
+        call()
+    wait()
+    return now() - begin
+
+
+def timings(calls, device, warm=1):
+    """{name: least seconds of a call} of {name: call}, timed by turns; one that is SLOW at once is timed no more.
+
+    warm: calls before each timing that do not count, so that caches hold what this plan and not the last one reads.
+    """
+    for call in calls.values():
+        call()                                          # kernels are chosen and loaded
+    first = {name: max(seconds(call, 1, device), 1e-9) for name, call in calls.items()}
+    calls = {name: call for name, call in calls.items() if first[name] <= SLOW * min(first.values())}
+    found, spent = {name: math.inf if name in calls else t for name, t in first.items()}, 0.0
+    for count in range(ROUNDS[1]):
+        if count >= ROUNDS[0] and spent > ENOUGH_S:
+            break
+        for name, call in calls.items():
+            times = max(warm if first[name] < TURN_S else 1, min(100, round(TURN_S / first[name])))
+            if first[name] < TURN_S:
+                seconds(call, warm, device)
+            took = seconds(call, times, device)
+            found[name], spent = min(found[name], took / times), spent + took
+    return found
+
+
+def fastest(shape, tokens, dtype, device, training, merged=False, half=False, copies=1):
+    """(name of the plan that takes least time here, {name: seconds a call}); arguments as Trial's.
+
+    With many tokens only plans that are not SLOW with FEW are tried. The rule's plan stays unless another saves GAIN.
+    """
+    device, names = torch.device(device), candidates(shape, tokens, device)
+    sizes = ([FEW] if tokens > FEW else []) + [min(tokens, MOST)]
+    for size in sizes:
+        trial = Trial(shape, size, dtype, device, training, merged, half, copies)
+        found = timings({name: trial.call(name) for name in names}, device, len(trial.factors))
+        names = [name for name in names if found[name] <= SLOW * min(found.values())]
+    best, plain = min(found, key=found.get), by_rule(rule(*sizes_of(shape)), tokens)
+    return (plain if plain in found and found[best] > (1 - GAIN) * found[plain] else best), found
+
+
+def measured(model, tokens, dtype, device, known=None, half=False, phases=(True, False)):
+    """`known` and what it lacks for the model's shapes: {entry: plan}, by timing each once.
+
+    model: its shapes count, so that it may be on 'meta'; tokens: numbers of tokens of calls; phases: with gradients,
+    without.
+    """
+    found, modules = dict(known or {}), kronecker(model)
+    shapes, merged = {shape_of(module.A, module.B): 0 for module in modules}, any(module.merge for module in modules)
+    for shape, count, training in itertools.product(shapes, sorted(set(tokens)), phases):
+        key = entry(shape, training, count, dtype, device)
+        if key not in found:
+            found[key] = fastest(shape, count, dtype, device, training, merged and not training, half,
+                                 len(modules))[0]
+    return found
+
+
+def prepare(model, tokens, dtype, device, keep=True):
+    """Plans for a model that is only evaluated: timed without gradients for these numbers of tokens of a call.
+
+    keep: a W that is formed stays (KroneckerLinear.merge), as many bytes as the dense matrix; torch.compile forms it anew.
+    """
+    for module in kronecker(model):
+        module.merge = keep
+    assign(model, measured(model, tokens, dtype, device, phases=(False,)), dtype, device)
