@@ -51,7 +51,8 @@ def test_command_line_wins_and_splits_at_the_first_equals(tmp_path):
     assert load(['--out_dir=12']).out_dir == '12'               # a text setting takes any text
 
 
-CONFIGS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'config').rglob('*.py') if 'ablation' not in p.parts)
+CONFIGS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'config').rglob('*.py')
+                 if not {'ablation', 'compression'} & set(p.parts))             # which are other programs'
 
 
 @pytest.mark.parametrize('path', CONFIGS)
