@@ -6,7 +6,7 @@ Shares of the MLP's parameters: kron and its three recipes 25.0 %, low rank 25.4
 
 Launch: python ablate.py config/ablation/scratch.py --jobs=2
 Then:   python ablate.py report out/scratch
-45 runs of 1 to 2 minutes of one core each; needs data/shakespeare_char. Not run yet.
+36 runs of 1 to 2 minutes of one core each; needs data/shakespeare_char. Not run yet.
 """
 base = 'config/dense_mlp.py'
 baseline = 'dense'
@@ -31,5 +31,5 @@ tasks = {
     'shakespeare_char': {'max_iters': 1000, 'lr_decay_iters': 1000, 'warmup_iters': 50, 'eval_interval': 1000,
                          'eval_first': False},
 }
-search = {'learning_rate': [2e-3, 4e-3, 8e-3]}
+search = {'learning_rate': [3e-3, 6e-3]}
 seeds = 3
