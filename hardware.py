@@ -85,7 +85,8 @@ def git(*words):
 def environment(where):
     """What env.json of a run holds: versions, hardware, commit, uncommitted changes, command."""
     return {
-        'command': [os.path.basename(sys.executable), os.path.basename(sys.argv[0]), *sys.argv[1:]], 'python': platform.python_version(),
+        'command': [os.path.basename(sys.executable), os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        'python': platform.python_version(),
         'torch': str(torch.__version__), 'platform': f'{platform.system()} {platform.machine()}', 'cpus': os.cpu_count(),
         'threads': torch.get_num_threads(), 'device': str(where),
         'gpu': torch.cuda.get_device_name(where) if where.type == 'cuda' else None,

@@ -2,32 +2,16 @@
 import contextlib
 import gc
 import statistics
-import time
 import weakref
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kron.timing import seconds
+
 MIN_ROUNDS = 5
 ROUNDS = 10                             # about that many fit into min_time
-
-
-def clock(device):
-    """Processor time where one CPU thread does all the work, which other programs disturb less, else wall time."""
-    return time.process_time if device.type == 'cpu' and torch.get_num_threads() == 1 else time.perf_counter
-
-
-def seconds(call, times, device):
-    """Time of `times` calls, s; on a GPU until the last is done."""
-    now = clock(device)
-    wait = getattr(torch, device.type).synchronize
-    wait()
-    begin = now()
-    for _ in range(times):
-        call()
-    wait()
-    return now() - begin
 
 
 @contextlib.contextmanager

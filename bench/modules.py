@@ -177,8 +177,8 @@ def run(settings, part):
         return maps.run(settings)
     import torch
 
-    from bench.measure import clock
     from bench.subject import Subject
+    from kron.timing import clock
     torch.set_num_threads(settings.threads)
     (_, first), *_ = wanted = specs(part, settings)
     baseline = Subject(part, first, settings)

@@ -193,8 +193,8 @@ def run(settings, part):
     import torch
 
     import hardware
-    from bench.measure import clock
     from bench.modules import machine
+    from kron.timing import clock
     torch.set_num_threads(settings.threads)
     device = hardware.device(settings.device)
     dtype, begin, cells = hardware.dtype(settings.dtype, device), time.monotonic(), []

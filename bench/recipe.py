@@ -183,8 +183,8 @@ def run(settings, part):
 
     from bench.modules import machine
     from bench.processes import keep
-    asked = {name: getattr(settings, name) for name in ('config', 'full_config', 'baseline_iters', 'full', 'reserve', 'text',
-                                                        'threads')}
+    asked = {name: getattr(settings, name) for name in ('config', 'full_config', 'baseline_iters', 'full', 'reserve',
+                                                        'threads')} | {'text': os.path.basename(settings.text)}
     result = {'part': 'recipe', 'settings': asked, 'rounds': earlier(settings, asked),
               'machine': machine(torch.device('cpu')) | {'threads': settings.threads}}
     with tempfile.TemporaryDirectory() as folder:

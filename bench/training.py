@@ -4,7 +4,8 @@ import time
 
 import torch
 
-from bench.measure import clock, peak_memory, seconds
+from bench.measure import peak_memory
+from kron.timing import clock, seconds
 
 KINDS = {'char': lambda text: {'tokenizer': 'char', 'chars': sorted(set(text))},
          'gpt2': lambda text: {'tokenizer': 'gpt2', 'vocab_size': 50257}}

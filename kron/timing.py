@@ -75,9 +75,14 @@ class Trial:
         return step if self.training else forward
 
 
+def clock(device):
+    """Processor time where one CPU thread does all the work, which other programs disturb less, else wall time."""
+    return time.process_time if device.type == 'cpu' and torch.get_num_threads() == 1 else time.perf_counter
+
+
 def seconds(call, times, device):
-    """Time of `times` calls, s: of the processor where one CPU thread does all the work, else of the clock."""
-    now = time.process_time if device.type == 'cpu' and torch.get_num_threads() == 1 else time.perf_counter
+    """Time of `times` calls, s; on a GPU until the last is done."""
+    now = clock(device)
     wait = getattr(torch, device.type).synchronize
     wait()
     begin = now()

@@ -9,7 +9,7 @@ of its own length.
 Launch: python ablate.py config/ablation/growth.py --jobs=2
 Then:   python ablate.py report out/growth
         python recovery.py out/growth/*/*/* --baseline="*/dense/*"
-44 runs of about 2 minutes of one core each, three quarters of an hour with --jobs=2; needs data/shakespeare_char. Not run yet.
+44 runs of about 2 minutes of one core each, about 45 minutes with --jobs=2; needs data/shakespeare_char. Not run yet.
 """
 base = 'config/dense_mlp.py'
 baseline = 'dense'
