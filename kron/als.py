@@ -12,9 +12,9 @@ rows of A share one normal matrix, (r n, r n):
 
     G[(i, b), (j, b')] = sum_{d d'} RC[(b, b'), (d, d')] K_ij[d, d'],  K_ij = B_i^T B_j,  A_rows G = RT contracted with B
 
-and with A fixed the same holds for R(C)^T, RT^T. With an H that is not I the rows are coupled, (r m n)^2 numbers, and with
-many terms of long rows G itself is large: then the normal equations are solved by a few steps of conjugate gradients,
-which lower the objective at each step too, and G is never formed where it is large.
+and with A fixed the same holds for R(C)^T, RT^T. Where n = 1 or q = 1 there is a closed form for H = I. With an H that is
+not I the rows are coupled, (r m n)^2 numbers, and with many terms of long rows G itself is large: then the normal equations
+are solved by a few steps of conjugate gradients, which lower the objective at each step too, and G is never formed.
 """
 import copy
 
@@ -135,6 +135,11 @@ def fit(target, C, m, n, terms, H=None, sweeps=SWEEPS, gain=GAIN):
     A, B = nearest_kronecker_sum(target, m, n, terms)
     problem = Problem(target, C, H, m, n)
     objectives = [problem.objective(A, B)]
+    if 1 in (n, len(C) // n):
+        best = nearest_in_outputs(target, C, m, n, terms)
+        if problem.objective(*best) < objectives[0]:
+            A, B, sweeps = *best, sweeps * (H is not None)
+            objectives.append(problem.objective(A, B))
     for _ in range(sweeps):
         new_A = problem.half_step(B, A, left=True)
         new = canonical(new_A, problem.half_step(new_A, B, left=False))
@@ -146,6 +151,19 @@ def fit(target, C, m, n, terms, H=None, sweeps=SWEEPS, gain=GAIN):
         if last - now <= gain * now or now <= 1e-15 * problem.constant:
             break
     return A, B, objectives
+
+
+def nearest_in_outputs(target, C, m, n, terms):
+    """The best A, B of H = I in closed form, for n = 1 or q = 1: one SVD.
+
+    With C = L L^T the objective is ||T L - What L||_F^2, and (A (x) B) L = (A L) (x) B where B is a column (q = 1), or
+    A (x) (B L) where A is one (n = 1): Van Loan's problem for T L.
+    """
+    L = torch.linalg.cholesky(C)
+    A, B = nearest_kronecker_sum(target @ L, m, n, terms)
+    white, other = (B, A) if n == 1 else (A, B)
+    white = torch.linalg.solve_triangular(L, white, upper=False, left=False)
+    return canonical(*((other, white) if n == 1 else (white, other)))
 
 
 class Problem:

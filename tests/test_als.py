@@ -76,9 +76,27 @@ def test_a_matrix_that_is_such_a_sum_is_found(weighted):
     torch.testing.assert_close(dense(A, B), W, **EXACT)
 
 
+def by_weights(target, C, m, n, terms):
+    """In place of the closed form: sweeps from the nearest sum alone."""
+    return nearest_kronecker_sum(target, m, n, terms)
+
+
+@pytest.mark.parametrize('m, n, p, q, terms', [(2, 12, 8, 1, 3), (8, 1, 2, 12, 3), (12, 1, 1, 8, 4)], ids=str)
+def test_a_column_has_a_closed_form_that_no_sweeps_beat(monkeypatch, m, n, p, q, terms):
+    """Sweeps from the nearest sum end no lower, and near it."""
+    W, C = randn(m * p, n * q), covariance(n * q, decay=2)
+    A, B, objectives = fit(W, C, m, n, terms)
+    monkeypatch.setattr(als, 'nearest_in_outputs', by_weights)
+    swept = fit(W, C, m, n, terms, sweeps=500, gain=1e-9)[2]
+    assert objectives[-1] <= swept[-1] * (1 + 1e-9)
+    assert objectives[-1] == pytest.approx(loss(W, dense(A, B), C), rel=1e-9)
+    assert len(objectives) == 2 and objectives[-1] == pytest.approx(swept[-1], rel=1e-2)
+
+
 @pytest.mark.parametrize('m, n, p, q, terms', SHAPES, ids=str)
 def test_a_large_system_is_never_formed_and_ends_as_low(monkeypatch, m, n, p, q, terms):
     W, C = randn(m * p, n * q), covariance(n * q, decay=2)
+    monkeypatch.setattr(als, 'nearest_in_outputs', by_weights)
     direct = fit(W, C, m, n, terms, sweeps=40)[2]
     monkeypatch.setattr(als, 'DIRECT', 0)
     monkeypatch.setattr(Problem, 'normal_matrix', None)
