@@ -162,7 +162,7 @@ def nearest_in_outputs(target, C, m, n, terms):
     L = torch.linalg.cholesky(C)
     A, B = nearest_kronecker_sum(target @ L, m, n, terms)
     white, other = (B, A) if n == 1 else (A, B)
-    white = torch.linalg.solve_triangular(L, white, upper=False, left=False)
+    white = torch.linalg.solve_triangular(L, white.flatten(0, 1), upper=False, left=False).view_as(white)
     return canonical(*((other, white) if n == 1 else (white, other)))
 
 
