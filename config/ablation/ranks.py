@@ -2,10 +2,10 @@
 
 Launch: python ablate.py config/ablation/ranks.py --jobs=2       (--budget=0.4, --budget_of=flops, --trials=40)
 optuna draws ranks whose model fits the budget, a share of the dense base's parameters or training FLOPs, and stops a run
-that is worse than the median of the others at one of its five evaluations. The best three then run with the other seeds.
+that is worse than the median of the others at one of its five evaluations. The best two then run with the other seeds.
 Beside them run the dense base and a dense model of the budget's size, each with its own learning rate.
-At 30 to 45 s of one core a run (those of approximations.py, measured; here five evaluations are added) the 48 trials, 18
-confirming runs and 8 controls take about 25 to 30 minutes on 2 free cores. The search has not been
+At 30 to 45 s of one core a run (those of approximations.py, measured; here five evaluations are added) the 36 trials, 12
+confirming runs and 8 controls take about 20 minutes on 2 free cores. The search has not been
 run as a whole yet. Report: python ablate.py report out/ranks
 """
 base = 'config/attention/causal.py'
@@ -19,8 +19,8 @@ variants = {
 ranks = {'v': [2, 56], 'mlp': [4, 96], 'half_v': [1, 28], 'half_mlp': [2, 48], 'slots': [1, 16]}
 budget = 0.5
 budget_of = 'parameters'
-trials = 16
-confirm = 3
+trials = 12
+confirm = 2
 search = {'learning_rate': [1e-3, 3e-3]}
 seeds = 3
 tasks = {'': {'dataset': 'shakespeare_char', 'mlp': 'gelu', 'batch_size': 4, 'min_lr': 1e-4, 'lr_schedule': 'wsd',
