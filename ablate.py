@@ -4,9 +4,9 @@ A grid file names a base config and variants (changes to it), or axes whose comb
 optuna draws under a budget; besides data sets and settings to search. Every variant first runs with every searched value
 on one seed; the best value then runs with the other seeds. Runs that are done are skipped, so that the same command goes
 on after a kill, and several processes, on several machines that share the folder, may work on one grid; a variant that
-fails is named and the others go on. Keys of train.py on the command line hold for every run, but
-for what makes a variant. `--axes=NAME` runs a part of
-the axes, `--equal=flops` gives every variant the dense base's training FLOPs instead of its tokens, `--gpus=N` a GPU each.
+fails is named and the others go on. Keys of train.py on the command line hold for every run, but for what makes a
+variant. `--axes=NAME` runs a part of the axes, `--pick=NAME,NAME*` some variants, `--equal=flops` gives every variant the
+dense base's training FLOPs instead of its tokens, `--gpus=N` a GPU each.
 
 `python ablate.py report DIR [--axes=NAME]` prints the tables of what has finished so far and writes them, the pictures and
 a page into DIR; --record=NAME keeps it, with all logs, in records/<date>_NAME/. `--dry_run=True` lists the runs.
@@ -62,6 +62,8 @@ def plan_of(grid, passed):
     plan = Plan(grid, passed)
     ranks.check(plan)
     plan.add_controls()
+    if grid.pick and not first_runs(grid) and not ranks.searched_variants(grid):
+        raise UserError(f'no variant is called {grid.pick!r}; there are {", ".join(grid.variants)}', 'pick')
     for label in (*grid.only, *([grid.baseline] if grid.baseline else [])):
         if label not in grid.variants:
             raise UserError(f'there is no variant {label!r}{did_you_mean(label, grid.variants)}', 'only')
@@ -129,7 +131,7 @@ def main_run(arguments):
     from runlog import write_json
     print(listing(grid)[0], flush=True)
     os.makedirs(grid.out_dir, exist_ok=True)
-    write_json(os.path.join(grid.out_dir, 'grid.json'), configurator.as_dict(grid))
+    write_json(os.path.join(grid.out_dir, 'grid.json'), configurator.as_dict(grid) | {'pick': ''})
     stop = stop_on_signals()
     failures = carry_out_all(plan)
     if stop.is_set():

@@ -1,4 +1,5 @@
 """A grid: its settings, its runs, and what each run tells train.py. Imports no torch."""
+import fnmatch
 import itertools
 import os
 import re
@@ -26,6 +27,7 @@ class Grid:
                      choices=('tokens', 'flops'))
     tasks: dict = key({'': {}}, '{name: {setting: value}}: every variant runs on every task, a data set as a rule')
     only: dict = key({}, '{variant: [tasks]} for variants that do not run on all')
+    pick: str = key('', "names of variants by commas, * for any part: only these run; default '' all")
     search: dict = key({}, '{setting: [values]}: tried on the first seed, the best value kept, for each variant and task')
     ranks: dict = key({}, '{name: [lowest, highest]}: searched by optuna; variants hold {name} in their specs')
     budget: float = key(0.0, "ranks: share of the dense base's parameters or FLOPs that a trial may take", low=0)
@@ -67,12 +69,19 @@ def placeholders(settings, ranks):
     return [name for name in ranks if '{' + name + '}' in text]
 
 
+def runs_on(grid, variant, task):
+    """Whether a variant runs on a task, by `only` and `pick`."""
+    names = [name.strip() for name in grid.pick.split(',') if name.strip()]
+    return task in grid.only.get(variant, [task]) and (
+        not names or any(fnmatch.fnmatchcase(variant, name) for name in names))
+
+
 def first_runs(grid):
     """The runs of the search: every variant and task with every value, on the first seed; none that optuna draws."""
     values = [[(name, value) for value in choices] for name, choices in grid.search.items()]
     return [Run(task, variant, searched, SEEDS[0])
             for task in grid.tasks for searched in itertools.product(*values) for variant in grid.variants
-            if task in grid.only.get(variant, [task]) and not placeholders(grid.variants[variant], grid.ranks)]
+            if runs_on(grid, variant, task) and not placeholders(grid.variants[variant], grid.ranks)]
 
 
 def by_variant(runs):

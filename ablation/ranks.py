@@ -1,6 +1,6 @@
 """Rank search: optuna draws ranks that fit a budget, trains with them and prunes what falls behind."""
 from ablation import cost
-from ablation.grid import SEEDS, Run, placeholders, with_seeds
+from ablation.grid import SEEDS, Run, placeholders, runs_on, with_seeds
 from ablation.plan import first_choice
 from variants import UserError
 
@@ -10,7 +10,7 @@ DRAWS = 200                             # ranks drawn for one trial before the s
 def searched_variants(grid):
     """[(task, variant)] whose specs hold a {rank}."""
     return [(task, variant) for task in grid.tasks for variant, settings in grid.variants.items()
-            if placeholders(settings, grid.ranks) and task in grid.only.get(variant, [task])]
+            if placeholders(settings, grid.ranks) and runs_on(grid, variant, task)]
 
 
 def check(plan):

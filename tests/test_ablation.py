@@ -80,6 +80,12 @@ def test_abba_has_the_parameters_of_low_rank():
     assert size('v+mlp+abba') == size('v+mlp') < size('v+abba') == size('v') < size('dense')
 
 
+def test_some_variants_are_picked_by_name(plan):
+    grid = plan(GRID, '--pick=v+*, dense').grid
+    assert {run.variant for run in first_runs(grid)} == {n for n in grid.variants if n.startswith('v+')} | {'dense'}
+    assert not ranks.searched_variants(plan(RANKS, '--pick=dense').grid) and ranks.searched_variants(plan(RANKS).grid)
+
+
 def test_settings_of_a_combination_are_merged(plan):
     grid = plan().grid
     assert grid.variants['grow+v+mlp+abba'] == {
@@ -89,6 +95,7 @@ def test_settings_of_a_combination_are_merged(plan):
 
 @pytest.mark.parametrize('changes, words', [
     (['--axes=none'], 'no combination of the axes is valid in --axes=none'),
+    (['--pick=w*'], "no variant is called 'w*'; there are"),
     (['--axes=smal'], "--axes=smal: there is no such part of the grid, did you mean 'small'?"),
     ("needs = {'abba': ['q']}", "needs: there is no axis 'q'"),
     ("exchange = {'aba': {}}", "exchange: there is no axis 'aba', did you mean 'abba'?"),
