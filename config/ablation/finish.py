@@ -30,9 +30,9 @@ variants = {
     'lowrank to 0.7 estimate': {'linear': _lowrank, 'finish_dense_at': 0.7, 'finish_dense_state': 'estimate'},
     'kron to 0.7 reset at once': {'linear': _kron, 'finish_dense_at': 0.7, 'grow_rewarm': 0},         # no re-warming
     'grow, kron to 0.7 estimate': {'linear': _kron, 'finish_dense_at': 0.7, 'finish_dense_state': 'estimate',
-                                   'grow_from': 1, 'grow_every': 166, 'grow_init': 'stack'},
+                                   'grow_from': 1, 'grow_every': 166, 'grow_init': 'copy'},
     'grow, lowrank to 0.7 estimate': {'linear': _lowrank, 'finish_dense_at': 0.7, 'finish_dense_state': 'estimate',
-                                      'grow_from': 1, 'grow_every': 166, 'grow_init': 'stack'},
+                                      'grow_from': 1, 'grow_every': 166, 'grow_init': 'copy'},
 }
 tasks = {
     'shakespeare_char': {'max_iters': 1000, 'lr_decay_iters': 1000, 'warmup_iters': 50, 'grow_rewarm': 20, 'grow_report': 5,
