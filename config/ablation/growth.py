@@ -34,5 +34,5 @@ tasks = {
     'shakespeare_char': {'n_layer': 6, 'max_iters': 1000, 'lr_decay_iters': 1000, 'warmup_iters': 50, 'grow_rewarm': 20,
                          'eval_interval': 50, 'eval_first': False, 'eval_iters': 10, 'always_save_checkpoint': False},
 }
-search = {'learning_rate': [3e-3, 5e-3]}
+search = {'learning_rate': [3e-3, 5e-3, 8e-3]}
 seeds = 3

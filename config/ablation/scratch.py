@@ -31,5 +31,5 @@ tasks = {
     'shakespeare_char': {'max_iters': 1000, 'lr_decay_iters': 1000, 'warmup_iters': 50, 'eval_interval': 1000,
                          'eval_first': False},
 }
-search = {'learning_rate': [3e-3, 6e-3]}
+search = {'learning_rate': [4e-3, 8e-3]}
 seeds = 3
