@@ -5,7 +5,7 @@ Needs two things that are not in the repo (docs/pretrained.md): the GGUF of the 
 data/enwik8_prose_smollm2, made by
     python data/enwik8_prose/prepare.py --tokenizer=out/SmolLM2-135M-Instruct.Q4_1.gguf --out=data/enwik8_prose_smollm2
 On one core: 12 minutes for the calibration that all variants share (1.9 GB below out/, up to 11 GB of memory), then 3 to 5
-minutes for a variant and budget that is not sequential, about 10 for one that is, half an hour with als: a day in all.
+minutes for a variant and budget that is not sequential, about 10 for one that is, 20 to 40 with als: half a day in all.
 --only="curvature:*,svd" runs a part. Choices are made on `select` alone.
 """
 title = 'SmolLM2-135M, MLP parameters at 75%, 50% and 25%'
@@ -39,32 +39,32 @@ variants = {
     'svd': {'linear': _low, 'decompose': 'svd', 'heal': '50%'},
     'svd_whitened': {'linear': _low, 'decompose': 'svd_whitened'},
     'svd_whitened_sequential': {'linear': _low, 'decompose': 'svd_whitened_sequential'},
-    'layer 0 dense: svd_whitened': {'linear': _low0, 'decompose': 'svd_whitened'},
+    'layer 0 dense: svd_whitened': {'linear': _low0, 'decompose': 'svd_whitened', 'budgets': '50%'},
     'layer 0 dense: svd_whitened_sequential': {'linear': _low0, 'decompose': 'svd_whitened_sequential',
                                                'heal': '50%, 75%'},
-    'layer 0 dense: svd_hessian_sequential': {'linear': _low0, 'decompose': 'svd_whitened_hessian_sequential'},
-    'spectrum: svd_whitened': {'linear': _low, 'decompose': 'svd_whitened', 'sizes': 'spectrum'},
-    'exact columns: svd_hessian': {'linear': _columns, 'decompose': 'svd_whitened_hessian', 'sizes': 'curvature'},
+    'layer 0 dense: svd_hessian_sequential': {'linear': _low0, 'decompose': 'svd_whitened_hessian_sequential',
+                                              'budgets': '50%'},
+    'spectrum: svd_whitened': {'linear': _low, 'decompose': 'svd_whitened', 'sizes': 'spectrum', 'budgets': '50%'},
+    'exact columns: svd_hessian': {'linear': _columns, 'decompose': 'svd_whitened_hessian', 'sizes': 'curvature',
+                                   'budgets': '50%'},
     # sums of Kronecker products
     'van_loan': {'linear': _square, 'decompose': 'van_loan'},
     'van_loan_normalised': {'linear': _square, 'decompose': 'van_loan_normalised'},
-    'near low rank: van_loan': {'linear': _near, 'decompose': 'van_loan'},
+    'near low rank: van_loan': {'linear': _near, 'decompose': 'van_loan', 'budgets': '50%'},
     'prune': {'linear': _half, 'decompose': 'prune', 'sizes': 'given', 'budgets': '50%'},
     'magnitude: van_loan': {'linear': _square, 'decompose': 'van_loan', 'prune_before': 'magnitude', 'prune_fraction': 0.3},
     'wanda: van_loan': {'linear': _square, 'decompose': 'van_loan', 'prune_before': 'wanda', 'prune_fraction': 0.3},
     'near low rank: als': {'linear': _near, 'decompose': 'als'},
     'near low rank: als_sequential': {'linear': _near, 'decompose': 'als_sequential'},
     'near low rank: als_hessian': {'linear': _near, 'decompose': 'als_hessian'},
-    'layer 0 dense: als_sequential': {'linear': _near0, 'decompose': 'als_sequential'},
-    'wanda: als': {'linear': _near, 'decompose': 'als', 'prune_before': 'wanda', 'prune_fraction': 0.3},
-    'square: als': {'linear': _square, 'decompose': 'als'},
+    'layer 0 dense: als_sequential': {'linear': _near0, 'decompose': 'als_sequential', 'budgets': '50%'},
+    'wanda: als': {'linear': _near, 'decompose': 'als', 'prune_before': 'wanda', 'prune_fraction': 0.3, 'budgets': '50%'},
+    'square: als': {'linear': _square, 'decompose': 'als', 'budgets': '50%'},
     # others
-    'sum': {'linear': _sum, 'decompose': 'svd_whitened,als'},
-    'sum_sequential': {'linear': _sum, 'decompose': 'svd_whitened_sequential,als_sequential'},
-    'curvature: sum_sequential': {'linear': _sum, 'decompose': 'svd_whitened_hessian_sequential,als_sequential',
-                                  'sizes': 'curvature'},
-    'abba': {'linear': {'h.*.mlp.*': 'abba'}, 'decompose': 'van_loan'},
-    'abba: als': {'linear': {'h.*.mlp.*': 'abba'}, 'decompose': 'als'},
+    'sum': {'linear': _sum, 'decompose': 'svd_whitened,als', 'budgets': '50%'},
+    'sum_sequential': {'linear': _sum, 'decompose': 'svd_whitened_sequential,als_sequential', 'budgets': '50%'},
+    'abba': {'linear': {'h.*.mlp.*': 'abba'}, 'decompose': 'van_loan', 'budgets': '50%'},
+    'abba: als': {'linear': {'h.*.mlp.*': 'abba'}, 'decompose': 'als', 'budgets': '50%'},
 }
 heal = {
     'batch_size': 1, 'gradient_accumulation_steps': 1, 'learning_rate': 2e-4, 'min_lr': 2e-5, 'warmup_iters': 5,
