@@ -1,15 +1,15 @@
 """Structured training, then a dense finish, against dense training throughout: what it saves, and what the switch costs.
 
 Four blocks, 1000 steps of 768 characters. MLPs are kron(256, 64), or lowrank(26) with values of rank 16, both about a
-quarter of the dense MLP parameters, until 0.5 or 0.7 of the run; then every matrix is dense, with the same function. The
-last two also grow, one block to four in the first half. AdamW's moments of the dense matrices start anew (`reset`, the
+quarter of the dense MLP parameters, until 0.5, 0.7 or 0.8 of the run; then every matrix is dense, with the same function. The
+last four also grow, one block to four in the first half. AdamW's moments of the dense matrices start anew (`reset`, the
 learning rate comes back in 20 steps) or are estimated from those of the factors (`estimate`). The loss on fixed batches is
 measured at the switch and in the 50 steps after it.
 
 Launch: python ablate.py config/ablation/finish.py --jobs=2
 Then:   python ablate.py report out/finish
         python recovery.py out/finish/*/*/* --baseline="*/dense/*"
-52 runs of about 1.5 minutes of one core each, about 40 minutes with --jobs=2; needs data/shakespeare_char. Not run yet.
+60 runs of about 1.5 minutes of one core each, about 45 minutes with --jobs=2; needs data/shakespeare_char. Not run yet.
 """
 base = 'config/dense_mlp.py'
 baseline = 'dense'
@@ -31,6 +31,10 @@ variants = {
     'kron to 0.7 reset at once': {'linear': _kron, 'finish_dense_at': 0.7, 'grow_rewarm': 0},         # no re-warming
     'grow, kron to 0.7 estimate': {'linear': _kron, 'finish_dense_at': 0.7, 'finish_dense_state': 'estimate',
                                    'grow_from': 1, 'grow_every': 166, 'grow_init': 'copy'},
+    'grow, kron to 0.8 estimate': {'linear': _kron, 'finish_dense_at': 0.8, 'finish_dense_state': 'estimate',
+                                   'grow_from': 1, 'grow_every': 166, 'grow_init': 'copy'},
+    'grow, kron to 0.8 reset': {'linear': _kron, 'finish_dense_at': 0.8, 'finish_dense_state': 'reset',
+                                'grow_from': 1, 'grow_every': 166, 'grow_init': 'copy'},
     'grow, lowrank to 0.7 estimate': {'linear': _lowrank, 'finish_dense_at': 0.7, 'finish_dense_state': 'estimate',
                                       'grow_from': 1, 'grow_every': 166, 'grow_init': 'copy'},
 }
