@@ -1,8 +1,8 @@
 """Structured training, then a dense finish, against dense training throughout: what it saves, and what the switch costs.
 
 Four blocks, 1000 steps of 768 characters. MLPs are kron(256, 64), or lowrank(26) with values of rank 16, both about a
-quarter of the dense MLP parameters, until 0.5, 0.7 or 0.8 of the run; then every matrix is dense, with the same function. The
-last four also grow, one block to four in the first half. AdamW's moments of the dense matrices start anew (`reset`, the
+quarter of the dense MLP parameters, until 0.5, 0.7 or 0.8 of the run; then every matrix is dense, with the same function.
+The last four also grow, one block to four in the first half. AdamW's moments of the dense matrices start anew (`reset`, the
 learning rate comes back in 20 steps) or are estimated from those of the factors (`estimate`). The loss on fixed batches is
 measured at the switch and in the 50 steps after it.
 

@@ -4,9 +4,8 @@ Launch: python ablate.py config/ablation/ranks.py --jobs=2       (--budget=0.4, 
 optuna draws ranks whose model fits the budget, a share of the dense base's parameters or training FLOPs, and stops a run
 that is worse than the median of the others at one of its five evaluations. The best two then run with the other seeds.
 Beside them run the dense base and a dense model of the budget's size, each with its own learning rate.
-At 30 to 45 s of one core a run (those of approximations.py, measured; here five evaluations are added) the 36 trials, 12
-confirming runs and 8 controls take about 20 minutes on 2 free cores. The search has not been
-run as a whole yet. Report: python ablate.py report out/ranks
+36 trials, 12 confirming runs and 8 controls took 18 minutes on 2 cores (records/2026-11-21_ranks). Twelve trials a structure
+are a coarse search: optuna draws the first ten blindly. Report: python ablate.py report out/ranks
 """
 base = 'config/attention/causal.py'
 
