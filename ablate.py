@@ -15,6 +15,7 @@ docs/ablation.md says how effects are computed.
 import concurrent.futures
 import datetime
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -26,7 +27,7 @@ from ablation.grid import Grid, first_runs, later_runs
 from variants import UserError, did_you_mean
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-TEXT, PAGE = 'report.md', 'report.html'
+TEXT, PAGE, COMMANDS = 'report.md', 'report.html', 'commands.txt'
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -121,6 +122,23 @@ def stop_on_signals():
     return STOP
 
 
+def commands(folder):
+    """The commands that runs of this folder were made by."""
+    try:
+        with open(os.path.join(folder, COMMANDS), encoding='utf-8') as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
+
+
+def remember(folder, arguments):
+    """Keep the command for records."""
+    command = shlex.join(['python', 'ablate.py', *arguments])
+    if command not in commands(folder):
+        with open(os.path.join(folder, COMMANDS), 'a', encoding='utf-8') as file:
+            file.write(command + '\n')
+
+
 def main_run(arguments):
     """`ablate.py config/ablation/X.py [--key=value]`; exit code 1 when a run failed."""
     grid, passed = read(arguments)
@@ -132,6 +150,7 @@ def main_run(arguments):
     print(listing(grid)[0], flush=True)
     os.makedirs(grid.out_dir, exist_ok=True)
     write_json(os.path.join(grid.out_dir, 'grid.json'), configurator.as_dict(grid) | {'pick': ''})
+    remember(grid.out_dir, arguments)
     stop = stop_on_signals()
     failures = carry_out_all(plan)
     if stop.is_set():
@@ -181,7 +200,7 @@ def write_record(grid, found, text, files, options):
     pictures = [name for name in files if name.endswith('.png')]
     shown = '\n\n'.join([text, *(f'![{name[:-4]}]({name})' for name in pictures)])
     compare.write_record(folder, options.title or options.record.replace('_', ' '), options.note, runs, shown,
-                         [f'    python ablate.py config/ablation/{os.path.basename(os.path.normpath(grid.out_dir))}.py'])
+                         [f'    {line}' for line in (*commands(grid.out_dir), f'python ablate.py report {grid.out_dir}')])
     write_json(os.path.join(folder, 'grid.json'), configurator.as_dict(grid))
     for name in [PAGE, *pictures]:
         shutil.copy(os.path.join(grid.out_dir, name), folder)

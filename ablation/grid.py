@@ -27,7 +27,7 @@ class Grid:
                      choices=('tokens', 'flops'))
     tasks: dict = key({'': {}}, '{name: {setting: value}}: every variant runs on every task, a data set as a rule')
     only: dict = key({}, '{variant: [tasks]} for variants that do not run on all')
-    pick: str = key('', "names of variants by commas, * for any part: only these run; default '' all")
+    pick: str = key('', "names of variants by commas, * for any part (and for a comma): only these run; default '' all")
     search: dict = key({}, '{setting: [values]}: tried on the first seed, the best value kept, for each variant and task')
     ranks: dict = key({}, '{name: [lowest, highest]}: searched by optuna; variants hold {name} in their specs')
     budget: float = key(0.0, "ranks: share of the dense base's parameters or FLOPs that a trial may take", low=0)

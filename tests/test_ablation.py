@@ -345,6 +345,17 @@ def test_the_report_writes_tables_pictures_and_a_page_of_its_own(reported):
     assert 'main effects' in html.lower() and 'narrow' in text
 
 
+def test_a_record_names_the_commands_that_made_it(reported, tmp_path, monkeypatch):
+    _, folder = reported
+    monkeypatch.setattr(ablate, 'ROOT', str(tmp_path))
+    for word in ('--jobs=2', '--pick=a b', '--jobs=2'):
+        ablate.remember(str(folder), ['config/ablation/x.py', word])
+    ablate.main_report([str(folder), '--record=tried'])
+    lines = next((tmp_path / 'records').glob('*_tried/README.md')).read_text().splitlines()
+    assert [line.strip() for line in lines if 'ablate.py config' in line] == [
+        'python ablate.py config/ablation/x.py --jobs=2', "python ablate.py config/ablation/x.py '--pick=a b'"]
+
+
 def test_a_failed_run_stands_in_the_report(reported):
     _, folder = reported
     broken = next(folder.glob('*/seed=1337'))
