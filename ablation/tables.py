@@ -101,7 +101,7 @@ def searched_table(grid, found, task):
             if t == task and not any(name in dict(values) for values in searched for name in grid.ranks)}
     choices = list(dict.fromkeys(values for searched in mine.values() for values in searched))
     head = ['variant', *(', '.join(f'{name} {shown(value)}' for name, value in values) for values in choices)]
-    return markdown(head, [[variant, *(f'{results.last_losses(searched[values])[0]:.4f}' if values in searched else 'failed'
+    return markdown(head, [[variant, *(f'{results.last_losses(searched[values])[0]:.4f}' if values in searched else '-'
                                        for values in choices)] for variant, searched in mine.items()])
 
 
