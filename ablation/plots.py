@@ -91,13 +91,16 @@ def trial_plot(grid, found, pruned, task, folder, name):
     done = [(variant, dict(values), results.last_losses(runs)[0]) for (t, variant), searched in found.items() if t == task
             for values, runs in searched.items()]
     cut = [(run.variant, dict(run.searched), loss) for run, _, loss in pruned if run.task == task and loss is not None]
+    colours = {variant: f'C{i}' for i, variant in enumerate(dict.fromkeys(v for v, _, _ in done + cut))}
     for axes, rank in zip(panels[0], grid.ranks):
-        for i, variant in enumerate(dict.fromkeys(v for v, values, _ in done + cut if rank in values)):
+        for variant in (v for v in colours if any(v == other and rank in values for other, values, _ in done + cut)):
             for group, style in ((done, {}), (cut, {'mfc': 'none'})):
                 mine = [(values[rank], loss) for v, values, loss in group if v == variant and rank in values]
-                axes.plot([x for x, _ in mine], [y for _, y in mine], 'o', ms=5, color=f'C{i}',
+                axes.plot([x for x, _ in mine], [y for _, y in mine], 'o', ms=5, color=colours[variant],
                           label=variant + ' (pruned)' * bool(style) if mine else None, **style)
-        axes.set(xlabel=f'{rank}', ylabel='validation loss', xscale='log')
+        axes.set_xscale('log', base=2)
+        axes.xaxis.set_major_formatter('{x:g}')                 # 16, not 2 to the 4th
+        axes.set(xlabel=f'{rank}', ylabel='validation loss')
         axes.grid(alpha=0.25)
         if axes.lines:
             axes.legend(fontsize=7)
