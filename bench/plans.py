@@ -8,7 +8,7 @@ takes, which times on its own; then the plans and the dense layer are timed by t
 rounds counts, and what misses an aim is timed again with more rounds. Calls go round as
 many layers as make 128 MB, the dense ones and the sums each for themselves: a token that is decoded reads every weight of a
 model once, from memory and not from a cache. A plan that was SLOW at 512 tokens, or clearly behind at the number before,
-is not timed with more tokens. About ten minutes on one thread.
+is not timed with more tokens. Three quarters of an hour on one thread.
 """
 import copy
 import itertools
@@ -199,8 +199,7 @@ def run(settings, part):
     device = hardware.device(settings.device)
     dtype, begin, cells = hardware.dtype(settings.dtype, device), time.monotonic(), []
     for row in wanted(settings):
-        if sys.stderr.isatty():
-            print(f'bench.py: {row} ...', file=sys.stderr, flush=True)
+        print(f'bench.py: {row} ...', file=sys.stderr, flush=True)
         cells += measure(row, settings, device, dtype)
     from bench.training import matmul_peak
     from bench.verdicts import clauses

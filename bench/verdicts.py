@@ -5,7 +5,7 @@ BINDS_MS = 1.0                          # what dense must take for its clause to
 
 # m x n x terms -> (phase, tokens) -> times dense
 AIMS = {
-    ('768x768x1',): {('forward', 512): 2.5, ('training', 512): 2.2, ('forward', 1): 3.5, ('forward', 8192): 1.8,
+    ('768x768x1',): {('forward', 512): 2.5, ('training', 512): 2.2, ('forward', 1): 4.0, ('forward', 8192): 1.8,
                      ('forward', 32768): 1.8},
     ('1536x768x1', '768x1536x1', '3072x384x1', '384x3072x1'): {('forward', 512): 1.7, ('training', 512): 1.6},
 }

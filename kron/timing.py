@@ -10,14 +10,14 @@ from kron import lean
 from kron.plan import PLANS, assign, by_rule, entry, kronecker, order_flops, rule, shape_of, sizes_of
 
 NEAR = 1.6          # an order of contraction with that many times the FLOPs of the other is not timed
-SLOW = 2.0          # nor is, with many tokens, a plan that took that many times as long as the best with few of them
-FEW = 512           # tokens of that first look; a plan's time goes with the tokens from there on
-MOST = 2048         # tokens of a timing at most
-ROUNDS = 3, 30      # timings of each plan, by turns, the least one counts: no more after ENOUGH_S
-ENOUGH_S = 0.25
+LOOKS = {512: 2.0, 2048: 1.35}  # tokens of a first look: a plan that took that many times the best is not timed with more
+MOST = 8192         # tokens of a timing at most
+SLOW = 2.0          # a plan whose first calls took that many times the best is timed no more
+ROUNDS = 2, 60      # timings of each plan, by turns, the least one counts: no more after ENOUGH_S
+ENOUGH_S = 0.5
 TURN_S = 2e-3       # of one timing, s: so many calls
 HALF = (torch.bfloat16, torch.float16)
-CACHES = 2 ** 27    # bytes of weights that a timing with fewer than FEW tokens goes round, where the model has as many
+CACHES = 2 ** 27    # bytes of weights that a timing with fewer than 512 tokens goes round, where the model has as many
 GAIN = 0.03         # share of time that another plan than the rule's must save
 
 
@@ -31,7 +31,7 @@ def candidates(shape, tokens, device):
 
 def layers(numel, tokens, most):
     """Layers of so many numbers that a timing goes round: with few tokens CACHES bytes of them, `most` at most."""
-    return 1 if tokens >= FEW else max(1, min(most, CACHES // (4 * numel)))
+    return 1 if tokens >= min(LOOKS) else max(1, min(most, CACHES // (4 * numel)))
 
 
 class Trial:
@@ -99,7 +99,10 @@ def timings(calls, device, warm=1):
     """
     for call in calls.values():
         call()                                          # kernels are chosen and loaded
-    first = {name: max(seconds(call, 1, device), 1e-9) for name, call in calls.items()}
+    first = dict.fromkeys(calls, math.inf)
+    for _, name in itertools.product(range(3), calls):
+        if not 10 * TURN_S < first[name] < math.inf:    # one short call may meet a hiccup of the machine
+            first[name] = min(first[name], max(seconds(calls[name], 1, device), 1e-9))
     calls = {name: call for name, call in calls.items() if first[name] <= SLOW * min(first.values())}
     found, spent = {name: math.inf if name in calls else t for name, t in first.items()}, 0.0
     for count in range(ROUNDS[1]):
@@ -117,14 +120,13 @@ def timings(calls, device, warm=1):
 def fastest(shape, tokens, dtype, device, training, merged=False, half=False, copies=1):
     """(name of the plan that takes least time here, {name: seconds a call}); arguments as Trial's.
 
-    With many tokens only plans that are not SLOW with FEW are tried. The rule's plan stays unless another saves GAIN.
+    With many tokens only plans that were near the best in LOOKS are tried. The rule's plan stays unless another saves GAIN.
     """
     device, names = torch.device(device), candidates(shape, tokens, device)
-    sizes = ([FEW] if tokens > FEW else []) + [min(tokens, MOST)]
-    for size in sizes:
+    for size in [*(look for look in LOOKS if look < tokens), min(tokens, MOST)]:
         trial = Trial(shape, size, dtype, device, training, merged, half, copies)
         found = timings({name: trial.call(name) for name in names}, device, len(trial.factors))
-        names = [name for name in names if found[name] <= SLOW * min(found.values())]
+        names = [name for name in names if found[name] <= LOOKS.get(size, SLOW) * min(found.values())]
     best, plain = min(found, key=found.get), by_rule(rule(*sizes_of(shape)), tokens)
     return (plain if plain in found and found[best] > (1 - GAIN) * found[plain] else best), found
 

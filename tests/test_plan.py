@@ -196,7 +196,27 @@ def test_the_fastest_wins_and_the_rule_stays_where_little_is_gained(monkeypatch,
     assert timing.fastest(Shape(24, 24, 4, 1, 1), 8, torch.float32, 'cpu', True)[0] == expected
 
 
-def test_timings_are_of_calls_and_a_slow_plan_is_called_thrice_at_most():
+def test_a_plan_must_stay_near_the_best_as_tokens_grow(monkeypatch):
+    seen = []
+
+    def timings(calls, device, warm):
+        seen.append(sorted(calls))
+        return {name: {'a_planes': 1.0, 'a_rows': 1.9, 'a_blocks': 1.3, 'materialise': 2.1}[name] * (
+            2 if len(seen) == 3 and name == 'a_planes' else 1) for name in calls}
+    monkeypatch.setattr(timing, 'timings', timings)
+    assert timing.fastest(Shape(24, 24, 4, 2, 1), 8192, torch.float32, 'cpu', False)[0] == 'a_blocks'
+    assert seen == [['a_blocks', 'a_planes', 'a_rows', 'materialise'], ['a_blocks', 'a_planes', 'a_rows'],
+                    ['a_blocks', 'a_planes']]
+
+
+def test_one_hiccup_does_not_drop_a_plan(monkeypatch):
+    took = iter([1e-4, 9e-3, 1e-4])                     # of first calls: steady, hiccup; later ones are steady
+    monkeypatch.setattr(timing, 'seconds', lambda call, times, device: times * next(took, 1e-4 if call() else 5e-5))
+    found = timing.timings({'steady': lambda: True, 'hiccup': lambda: False}, torch.device('cpu'))
+    assert found['hiccup'] == pytest.approx(5e-5) and found['steady'] == pytest.approx(1e-4)
+
+
+def test_timings_are_of_calls_and_a_slow_plan_is_called_four_times_at_most():
     calls = {'fast': 0, 'slow': 0}
 
     def make(name, work):
@@ -205,7 +225,7 @@ def test_timings_are_of_calls_and_a_slow_plan_is_called_thrice_at_most():
             sum(range(work))
         return call
     found = timing.timings({'fast': make('fast', 2000), 'slow': make('slow', 400_000)}, torch.device('cpu'))
-    assert found['fast'] < found['slow'] and calls['slow'] == 2 and calls['fast'] > 4
+    assert found['fast'] < found['slow'] and calls['slow'] in (2, 4) and calls['fast'] > 4
 
 
 @pytest.mark.parametrize('training', [False, True])
