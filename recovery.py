@@ -2,13 +2,14 @@
 
 A run with drop_in and drop_in_report=STEPS writes drop_in.md, drop_in.json and drop_in.png into its folder at its end:
 for every matrix the loss before, after, and as it recovers. This program writes them again for runs that were killed, or,
-for several runs, one table and one plot of all, into --to.
+for several runs, one table and one plot of all, into --to; folders that end in seed=N and agree before it are one group.
 
 `python recovery.py RUN RUN ... --baseline=PATTERN` prints what growth and dense finishes saved instead: the training FLOPs
 at which each run reached the final loss of the runs whose folder matches the pattern, of the same seed where there is one.
 """
 import fnmatch
 import os
+import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -83,17 +84,27 @@ def table(run):
     return text
 
 
+def by_group(runs):
+    """{name without its seed: runs}: out/drop_in/all/seed=1 and seed=2 are one group."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(re.sub(r'\W*seed=\d+$', '', run['name']) or run['name'], []).append(run)
+    return groups
+
+
 def summary(runs):
-    """Markdown: a row a run, with its final loss and its worst spike."""
+    """Markdown: a row a group of runs, with its final loss and its worst spike."""
     head = ('run', 'replacements', 'tokens', 'training FLOPs', 'worst spike', 'highest loss', 'loss on the fixed batches',
             'validation loss')
     lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
-    for run in runs:
-        changes = run['changes']
-        highest = max([c['after'] for c in changes] + [loss for _, loss in run['probes']])
-        cells = (run['name'], len(changes), f'{run["tokens"]:,}', f'{run["flops"]:.3g}' if run['flops'] else '',
-                 f'{max(c["spike"] for c in changes):+.4f}', f'{highest:.4f}', f'{changes[-1]["end"]:.4f}',
-                 '' if run['val_loss'] is None else f'{run["val_loss"]:.4f}')
+    for name, group in by_group(runs).items():
+        changes = [run['changes'] for run in group]
+        highest = [max([c['after'] for c in run['changes']] + [loss for _, loss in run['probes']]) for run in group]
+        losses = [run['val_loss'] for run in group if run['val_loss'] is not None]
+        flops = group[0]['flops']
+        cells = (name, max(map(len, changes)), f'{group[0]["tokens"]:,}', f'{flops:.3g}' if flops else '',
+                 compare.spread([max(c['spike'] for c in some) for some in changes], 4), compare.spread(highest, 4),
+                 compare.spread([some[-1]['end'] for some in changes], 4), compare.spread(losses, 4) if losses else '')
         lines.append(f'| {" | ".join(map(str, cells))} |')
     return '\n'.join(lines)
 
@@ -106,26 +117,31 @@ def text_of(runs):
                  'rises by when nothing else is replaced, measured before the first replacement. `at the end`: before the '
                  'next replacement, or at the end of the run. `back after`: steps until the loss was first measured at or '
                  'below what it was before. Errors are means over the matrices, relative to the norm of the weight and to '
-                 'the size of the outputs.')
+                 'the size of the outputs; ± is half the range over the runs of a group.')
     return '\n\n'.join(parts) + '\n'
 
 
 def draw(runs, path):
-    """The loss on the fixed batches by step, and the spike and the loss left over by matrix."""
+    """The loss on the fixed batches by step, and the spike and the loss left over by matrix, means over a group's runs."""
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
     figure, (curves, bars) = plt.subplots(2, 1, figsize=(9, 8))
-    for i, run in enumerate(runs):
-        changes, width = run['changes'], 0.8 / len(runs)
-        points = sorted([[c['step'], k, loss] for c in changes for k, loss in enumerate((c['before'], c['after']))] +
-                        [[step, 2, loss] for step, loss in run['probes']])
-        curves.plot([p[0] for p in points], [p[2] for p in points], color=f'C{i}', linewidth=1, label=run['name'])
-        curves.plot([c['step'] for c in changes], [c['after'] for c in changes], '.', color=f'C{i}')
-        places = [k + i * width for k in range(len(changes))]
-        bars.bar(places, [c['spike'] for c in changes], width, color=f'C{i}', alpha=0.4, label=f'{run["name"]}: at once')
-        bars.bar(places, [c['end'] - c['before'] for c in changes], width / 2, color=f'C{i}',
-                 label=f'{run["name"]}: left at the end')
+    groups = by_group(runs)
+    for i, (name, group) in enumerate(groups.items()):
+        for run in group:
+            changes = run['changes']
+            points = sorted([[c['step'], k, loss] for c in changes for k, loss in enumerate((c['before'], c['after']))] +
+                            [[step, 2, loss] for step, loss in run['probes']])
+            curves.plot([p[0] for p in points], [p[2] for p in points], color=f'C{i}', linewidth=1, alpha=len(group) ** -0.5,
+                        label=name if run is group[0] else None)
+            curves.plot([c['step'] for c in changes], [c['after'] for c in changes], '.', color=f'C{i}')
+        width, steps = 0.8 / len(groups), list(zip(*(run['changes'] for run in group)))
+        places = [k + i * width for k in range(len(steps))]
+        bars.bar(places, [statistics.mean(c['spike'] for c in step) for step in steps], width, color=f'C{i}', alpha=0.4,
+                 label=f'{name}: at once')
+        bars.bar(places, [statistics.mean(c['end'] - c['before'] for c in step) for step in steps], width / 2, color=f'C{i}',
+                 label=f'{name}: left at the end')
     most = max(runs, key=lambda run: len(run['changes']))['changes']
     same = len(runs) == 1 or all(len(run['changes']) < 2 for run in runs)
     bars.set_xticks(range(len(most)), [c['replaced'] if same else f'replacement {k + 1}' for k, c in enumerate(most)],
@@ -140,13 +156,21 @@ def draw(runs, path):
     plt.close(figure)
 
 
+def named(runs, folders):
+    """The runs, with names that tell several apart: what their paths do not share."""
+    shared = os.path.commonpath([os.path.abspath(folder) for folder in folders])
+    for run, folder in zip(runs, folders if len(runs) > 1 else ()):
+        run['name'] = os.path.relpath(os.path.abspath(folder), shared)
+    return runs
+
+
 def write(folder, folders=None):
     """drop_in.md, drop_in.json and drop_in.png in `folder`, of the runs in `folders` (default: its own); returns the text.
 
     Writes nothing when no replacement was measured yet.
     """
     try:
-        runs = [read(name) for name in folders or [folder]]
+        runs = named([read(name) for name in folders or [folder]], folders or [folder])
     except UserError:
         if folders:
             raise

@@ -262,6 +262,11 @@ def test_the_report_says_what_was_before_after_and_as_it_recovered(data, dense, 
     both = run_program('recovery.py', tmp_path / 'one', tmp_path / 'all', f'--to={tmp_path / "both"}')
     assert '| one | 5 |' in both.stdout and '| all | 1 |' in both.stdout and '| h.1.attn.c_v | +' in both.stdout
     assert {p.name for p in (tmp_path / 'both').iterdir()} == {'drop_in.md', 'drop_in.json', 'drop_in.png'}
+    for seed in (1, 2):                                 # runs of several seeds are one row
+        shutil.copytree(tmp_path / 'one', tmp_path / 'seeds' / f'one/seed={seed}')
+    folders = [*(tmp_path / 'seeds' / 'one').iterdir(), tmp_path / 'all']
+    seeds = run_program('recovery.py', *folders, f'--to={tmp_path / "s"}').stdout
+    assert '| seeds/one | 5 |' in seeds and '± 0.0000 (n=2)' in seeds and '## seeds/one/seed=2' in seeds
     mistake = run_program('recovery.py', dense, code=2)
     assert mistake.stderr.count('\n') == 1 and 'no measured replacement' in mistake.stderr
     assert recovery.write(str(dense)) == '' and not (dense / 'drop_in.md').exists()
