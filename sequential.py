@@ -3,6 +3,8 @@
 What the compressed layers in front of a site do wrong is known when the site is fitted, so that it can make up for a part
 of it. Source of the idea for low rank: SVD-LLM, Wang et al. 2024, arXiv 2403.07378 (its sequential update).
 """
+import contextlib
+
 import torch
 
 import calibrate
@@ -18,12 +20,13 @@ class Streams:
     """The residual streams of a dense model and of the one that is being compressed, side by side, block by block.
 
     dense, mixed: models of one shape that share no module; mixed holds compressed sites where they are done and the
-    dense ones elsewhere. Memory: 2 x 4 bytes x tokens x n_embd for the streams, and three in^2 in float64.
-    Cost: for each group of sites that share an input a part of a block in both models, and the block once more.
+    dense ones elsewhere. Memory: 4 x 4 bytes x tokens x n_embd for the streams and the attention's outputs, and three
+    in^2 in float64. Cost: the block once in both models, once more without attention for each group of sites behind it,
+    and for each group in attention the part in front of it.
     """
 
     def __init__(self, dense, mixed, batches):
-        self.models, self.index = (dense, mixed), 0
+        self.models, self.index, self.attended = (dense, mixed), 0, {}
         self.streams = [[stopped_at(model, model.transformer.h[0], x.to(device_of(model))) for x, _ in batches]
                         for model in self.models]       # [[(x, ctx) of a batch]] in front of the block at hand
 
@@ -33,26 +36,53 @@ class Streams:
         for model, stream in zip(self.models, self.streams):
             with Hooks(model):
                 for i, (x, ctx) in enumerate(stream):
-                    stream[i] = model.transformer.h[self.index](x, ctx), ctx
-        self.index += 1
+                    with self.attention_done(model, i):
+                        stream[i] = model.transformer.h[self.index](x, ctx), ctx
+        self.index, self.attended = self.index + 1, {}
 
-    def stats(self, site):
-        """Stats of a site of the block at hand, with the cross moment of both models' inputs."""
+    def stats(self, site, source=None):
+        """Stats of a site of the block at hand, with the cross moment of both models' inputs.
+
+        source: what is known of the dense model there, whose sums need not be taken again.
+        """
         here, there, cross = Moments(), Moments(), Moments()
-        for batch in zip(*self.streams):
-            source, x = (self.input(model, site, *stream) for model, stream in zip(self.models, batch))
-            there.add(source)
+        if self.in_attention(site):
+            self.attended = {}
+        for batch in range(len(self.streams[0])):
+            old, x = (self.input(model, site, batch, *stream[batch]) for model, stream in zip(self.models, self.streams))
+            if source is None:
+                there.add(old)
             here.add(x)
-            cross.add(source, x)
-        return Stats(here.count, here.mean, here.covariance, None, cross.covariance, there.mean, there.covariance)
+            cross.add(old, x)
+        mean, covariance = (there.mean, there.covariance) if source is None else (source.mean, source.covariance)
+        return Stats(here.count, here.mean, here.covariance, None, cross.covariance, mean, covariance)
 
-    def input(self, model, site, x, ctx):
+    def input(self, model, site, batch, x, ctx):
         """What the site is fed, (B, T, in), for the block's input x."""
-        found = stopped_at(model.transformer.h[self.index], model.sites()[site], x, ctx)
+        with contextlib.nullcontext() if self.in_attention(site) else self.attention_done(model, batch):
+            found = stopped_at(model.transformer.h[self.index], model.sites()[site], x, ctx)
         if found is None:
             raise UserError(f'{site} is never called by its block, so that there is nothing to calibrate; leave it dense '
                             'or take decompose=van_loan', 'decompose')
         return found[0]
+
+    def in_attention(self, site):
+        return site.startswith(f'h.{self.index}.attn.')
+
+    @contextlib.contextmanager
+    def attention_done(self, model, batch):
+        """While this lasts the attention at hand gives again what it gave for this batch: none of its sites changes."""
+        attention, key = model.transformer.h[self.index].attn, (id(model), batch)
+
+        def forward(*arguments):
+            if key not in self.attended:
+                self.attended[key] = type(attention).forward(attention, *arguments)
+            return self.attended[key]
+        attention.forward = forward                     # in front of the class's
+        try:
+            yield
+        finally:
+            del attention.forward
 
 
 @torch.no_grad()
@@ -77,20 +107,22 @@ def stopped_at(outer, inner, *arguments):
 def walk(dense, mixed, todo, batches, gradients=False, passes=calibrate.passes):
     """Yield (site, Stats) of the sites of todo, block by block; who asks for the next one has put its site into `mixed`.
 
-    With gradients the Stats hold the gradient covariance of the dense model, of `passes`, as calibrate.passes gives them.
+    With gradients the Stats hold the gradient covariance of the dense model, of `passes`, as calibrate.passes gives them;
+    where these are kept by somebody they serve without gradients too.
     """
     calibrate.check_enough(dense, todo, batches)
     streams, known = Streams(dense, mixed, batches), {}
-    found = passes(dense, todo, batches, gradients=True) if gradients else None
+    kept = gradients or passes is not calibrate.passes
+    found = passes(dense, todo, batches, gradients) if kept else None
     order = [[site for site in group if site in todo] for group in calibrate.groups(dense, batches[0][0][:1])]
     for index in range(len(dense.transformer.h)):
         for group in order:
             if not group or not group[0].startswith(f'h.{index}.'):
                 continue
-            stats = streams.stats(group[0])
+            while kept and not set(group) <= known.keys():
+                known.update(next(found))
+            stats = streams.stats(group[0], known.get(group[0]))
             for site in group:
-                while gradients and site not in known:
-                    known.update(next(found))
-                stats.gradient = known.pop(site).gradient if gradients else None
+                stats.gradient = known.pop(site).gradient if kept else None
                 yield site, stats
         streams.advance()

@@ -13,15 +13,14 @@ rows of A share one normal matrix, (r n, r n):
     G[(i, b), (j, b')] = sum_{d d'} RC[(b, b'), (d, d')] K_ij[d, d'],  K_ij = B_i^T B_j,  A_rows G = RT contracted with B
 
 and with A fixed the same holds for R(C)^T, RT^T. Where n = 1 or q = 1 there is a closed form for H = I. With an H that is
-not I the rows are coupled, (r m n)^2 numbers, and with many terms of long rows G itself is large: then the normal equations
-are solved by a few steps of conjugate gradients, which lower the objective at each step too, and G is never formed.
+not I the rows are coupled, (r m n)^2 numbers, unless m = 1 or p = 1, and with many terms of long rows G itself is large:
+then the normal equations are solved by a few steps of conjugate gradients, which lower the objective at each step too, and
+G is never formed.
 """
-import copy
-
 import torch
 
 from kron.solve import conjugate_gradients, dense, factorise, rows, separable_inverse, unrows
-from kron.van_loan import canonical, nearest_kronecker_sum, rearrange
+from kron.van_loan import canonical, nearest_in_outputs, nearest_kronecker_sum, rearrange
 
 RIDGE = 0.01            # of C's typical diagonal entry; 0.003 to 0.03 do equally well, 0.3 is too much
 HESSIAN_RIDGE = 1.0     # of H's: what the gradients show holds near the dense model, and errors are not small
@@ -105,22 +104,6 @@ def shifted(weight, stats):
     return torch.linalg.solve(C, (weight.double() @ M).t()).t(), C
 
 
-def centred(stats):
-    """The same stats about their means: what is left to fit once the bias follows the means."""
-    stats = copy.copy(stats)
-    stats.mean = torch.zeros_like(stats.mean)
-    if getattr(stats, 'source_mean', None) is not None:
-        stats.source_mean = torch.zeros_like(stats.source_mean)
-    return stats
-
-
-def bias_shift(weight, kept, stats):
-    """W E[x] - What E[x'], (out,): what the bias gains so that the mean output is as it was (x' = x without a source)."""
-    mean = seen(stats, 'mean', weight)
-    source = mean if getattr(stats, 'source_mean', None) is None else seen(stats, 'source_mean', weight)
-    return weight.double() @ source - kept.double() @ mean
-
-
 # ---------------------------------------------------------------------------------------------------
 # the fit
 
@@ -130,13 +113,16 @@ def fit(target, C, m, n, terms, H=None, sweeps=SWEEPS, gain=GAIN):
     target (m*p, n*q), C (n*q, n*q) positive definite, H (m*p, m*p) or None. Stops after `sweeps`, or when a sweep gains
     less than `gain` of the objective. Cost of a sweep without H: solves of r n and of r q unknowns,
     (r n)^3/3 + 2 m (r n)^2 and (r q)^3/3 + 2 p (r q)^2 multiply-adds, and r^2 in^2 + r^2 (m n^2 + p q^2) for the normal
-    matrices; with H 2 CG_STEPS (out^2 in + out in^2). Memory: 8 bytes times 2 in^2 + 2 out in + 2 r^2 max(n, q)^2, + out^2.
+    matrices; with H, unless m = 1 or p = 1, 2 CG_STEPS (out^2 in + out in^2). Memory: 8 bytes times 2 in^2 + 2 out in +
+    2 r^2 max(n, q)^2, + out^2.
     """
+    if H is not None and 1 in (m, len(H) // m):
+        return fit_rows(target, C, m, n, terms, H, sweeps, gain)
     A, B = nearest_kronecker_sum(target, m, n, terms)
     problem = Problem(target, C, H, m, n)
     objectives = [problem.objective(A, B)]
     if 1 in (n, len(C) // n):
-        best = nearest_in_outputs(target, C, m, n, terms)
+        best = nearest_in_outputs(target, torch.linalg.cholesky(C), m, n, terms)
         if problem.objective(*best) < objectives[0]:
             A, B, sweeps = *best, sweeps * (H is not None)
             objectives.append(problem.objective(A, B))
@@ -153,17 +139,18 @@ def fit(target, C, m, n, terms, H=None, sweeps=SWEEPS, gain=GAIN):
     return A, B, objectives
 
 
-def nearest_in_outputs(target, C, m, n, terms):
-    """The best A, B of H = I in closed form, for n = 1 or q = 1: one SVD.
+def fit_rows(target, C, m, n, terms, H, sweeps, gain):
+    """fit where H meets one factor alone, m = 1 or p = 1: with H = L L^T the objective is that of L^T T without H.
 
-    With C = L L^T the objective is ||T L - What L||_F^2, and (A (x) B) L = (A L) (x) B where B is a column (q = 1), or
-    A (x) (B L) where A is one (n = 1): Van Loan's problem for T L.
+    L^T (A (x) B) is A (x) (L^T B) for m = 1 and (L^T A) (x) B for p = 1.
     """
-    L = torch.linalg.cholesky(C)
-    A, B = nearest_kronecker_sum(target @ L, m, n, terms)
-    white, other = (B, A) if n == 1 else (A, B)
-    white = torch.linalg.solve_triangular(L, white.flatten(0, 1), upper=False, left=False).view_as(white)
-    return canonical(*((other, white) if n == 1 else (white, other)))
+    L, nearest = torch.linalg.cholesky(H), nearest_kronecker_sum(target, m, n, terms)
+    A, B, objectives = fit(L.t() @ target, C, m, n, terms, None, sweeps, gain)
+    back = torch.linalg.solve_triangular(L.t(), B if m == 1 else A, upper=True)
+    error = L.t() @ (target - dense(*nearest))
+    first = (error @ C * error).sum().item()
+    lower = [value for value in objectives if value < first]
+    return *((canonical(A, back) if m == 1 else canonical(back, B)) if lower else nearest), [first, *lower]
 
 
 class Problem:

@@ -9,9 +9,8 @@ import math
 import torch
 import torch.nn as nn
 
-from kron.als import bias_shift, centred
 from kron.lean import computed_in
-from kron.methods import CALIBRATED, METHODS, fit_beside, moved
+from kron.methods import CALIBRATED, METHODS, bias_shift, centred, fit_beside, moved
 from kron.plan import PLANS, by_rule, cheaper_is_a_first, rule, rule_flops, taken
 from layers import Structured, loudest, no_autocast, options_numel
 from variants import did_you_mean

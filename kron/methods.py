@@ -1,7 +1,9 @@
 """The methods by which a sum of Kronecker products stands for a dense matrix, by name."""
 import copy
 
-from kron.als import FITTED, bias_shift, centred, dense, moment, shifted
+import torch
+
+from kron.als import FITTED, dense, moment, seen, shifted
 from kron.van_loan import nearest_kronecker_sum, pruned_sum
 from layers import silenced
 
@@ -46,14 +48,30 @@ def fit_beside(method, weight, stats, index, m, n, terms):
     """
     if index is None:
         return method(weight, stats, m, n, terms)
-    seen = silenced(stats, index)
-    C = None if seen is None else moment(seen, weight)
+    left = silenced(stats, index)
+    C = None if left is None else moment(left, weight)
 
     def error(found):
         A, B, s = found
         D = (weight.double() - s * dense(A.double(), B.double())).index_fill(1, index, 0)
         return (D * (D if C is None else D @ C)).sum().item()
-    return min((method(W, seen, m, n, terms) for W in (weight.index_fill(1, index, 0), weight)), key=error)
+    return min((method(W, left, m, n, terms) for W in (weight.index_fill(1, index, 0), weight)), key=error)
+
+
+def centred(stats):
+    """The same stats about their means: what is left to fit once the bias follows the means."""
+    stats = copy.copy(stats)
+    stats.mean = torch.zeros_like(stats.mean)
+    if getattr(stats, 'source_mean', None) is not None:
+        stats.source_mean = torch.zeros_like(stats.source_mean)
+    return stats
+
+
+def bias_shift(weight, kept, stats):
+    """W E[x] - What E[x'], (out,): what the bias gains so that the mean output is as it was (x' = x without a source)."""
+    mean = seen(stats, 'mean', weight)
+    source = mean if getattr(stats, 'source_mean', None) is None else seen(stats, 'source_mean', weight)
+    return weight.double() @ source - kept.double() @ mean
 
 
 def moved(weight, bias, stats):

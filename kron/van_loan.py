@@ -28,6 +28,17 @@ def nearest_kronecker_sum(weight, m, n, terms):
     return left.view(terms, m, n).to(weight.dtype), right.view(terms, p, q).to(weight.dtype)
 
 
+def nearest_in_outputs(target, L, m, n, terms):
+    """argmin ||(T - sum_i A_i (x) B_i) L||_F in closed form, for n = 1 or q = 1: one SVD. L lower triangular.
+
+    (A (x) B) L = (A L) (x) B where B is a column (q = 1), A (x) (B L) where A is one (n = 1): Van Loan's problem for T L.
+    """
+    A, B = nearest_kronecker_sum(target @ L, m, n, terms)
+    white, other = (B, A) if n == 1 else (A, B)
+    white = torch.linalg.solve_triangular(L, white.flatten(0, 1), upper=False, left=False).view_as(white)
+    return canonical(*((other, white) if n == 1 else (white, other)))
+
+
 def canonical(A, B):
     """The same sum as terms that are orthogonal, balanced and in falling order, as nearest_kronecker_sum gives them.
 

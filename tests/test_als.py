@@ -166,6 +166,20 @@ def test_the_optimum_is_stationary():
     assert max(A.grad.norm(), B.grad.norm()) < 1e-5 * value
 
 
+@pytest.mark.parametrize('m, n, p, q, terms', [(1, 6, 12, 4, 3), (12, 6, 1, 4, 3), (1, 12, 6, 2, 4)], ids=str)
+def test_where_one_factor_has_all_outputs_the_weight_costs_no_more(monkeypatch, m, n, p, q, terms):
+    """m = 1 or p = 1: no conjugate gradients, and the weighted objective is stationary and below an unweighted fit's."""
+    W, C, H = randn(m * p, n * q), covariance(n * q, decay=1), covariance(m * p, seed=5, decay=2)
+    plain = loss(W, dense(*fit(W, C, m, n, terms)[:2]), C, H)
+    monkeypatch.setattr(Problem, 'conjugate_gradients', None)
+    A, B, objectives = fit(W, C, m, n, terms, H, sweeps=3000, gain=1e-14)
+    A, B = A.requires_grad_(), B.requires_grad_()
+    value = ((H @ (W - dense(A, B)) @ C) * (W - dense(A, B))).sum()
+    assert value.item() == pytest.approx(objectives[-1], rel=1e-9) and value < 0.9 * plain
+    value.backward()
+    assert max(A.grad.norm(), B.grad.norm()) < 1e-4 * value
+
+
 def test_beats_the_nearest_sum_where_inputs_are_not_white():
     W, C = randn(32, 24), covariance(24)
     _, _, objectives = fit(W, C, 8, 6, 2)

@@ -13,7 +13,7 @@ from configurator import GPTConfig
 from data.dataset import open_dataset
 from decompose import Decomposition, prune, runnable
 from initialise import initialise
-from model import GPT
+from model import GPT, CausalSelfAttention
 from tests.tiny import make_data
 from variants import UserError
 
@@ -192,6 +192,15 @@ def test_sequential_stats_are_those_of_the_finished_models(monkeypatch):
         same(stats.cross, (y - y.mean(0)).T @ (x - x.mean(0)) / len(x))
         same(stats.gradient, gradients[site].gradient)
     assert not torch.allclose(seen['h.1.mlp.c_proj'].cross, seen['h.1.mlp.c_proj'].covariance)
+
+
+def test_a_block_attends_once_for_all_of_its_mlp(monkeypatch):
+    calls, forward = [], CausalSelfAttention.forward
+    monkeypatch.setattr(CausalSelfAttention, 'forward', lambda self, *given: calls.append(self) or forward(self, *given))
+    batches = text()
+    filled('als_sequential', batches=batches, rules={'h.*.mlp.*': 'kron(8, 4)'})
+    blocks = 2
+    assert len(calls) == blocks + 2 * blocks * len(batches)        # to see the order of the sites; both models
 
 
 def test_fitting_layer_by_layer_follows_the_dense_model_better():
