@@ -5,9 +5,7 @@ placeholders then (`lowrank` alone will do), and what was chosen stands in `conf
 holds the sizes and nothing is chosen twice.
 """
 import dataclasses
-import heapq
 import inspect
-import itertools
 import math
 
 import torch
@@ -17,28 +15,29 @@ import variants
 from kron.van_loan import rearrange
 from lowrank.svd import with_ridge
 from model import GPT
+from sizing import spectrum, uniform
 from variants import LINEARS, Spec, UserError, parse_spec
 
-SIZES = {'lowrank': ('rank',), 'kron': ('terms',), 'abba': ('rank1', 'rank2')}      # what is chosen, as one size
-WINDOW = 6              # steps around the greedy choice that are tried in each class of equal costs
+SIZES = {'lowrank': ('rank',), 'pivot': ('rank',), 'kron': ('terms',), 'abba': ('rank1', 'rank2')}      # as one size
 
 
 @dataclasses.dataclass
 class Site:
-    """A site whose size is to be chosen. The sizes are 1 .. most; the step from size k - 1 to k costs `step` parameters."""
+    """A site whose size is to be chosen, 1 .. most; the first step costs `step` parameters, each next one `bend` more."""
     name: str
     spec: Spec
     shape: tuple                                        # (out, in)
     first: int                                          # parameters at size 1
     step: int
     most: int                                           # the largest size that saves parameters and is of use
+    bend: int = 0
 
     @property
     def dense(self):
         return self.shape[0] * self.shape[1]
 
     def numel(self, size):
-        return self.first + (size - 1) * self.step
+        return self.first + (size - 1) * self.step + self.bend * (size - 1) * (size - 2) // 2
 
 
 def sized(spec, size):
@@ -86,11 +85,10 @@ def candidates(config):
         if not is_sized(spec):
             continue
         shape, cls = (module.out_features, module.in_features), LINEARS[spec.name]
-
-        first, second = (cls.weight_numel(*shape[::-1], **arguments_of(sized(spec, size))) for size in (1, 2))
-        step = second - first
-        saving = (shape[0] * shape[1] - 1 - first) // step + 1
-        found.append(Site(name, spec, shape, first, step, min(saving, full_size(spec, shape))))
+        first, second, third = (cls.weight_numel(*shape[::-1], **arguments_of(sized(spec, size))) for size in (1, 2, 3))
+        site = Site(name, spec, shape, first, second - first, full_size(spec, shape), third - 2 * second + first)
+        site.most = max((k for k in range(1, site.most + 1) if site.numel(k) < site.dense), default=0)
+        found.append(site)
     if not found:
         raise UserError('rank_budget needs sites with a size to choose: linear names none that is not dense', 'rank_budget')
     return found
@@ -119,67 +117,6 @@ def budget_of(sites, fraction):
         raise UserError(f'rank_budget={fraction:g} cannot be met: these {len(sites)} sites reach {low:g}, with size 1 '
                         f'everywhere, to {high:g}', 'rank_budget')
     return budget
-
-
-def uniform(sites, budget):
-    """{site: size}: the same fraction of its dense parameters for each, at least size 1, as large as the budget allows."""
-    def at(fraction):
-        return {s.name: min(max(1, int((fraction * s.dense - s.first) // s.step) + 1), s.most) for s in sites}
-    fractions = sorted({s.numel(k) / s.dense * (1 + 1e-12) for s in sites for k in range(1, s.most + 1)})
-    low, high = 0, len(fractions)                       # the largest fraction that fits, by bisection
-    while low < high:
-        middle = (low + high) // 2
-        fits = sum(s.numel(at(fractions[middle])[s.name]) for s in sites) <= budget
-        low, high = (middle + 1, high) if fits else (low, middle)
-    return at(fractions[max(low - 1, 0)])
-
-
-def spectrum(sites, budget, gains):
-    """{site: size} with the largest sum of gains within the budget.
-
-    gains: {site: those of size 1, 2, ..., falling}. Steps are taken by gain a parameter, the best for the budget that
-    they use (a Lagrangian); what is left of the budget is settled by trying all numbers of steps near those, class by
-    class of sites with one cost a step, which is exact where the optimum lies within WINDOW of them.
-    """
-    classes = {}
-    for s in sites:
-        classes.setdefault(s.step, []).append(s)
-    steps = {cost: sorted(((gains[s.name][k - 1], s.name) for s in members for k in range(2, s.most + 1)), reverse=True)
-             for cost, members in classes.items()}
-    left = budget - sum(s.first for s in sites)
-    counts = best_counts({cost: [gain for gain, _ in found] for cost, found in steps.items()}, left)
-    taken = {s.name: 1 for s in sites}
-    for cost, found in steps.items():
-        for _, name in found[:counts[cost]]:
-            taken[name] += 1
-    return taken
-
-
-def best_counts(gains, budget):
-    """{cost: how many steps of that cost}: the largest sum of gains, {cost: falling list}, within the budget."""
-    counts, left = dict.fromkeys(gains, 0), budget
-    heap = [(-found[0] / cost, cost) for cost, found in gains.items() if found]
-    heapq.heapify(heap)
-    while heap:
-        _, cost = heapq.heappop(heap)
-        if cost > left:
-            continue                                    # a cheaper step may still fit
-        counts[cost], left = counts[cost] + 1, left - cost
-        if counts[cost] < len(gains[cost]):
-            heapq.heappush(heap, (-gains[cost][counts[cost]] / cost, cost))
-    totals = {cost: [0, *itertools.accumulate(found)] for cost, found in gains.items()}
-    *free, last = sorted(gains, reverse=True)           # the cheapest class takes what the others leave
-    near = [range(max(0, counts[c] - WINDOW), min(len(gains[c]), counts[c] + WINDOW) + 1) for c in free]
-    best, value = counts, sum(totals[c][counts[c]] for c in gains)
-    for tried in itertools.product(*near):
-        rest = budget - sum(c * n for c, n in zip(free, tried))
-        if rest < 0:
-            continue
-        n = min(rest // last, len(gains[last]))
-        now = totals[last][n] + sum(totals[c][k] for c, k in zip(free, tried))
-        if now > value:
-            best, value = {last: n, **dict(zip(free, tried))}, now
-    return best
 
 
 def gain_of(site, weight, stats=None):

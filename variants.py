@@ -25,6 +25,7 @@ LINEARS = Table({
     'dense': 'layers:Linear',
     'kron': 'kron.linear:KroneckerLinear',
     'lowrank': 'lowrank.linear:LowRankLinear',
+    'pivot': 'lowrank.pivot:PivotLinear',
     'abba': 'lowrank.abba:ABBALinear',
     'sum': 'sums:SumLinear',
 })

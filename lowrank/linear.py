@@ -178,7 +178,12 @@ class LowRankLinear(Structured):
         U, V, mean = METHODS[method](target, stats, rank)
         if mean is not None:
             bias = bias + (target.double() - U.double() @ V.double()) @ mean
-        return cls.settled(whole, bias, {'U': U, 'V': V}, index, rank=rank, exact_columns=exact_columns, **options)
+        return cls.settled(whole, bias, cls.gauged(U, V), index, rank=rank, exact_columns=exact_columns, **options)
+
+    @staticmethod
+    def gauged(U, V):
+        """The factors of the product U V, by name."""
+        return {'U': U, 'V': V}
 
     def extra_repr(self):
         return (f'in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, '

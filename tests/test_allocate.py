@@ -9,10 +9,12 @@ import torch
 import allocate
 import checkpoint
 import configurator
+import sizing
 import train
-from allocate import Site, best_counts, spectrum, uniform
+from allocate import Site
 from configurator import Config, GPTConfig
 from model import GPT
+from sizing import best_counts, by_price, spectrum, uniform
 from tests.tiny import arguments, make_data
 from variants import Spec, UserError
 
@@ -60,7 +62,7 @@ def test_without_the_window_the_greedy_choice_misses_some(monkeypatch):
     """Negative control: steps by gain a parameter alone leave a budget that a dearer step would have used."""
     gains = {2: [1.0], 5: [2.4]}
     assert best_counts(gains, 5) == {2: 0, 5: 1}
-    monkeypatch.setattr(allocate, 'WINDOW', -1)
+    monkeypatch.setattr(sizing, 'WINDOW', -1)
     assert best_counts(gains, 5) == {2: 1, 5: 0}
 
 
@@ -85,6 +87,41 @@ def test_sizes_by_spectrum_are_brute_forces(seed):
         chosen = spectrum(found, budget, gains)
         assert sum(s.numel(chosen[s.name]) for s in found) <= budget
         assert sum(sum(gains[s.name][:chosen[s.name]]) for s in found) == pytest.approx(best, abs=1e-12)
+
+
+def bent(count=4, seed=0):
+    """Sites whose steps get cheaper, as a pivoted low rank's do."""
+    rng = random.Random(seed)
+    shapes = [rng.choice([(9, 6), (8, 5), (7, 6)]) for _ in range(count)]
+    return [Site(f's{i}', Spec('pivot', (1,)), s, sum(s) - 1, sum(s) - 3, min(s) - 1, -2) for i, s in enumerate(shapes)]
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_sizes_by_price_are_near_brute_forces(seed):
+    """What is lost is less than one step's gain, and nothing where the steps cost the same and the budget is used up."""
+    found, rng = bent(seed=seed), random.Random(seed)
+    assert all(s.numel(k) == k * (sum(s.shape) - k) for s in found for k in range(1, s.most + 1))
+    gains = {s.name: sorted((rng.random() ** 2 for _ in range(s.most)), reverse=True) for s in found}
+    for fraction in (0.5, 0.7, 0.9):
+        budget = int(fraction * sum(s.dense for s in found))
+        best = max(sum(sum(gains[s.name][:k]) for s, k in zip(found, sizes))
+                   for sizes in itertools.product(*(range(1, s.most + 1) for s in found))
+                   if sum(s.numel(k) for s, k in zip(found, sizes)) <= budget)
+        chosen = spectrum(found, budget, gains)
+        assert sum(s.numel(chosen[s.name]) for s in found) <= budget
+        value = sum(sum(gains[s.name][:chosen[s.name]]) for s in found)
+        worst = sum(sum(gains[s.name][:k]) for s, k in zip(found, uniform(found, budget).values()))
+        assert best - max(max(g) for g in gains.values()) / 2 < value <= best + 1e-12 and value >= worst
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_steps_of_one_cost_by_price_are_the_best(seed):
+    """Against best_counts, which is exact: one shape, so that nothing is left of the budget that a step could use."""
+    found, rng = [Site(f's{i}', Spec('lowrank', (1,)), (40, 30), 70, 70, 17) for i in range(6)], random.Random(seed)
+    gains = {s.name: sorted((rng.random() ** 3 for _ in range(s.most)), reverse=True) for s in found}
+    for budget in (70 * 20, 70 * 41 + 3, 70 * 90):
+        one, two = (sum(sum(gains[n][:k]) for n, k in way(found, budget, gains).items()) for way in (by_price, spectrum))
+        assert one == pytest.approx(two, abs=1e-12)
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -121,7 +158,7 @@ def test_sizes_are_written_into_the_rules():
 @pytest.mark.parametrize('spec, size, expected', [
     ('lowrank', 5, 'lowrank(5)'),
     ('lowrank(64, exact_columns=2)', 5, 'lowrank(5, exact_columns=2)'),
-    ('lowrank(rank=9)', 5, 'lowrank(5)'),
+    ('lowrank(rank=9)', 5, 'lowrank(5)'), ('pivot', 5, 'pivot(5)'),
     ('kron(8, 8)', 3, 'kron(8, 8, terms=3)'), ('kron(8, 8, 2)', 3, 'kron(8, 8, 3)'),
     ('kron(n=8, m=4)', 3, 'kron(n=8, m=4, terms=3)'), ('abba', 4, 'abba(4, 4)'),
     ('abba(16, rank2=9)', 4, 'abba(4, rank2=4)'),
@@ -134,6 +171,7 @@ def test_a_spec_takes_its_size(spec, size, expected):
 
 @pytest.mark.parametrize('rules', [
     {'h.*.mlp.*': 'abba', '*.c_v': 'lowrank(1, weight_norm=True)'}, {'*.c_fc': 'lowrank + kron(8, 8, terms=2)'},
+    {'*.c_fc': 'pivot', 'h.1.*': 'pivot(1, weight_norm=True)'},
     {'*.c_fc': 'kron(8, 8, scale=True, exact_columns=2)', 'h.1.*': 'lowrank(exact_columns=1)'}], ids=str)
 def test_every_structure_is_counted_as_it_is_built(rules):
     made = config(linear=rules)

@@ -30,6 +30,8 @@ EXAMPLES = {
              'local': [{'m': 6, 'n': 8, 'terms': 2, 'scale': True, 'weight_norm': True}]},  # rows scaled: no sum
     'lowrank': {'saving': [{'rank': 5}, {'rank': 4, 'exact_columns': 2}, {'rank': 5, 'weight_norm': True},
                            {'rank': 3, 'exact_columns': 4, 'weight_norm': True}], 'full': {'rank': 48}},
+    'pivot': {'saving': [{'rank': 5}, {'rank': 30}, {'rank': 4, 'exact_columns': 2}, {'rank': 5, 'weight_norm': True},
+                         {'rank': 3, 'exact_columns': 4, 'weight_norm': True}], 'full': {'rank': 48}},
     'abba': {'saving': [{'rank1': 3, 'rank2': 2}, {'rank1': 4, 'rank2': 4, 'scale': True}, {'rank1': 2, 'rank2': 5},
                         {'rank1': 16, 'rank2': 9}],
              'full': {'rank1': 48, 'rank2': 1}, 'forms_W': [{'rank1': 16, 'rank2': 9}], 'fits': 1.0},

@@ -1,0 +1,124 @@
+"""A low-rank map with one of its factors an identity in part, W = U [I R] P: the same matrices, rank^2 fewer parameters."""
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from layers import no_autocast
+from lowrank.linear import CALIBRATED, METHODS, LowRankLinear  # noqa: F401 - METHODS and CALIBRATED: as every structure
+
+
+class PivotLinear(LowRankLinear):
+    """y = U (x_S + R x_rest) + b: S are `rank` inputs, U (out, rank) the columns of W there, R (rank, in - rank).
+
+    Every matrix of that rank is of this form: U V = (U V_S) [I, V_S^-1 V_rest]. in_features, out_features: sizes; bias:
+    bool; 1 <= rank <= in_features. S, then the others, is the buffer
+    `order`, which checkpoints carry. Parameters rank (out + in - rank)
+    (+ out), FLOPs twice that a token: below the dense matrix's for every rank below min(out, in), where lowrank's only
+    are below out in / (out + in). exact_columns, weight_norm, guide: see structured.Structured.
+    Raises ValueError for sizes that are not positive, or a rank above in_features.
+    Source of the idea: pivoting factorization, Zhao et al. 2025, arXiv 2501.19090.
+    """
+    tags = {'U': 'factor', 'R': 'factor', 'bias': 'vector'}
+
+    def __init__(self, in_features, out_features, bias, rank, *, exact_columns=0, weight_norm=False, guide=False):
+        nn.Module.__init__(self)
+        self.weight_numel(in_features, out_features, rank, exact_columns, weight_norm, guide)       # refuses bad sizes
+        self.rank = rank
+        self.U = nn.Parameter(torch.empty(out_features, rank))
+        self.R = nn.Parameter(torch.empty(rank, in_features - rank))
+        self.register_buffer('order', torch.arange(in_features))
+        self.add_options(in_features, out_features, bias, exact_columns, weight_norm, guide)
+        self.reset_parameters()
+
+    @classmethod
+    def weight_numel(cls, in_features, out_features, rank, exact_columns=0, weight_norm=False, guide=False):
+        """Parameters without the bias: rank (out + in - rank) and the options'. ValueError, one sentence, for bad sizes."""
+        whole = super().weight_numel(in_features, out_features, rank, exact_columns, weight_norm, guide)
+        if rank > in_features:
+            raise ValueError(f'rank={rank} must be at most the {in_features} inputs')
+        return whole - rank ** 2
+
+    def reset_factors(self, std):
+        """Entries of U N(0, std), of R N(0, 1/sqrt(rank)), so that all of W have that std; S spread over the inputs."""
+        if self.U.is_meta:
+            return
+        nn.init.normal_(self.U, std=std)
+        if self.R.numel():
+            nn.init.normal_(self.R, std=self.rank ** -0.5)
+        spread = torch.arange(self.rank) * self.in_features // self.rank
+        self.order.copy_(with_others(spread, self.in_features))
+
+    def product(self, x, bias=None):
+        """U (x_S + R x_rest) + bias for x (..., in); never forms W."""
+        if x.shape[-1] != self.in_features:
+            raise RuntimeError(f'x has {x.shape[-1]} features and not {self.in_features}')
+        x = x[..., self.order]
+        return F.linear(x[..., :self.rank] + F.linear(x[..., self.rank:], self.R), self.U, bias)
+
+    def product_weight(self):
+        """[U, U R] with its columns in their places, (out, in), in fp32 at least."""
+        dtype = torch.promote_types(self.U.dtype, torch.float32)
+        with no_autocast(self.U):
+            U = self.U.to(dtype)
+            W = torch.cat((U, U @ self.R.to(dtype)), 1)
+        return torch.zeros_like(W).index_copy(1, self.order, W)
+
+    def row_norms(self):
+        """||U_i [I R]||, (out,), in fp32 at least and without W: rank^2 (out + in) multiply-adds."""
+        dtype = torch.promote_types(self.U.dtype, torch.float32)
+        U, R = self.U.to(dtype), self.R.to(dtype)
+        return (U.square() + (U @ (R @ R.t())) * U).sum(1).clamp(min=1e-24).sqrt()
+
+    def fans(self):
+        """{factor: inputs that each of its outputs sums}."""
+        return {'R': max(1, self.in_features - self.rank), 'U': self.rank}
+
+    def norm_flops(self):
+        """FLOPs of row_norms."""
+        return 2 * self.rank ** 2 * (self.in_features - self.rank + self.out_features)
+
+    def normalise_(self, dim):
+        """Every row (dim=1) or column (dim=0) of W to unit length, in place and without forming W.
+
+        A column of U that is divided by its length multiplies that row of R, so that U R stays; then R's columns follow.
+        """
+        if dim == 1 or self.refuse_to_normalise(dim):
+            super().normalise_(dim)
+            return
+        lengths = self.U.norm(dim=0).clamp(min=1e-12)
+        self.U.div_(lengths)
+        self.R.mul_(lengths[:, None])
+        self.R.div_(torch.einsum('rj,rs,sj->j', self.R, self.U.t() @ self.U, self.R).clamp(min=1e-24).sqrt())
+
+    def flops(self, tokens):
+        """Forward FLOPs for that many tokens, a multiply-add counted as 2."""
+        return 2 * tokens * self.rank * (self.in_features + self.out_features - self.rank) + self.option_flops(tokens)
+
+    @staticmethod
+    def gauged(U, V):
+        """The product U V as {'U', 'R', 'order'}, exactly, with the inputs of `pivoted` in front. O(rank^2 in), float64."""
+        rank, size = V.shape
+        order = with_others(pivoted(V), size)
+        first, others = V.double()[:, order].tensor_split((rank,), 1)
+        return {'U': U.double() @ first, 'R': torch.linalg.pinv(first) @ others, 'order': order}
+
+
+def with_others(chosen, size):
+    """The numbers 0 .. size - 1, (size,), the chosen ones first and both parts in rising order."""
+    free = torch.ones(size, dtype=torch.bool, device=chosen.device).index_fill(0, chosen, False)
+    return torch.cat((chosen.sort().values, free.nonzero(as_tuple=True)[0]))
+
+
+def pivoted(V):
+    """As many columns of V (rank, in) as it has rows, each the longest beside the span of those before: pivoted QR.
+
+    So that the others are no large multiples of these. Where V has a lower rank the last ones are any.
+    """
+    left, chosen = V.detach().double().clone(), []
+    for _ in range(len(V)):
+        lengths = left.square().sum(0)
+        lengths[chosen] = -1.0
+        chosen.append(lengths.argmax().item())
+        q = left[:, chosen[-1]] / lengths[chosen[-1]].sqrt().clamp(min=1e-150)
+        left -= torch.outer(q, q @ left)
+    return torch.tensor(chosen, device=V.device)
