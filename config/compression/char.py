@@ -1,10 +1,9 @@
-"""How well do sums of Kronecker products start from a trained character model? Four shapes, four methods, three models.
+"""How well do sums of Kronecker products start from a trained character model? Four shapes, six methods, three models.
 
 Launch: python compress.py config/compression/char.py, then python compress.py report out/compression_char
 Trains config/dense_mlp.py with three seeds, replaces all MLP matrices at about a quarter of their parameters (c_proj has the
 shapes of c_fc exchanged), and heals each for 500 steps as config/kron_mlp_from_dense.py does; the dense models get the same
-500 steps. About 25 minutes for each of the three on one core, most of it in als_sequential_hessian, where a shape takes
-several minutes. Data: python data/shakespeare_char/prepare.py
+500 steps. About 25 minutes for each of the three on one core. Data: python data/shakespeare_char/prepare.py
 The question is the share of van_loan_normalised's gap to the dense model that the others close.
 """
 train = 'config/dense_mlp.py'
@@ -22,6 +21,7 @@ _64 = {'h.*.mlp.c_fc': 'kron(64, 16, terms=15)', 'h.*.mlp.c_proj': 'kron(16, 64,
 _32 = {'h.*.mlp.c_fc': 'kron(32, 8, terms=32)', 'h.*.mlp.c_proj': 'kron(8, 32, terms=32)'}
 _nvl = 'van_loan_normalised'
 _both = 'als_sequential_hessian'
+_more = {'sizes': 'given', 'heal': '25%', 'decompose': _both, 'calibration_tokens': 98304}
 
 variants = {
     'dense': {'heal': '25%'},
@@ -41,6 +41,15 @@ variants = {
     '128 x 32: als_sequential_hessian': {'linear': _128, 'sizes': 'given', 'heal': '25%', 'decompose': _both},
     '64 x 16: als_sequential_hessian': {'linear': _64, 'sizes': 'given', 'heal': '25%', 'decompose': _both},
     '32 x 8: als_sequential_hessian': {'linear': _32, 'sizes': 'given', 'heal': '25%', 'decompose': _both},
+    '256 x 64: als_hessian': {'linear': _256, 'sizes': 'given', 'heal': '25%', 'decompose': 'als_hessian'},
+    '128 x 32: als_hessian': {'linear': _128, 'sizes': 'given', 'heal': '25%', 'decompose': 'als_hessian'},
+    '64 x 16: als_hessian': {'linear': _64, 'sizes': 'given', 'heal': '25%', 'decompose': 'als_hessian'},
+    '32 x 8: als_hessian': {'linear': _32, 'sizes': 'given', 'heal': '25%', 'decompose': 'als_hessian'},
+    # four times the text
+    '256 x 64: als_sequential_hessian, 98k': {'linear': _256, **_more},
+    '128 x 32: als_sequential_hessian, 98k': {'linear': _128, **_more},
+    '64 x 16: als_sequential_hessian, 98k': {'linear': _64, **_more},
+    '32 x 8: als_sequential_hessian, 98k': {'linear': _32, **_more},
 }
 heal = {
     'batch_size': 12, 'gradient_accumulation_steps': 1, 'learning_rate': 1e-3, 'min_lr': 1e-4, 'beta2': 0.99,
