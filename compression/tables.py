@@ -104,7 +104,9 @@ def gap_text(study, found, text):
         return f'{statistics.fmean(values):.1%}' + f' (n={len(values)})' * (len(values) > 1) if values else ''
     rows, methods = gaps(study, found, text), {}
     for name, label, zero, healed in rows:
-        kept = methods.setdefault(settings_of(study, name, label).decompose, ([], []))
+        settings = settings_of(study, name, label)
+        own = settings.calibration_tokens != study.calibration_tokens
+        kept = methods.setdefault(settings.decompose + f' on {settings.calibration_tokens:,} tokens' * own, ([], []))
         kept[0].extend(zero)
         kept[1].extend(healed)
     lines = [[f'{name} {label}'.strip(), percent(zero), percent(healed)] for name, label, zero, healed in rows]

@@ -21,7 +21,6 @@ _64 = {'h.*.mlp.c_fc': 'kron(64, 16, terms=15)', 'h.*.mlp.c_proj': 'kron(16, 64,
 _32 = {'h.*.mlp.c_fc': 'kron(32, 8, terms=32)', 'h.*.mlp.c_proj': 'kron(8, 32, terms=32)'}
 _nvl = 'van_loan_normalised'
 _both = 'als_sequential_hessian'
-_more = {'sizes': 'given', 'heal': '25%', 'decompose': _both, 'calibration_tokens': 98304}
 
 variants = {
     'dense': {'heal': '25%'},
@@ -46,10 +45,14 @@ variants = {
     '64 x 16: als_hessian': {'linear': _64, 'sizes': 'given', 'heal': '25%', 'decompose': 'als_hessian'},
     '32 x 8: als_hessian': {'linear': _32, 'sizes': 'given', 'heal': '25%', 'decompose': 'als_hessian'},
     # four times the text
-    '256 x 64: als_sequential_hessian, 98k': {'linear': _256, **_more},
-    '128 x 32: als_sequential_hessian, 98k': {'linear': _128, **_more},
-    '64 x 16: als_sequential_hessian, 98k': {'linear': _64, **_more},
-    '32 x 8: als_sequential_hessian, 98k': {'linear': _32, **_more},
+    '256 x 64: als_sequential_hessian on 98k': {'linear': _256, 'sizes': 'given', 'heal': '25%', 'decompose': _both,
+                                              'calibration_tokens': 98304},
+    '128 x 32: als_sequential_hessian on 98k': {'linear': _128, 'sizes': 'given', 'heal': '25%', 'decompose': _both,
+                                              'calibration_tokens': 98304},
+    '64 x 16: als_sequential_hessian on 98k': {'linear': _64, 'sizes': 'given', 'heal': '25%', 'decompose': _both,
+                                              'calibration_tokens': 98304},
+    '32 x 8: als_sequential_hessian on 98k': {'linear': _32, 'sizes': 'given', 'heal': '25%', 'decompose': _both,
+                                              'calibration_tokens': 98304},
 }
 heal = {
     'batch_size': 12, 'gradient_accumulation_steps': 1, 'learning_rate': 1e-3, 'min_lr': 1e-4, 'beta2': 0.99,
