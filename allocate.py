@@ -18,7 +18,9 @@ from model import GPT
 from sizing import spectrum, uniform
 from variants import LINEARS, Spec, UserError, parse_spec
 
-SIZES = {'lowrank': ('rank',), 'pivot': ('rank',), 'kron': ('terms',), 'abba': ('rank1', 'rank2')}      # as one size
+SIZES = {'lowrank': ('rank',), 'pivot': ('rank',), 'kron': ('terms',), 'kron_pivot': ('terms',),
+         'abba': ('rank1', 'rank2')}                    # what is chosen, as one size
+KRONECKER = ('kron', 'kron_pivot')
 
 
 @dataclasses.dataclass
@@ -98,7 +100,7 @@ def full_size(spec, shape):
     """The size from which on a structure gains nothing: the rank, or the Kronecker rank, of a full matrix."""
     if spec.name == 'sum':
         return full_size(parse_spec(spec.args[0][0]), shape)
-    if spec.name != 'kron':
+    if spec.name not in KRONECKER:
         return min(shape)
     arguments = arguments_of(spec)
     left = arguments['m'] * arguments['n']
@@ -132,7 +134,7 @@ def gain_of(site, weight, stats=None):
         values, Q = torch.linalg.eigh(with_ridge(C.to(W.device), stats.count))
         W = W @ (Q * values.clamp_min(0).sqrt()) @ Q.t()
     spec = parse_spec(site.spec.args[0][0]) if site.spec.name == 'sum' else site.spec
-    if spec.name == 'kron':
+    if spec.name in KRONECKER:
         arguments = arguments_of(spec)
         W = rearrange(W, arguments['m'], arguments['n'])
     squares = torch.linalg.svdvals(W).square()

@@ -5,7 +5,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from structured import Structured, loudest, no_autocast, options_numel, silenced  # noqa: F401 - handed on to kron and lowrank
+from structured import (Structured, loudest, no_autocast, options_numel, pivoted, silenced,  # noqa: F401 - handed on
+                        with_others)
 
 
 class Linear(nn.Linear):

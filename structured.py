@@ -168,3 +168,24 @@ def silenced(stats, index):
             t[:, index.to(t.device)] = 0
         values.update({name: t}) if isinstance(values, dict) else setattr(values, name, t)
     return values
+
+
+def with_others(chosen, size):
+    """The numbers 0 .. size - 1, (size,), the chosen ones first and both parts in rising order."""
+    free = torch.ones(size, dtype=torch.bool, device=chosen.device).index_fill(0, chosen, False)
+    return torch.cat((chosen.sort().values, free.nonzero(as_tuple=True)[0]))
+
+
+def pivoted(V):
+    """As many columns of V (rank, in) as it has rows, each the longest beside the span of those before: pivoted QR.
+
+    So that the others are no large multiples of these. Where V has a lower rank the last ones are any.
+    """
+    left, chosen = V.detach().double().clone(), []
+    for _ in range(len(V)):
+        lengths = left.square().sum(0)
+        lengths[chosen] = -1.0
+        chosen.append(lengths.argmax().item())
+        q = left[:, chosen[-1]] / lengths[chosen[-1]].sqrt().clamp(min=1e-150)
+        left -= torch.outer(q, q @ left)
+    return torch.tensor(chosen, device=V.device)

@@ -24,6 +24,7 @@ class Table(dict):
 LINEARS = Table({
     'dense': 'layers:Linear',
     'kron': 'kron.linear:KroneckerLinear',
+    'kron_pivot': 'kron.pivot:KroneckerPivot',
     'lowrank': 'lowrank.linear:LowRankLinear',
     'pivot': 'lowrank.pivot:PivotLinear',
     'abba': 'lowrank.abba:ABBALinear',

@@ -108,7 +108,7 @@ class KroneckerLinear(Structured):
     @torch.no_grad()
     def merged_weight(self, dtype):
         """W in that type, made once a version of the factors. The factors are held, so that no other has their address."""
-        parameters = [p for p in (self.A, self.B, self.scale) if p is not None]
+        parameters = [p for name, p in self.named_parameters() if type(self).tags.get(name) == 'factor' or name == 'scale']
         version = [dtype, *((p.data_ptr(), p._version) for p in parameters)]
         if self.merged is None or self.merged[0] != version:
             self.merged = None                      # before another takes as much memory
@@ -190,13 +190,18 @@ class KroneckerLinear(Structured):
         index = loudest(weight, stats, exact_columns) if index is None else index
         seen = None if method not in CALIBRATED else centred(stats) if shift else stats
         A, B, s = fit_beside(METHODS[method], weight.detach(), seen, index, m, n, terms)
-        factors = {'A': A, 'B': B, 'scale': torch.tensor(s, dtype=torch.float64)} if scale else {'A': A, 'B': B * s}
-        module = cls.settled(weight.detach(), bias, factors, index, m=m, n=n, terms=terms, scale=scale,
-                             exact_columns=exact_columns, **options)
+        factors = {'A': A, 'B': B, 'scale': torch.tensor(s, dtype=torch.float64)} if scale else cls.gauged(A, B * s)
+        sizes = {'m': m, 'n': n, 'terms': terms, 'exact_columns': exact_columns} | ({'scale': True} if scale else {})
+        module = cls.settled(weight.detach(), bias, factors, index, **sizes, **options)
         if shift:
             with torch.no_grad():
                 module.bias.copy_(bias + bias_shift(weight, module.dense_weight(), stats))
         return module
+
+    @staticmethod
+    def gauged(A, B):
+        """The factors of the sum, by name."""
+        return {'A': A, 'B': B}
 
     def extra_repr(self):
         return (f'in_features={self.in_features}, out_features={self.out_features}, A={tuple(self.A.shape)}, '

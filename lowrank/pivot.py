@@ -3,7 +3,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from layers import no_autocast
+from layers import no_autocast, pivoted, with_others
 from lowrank.linear import CALIBRATED, METHODS, LowRankLinear  # noqa: F401 - METHODS and CALIBRATED: as every structure
 
 
@@ -101,24 +101,3 @@ class PivotLinear(LowRankLinear):
         order = with_others(pivoted(V), size)
         first, others = V.double()[:, order].tensor_split((rank,), 1)
         return {'U': U.double() @ first, 'R': torch.linalg.pinv(first) @ others, 'order': order}
-
-
-def with_others(chosen, size):
-    """The numbers 0 .. size - 1, (size,), the chosen ones first and both parts in rising order."""
-    free = torch.ones(size, dtype=torch.bool, device=chosen.device).index_fill(0, chosen, False)
-    return torch.cat((chosen.sort().values, free.nonzero(as_tuple=True)[0]))
-
-
-def pivoted(V):
-    """As many columns of V (rank, in) as it has rows, each the longest beside the span of those before: pivoted QR.
-
-    So that the others are no large multiples of these. Where V has a lower rank the last ones are any.
-    """
-    left, chosen = V.detach().double().clone(), []
-    for _ in range(len(V)):
-        lengths = left.square().sum(0)
-        lengths[chosen] = -1.0
-        chosen.append(lengths.argmax().item())
-        q = left[:, chosen[-1]] / lengths[chosen[-1]].sqrt().clamp(min=1e-150)
-        left -= torch.outer(q, q @ left)
-    return torch.tensor(chosen, device=V.device)

@@ -158,7 +158,7 @@ def test_sizes_are_written_into_the_rules():
 @pytest.mark.parametrize('spec, size, expected', [
     ('lowrank', 5, 'lowrank(5)'),
     ('lowrank(64, exact_columns=2)', 5, 'lowrank(5, exact_columns=2)'),
-    ('lowrank(rank=9)', 5, 'lowrank(5)'), ('pivot', 5, 'pivot(5)'),
+    ('lowrank(rank=9)', 5, 'lowrank(5)'), ('pivot', 5, 'pivot(5)'), ('kron_pivot(8, 8)', 3, 'kron_pivot(8, 8, terms=3)'),
     ('kron(8, 8)', 3, 'kron(8, 8, terms=3)'), ('kron(8, 8, 2)', 3, 'kron(8, 8, 3)'),
     ('kron(n=8, m=4)', 3, 'kron(n=8, m=4, terms=3)'), ('abba', 4, 'abba(4, 4)'),
     ('abba(16, rank2=9)', 4, 'abba(4, rank2=4)'),
@@ -171,7 +171,7 @@ def test_a_spec_takes_its_size(spec, size, expected):
 
 @pytest.mark.parametrize('rules', [
     {'h.*.mlp.*': 'abba', '*.c_v': 'lowrank(1, weight_norm=True)'}, {'*.c_fc': 'lowrank + kron(8, 8, terms=2)'},
-    {'*.c_fc': 'pivot', 'h.1.*': 'pivot(1, weight_norm=True)'},
+    {'*.c_fc': 'pivot', '*.mlp.c_proj': 'kron_pivot(2, 4)', 'h.1.*': 'pivot(1, weight_norm=True)'},
     {'*.c_fc': 'kron(8, 8, scale=True, exact_columns=2)', 'h.1.*': 'lowrank(exact_columns=1)'}], ids=str)
 def test_every_structure_is_counted_as_it_is_built(rules):
     made = config(linear=rules)

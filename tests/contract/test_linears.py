@@ -28,6 +28,11 @@ EXAMPLES = {
                         {'m': 6, 'n': 8, 'terms': 2, 'scale': True, 'weight_norm': True}],
              'full': {'m': 8, 'n': 6, 'terms': 48},
              'local': [{'m': 6, 'n': 8, 'terms': 2, 'scale': True, 'weight_norm': True}]},  # rows scaled: no sum
+    'kron_pivot': {'saving': [{'m': 8, 'n': 6, 'terms': 3}, {'m': 12, 'n': 6, 'terms': 3}, {'m': 48, 'n': 48},
+                              {'m': 8, 'n': 6, 'terms': 2, 'exact_columns': 3},
+                              {'m': 6, 'n': 8, 'terms': 2, 'weight_norm': True}],
+                   'full': {'m': 8, 'n': 6, 'terms': 48},
+                   'local': [{'m': 6, 'n': 8, 'terms': 2, 'weight_norm': True}]},
     'lowrank': {'saving': [{'rank': 5}, {'rank': 4, 'exact_columns': 2}, {'rank': 5, 'weight_norm': True},
                            {'rank': 3, 'exact_columns': 4, 'weight_norm': True}], 'full': {'rank': 48}},
     'pivot': {'saving': [{'rank': 5}, {'rank': 30}, {'rank': 4, 'exact_columns': 2}, {'rank': 5, 'weight_norm': True},
