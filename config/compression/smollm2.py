@@ -19,6 +19,7 @@ budgets = {'75%': 0.75, '50%': 0.5, '25%': 0.25}
 
 _low = {'h.*.mlp.*': 'lowrank'}
 _pivot = {'h.*.mlp.*': 'pivot'}                        # as lowrank, with more rank for as many parameters
+_pivot_mixed = {'h.*.mlp.c_proj': 'kron_pivot(1, 768)', 'h.*.mlp.*': 'pivot'}
 _low0 = {'h.0.*': 'dense', 'h.*.mlp.*': 'lowrank'}
 _square = {'h.*.mlp.c_proj': 'kron(24, 64)', 'h.*.mlp.*': 'kron(64, 24)'}               # right factors 24 x 24
 _near = {'h.*.mlp.c_proj': 'kron(1, 768)', 'h.*.mlp.*': 'kron(2, 576)'}                 # right factors 576 x 2, 768 x 1
@@ -35,6 +36,10 @@ variants = {
                                           'sizes': 'curvature', 'heal': '50%, 75%'},
     'pivot curvature: svd_hessian': {'linear': _pivot, 'decompose': 'svd_whitened_hessian', 'sizes': 'curvature',
                                      'heal': '50%, 75%'},
+    'pivot curvature: svd_hessian_sequential': {'linear': _pivot, 'decompose': 'svd_whitened_hessian_sequential',
+                                                'sizes': 'curvature'},
+    'pivot mixed curvature: als_hessian': {'linear': _pivot_mixed, 'sizes': 'curvature', 'heal': '50%, 75%',
+                                           'decompose': 'svd_whitened_hessian,als_hessian'},
     'pivot curvature: svd_whitened_sequential': {'linear': _pivot, 'decompose': 'svd_whitened_sequential',
                                                  'sizes': 'curvature', 'heal': '50%, 75%'},
     'pivot: svd_whitened': {'linear': _pivot, 'decompose': 'svd_whitened'},
