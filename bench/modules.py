@@ -1,8 +1,7 @@
 """Parts attention, linear and mlp: every module of a table beside the baseline, at one shape, in one run.
 
-Every module is timed by turns with the baseline, so that its ratio is of times taken together; the baseline's own row
-is a second copy of it, and its ratio shows the noise. --a=SPEC --b=SPEC does the same for two specs of the table.
-"""
+Every module is timed by turns with the baseline, so that its ratio is of times taken together; the baseline's own row is a
+second copy of it, and its ratio shows the noise. --a=SPEC --b=SPEC does the same for two specs of the table."""
 import os
 import sys
 from dataclasses import dataclass
@@ -66,22 +65,23 @@ def mla(s, name):
     return f'{name}({divided(s.n_embd, 3)}, qk_rope_head_dim={s.n_embd // s.n_head // 4 * 2})'
 
 
-def kron(s):
-    return f'kron({halved(s.shape[0])}, {halved(s.shape[1])})'
+def kron(s, name='kron'):
+    return f'{name}({halved(s.shape[0])}, {halved(s.shape[1])})'
 
 
 def lowrank(s, words='lowrank({0})', share=2):
     return words.format(divided(s.shape[0] * s.shape[1], share * sum(s.shape)))     # half of the dense parameters
 
 
-# part -> name -> (settings) -> the spec that stands for it; a name without an example is a spec as it is
+# part -> name -> (settings) -> its spec; a name without an example is a spec as it is
 EXAMPLES = {
     'attention': {
         'window': lambda s: f'window({divided(s.block_size, 4)})',
         'linformer': lambda s: f'linformer({divided(s.block_size, 32)}, chunk={divided(s.block_size, 8)})',
         **{name: lambda s, name=name: mla(s, name) for name in ('mla', 'mla_diff', 'mla_dint')},
     },
-    'linear': {'kron': kron, 'lowrank': lowrank, 'abba': lambda s: lowrank(s, 'abba({0}, {0})', 4),
+    'linear': {'kron': kron, 'kron_pivot': lambda s: kron(s, 'kron_pivot'), 'lowrank': lowrank,
+               'pivot': lambda s: lowrank(s, 'pivot({0})'), 'abba': lambda s: lowrank(s, 'abba({0}, {0})', 4),
                'sum': lambda s: f'{lowrank(s, share=4)} + {kron(s)}'},
     'mlp': {'latent': lambda s: f'latent({divided(s.n_embd, 4)})', 'kron_moe': lambda s: 'kron_moe(8)'},
 }

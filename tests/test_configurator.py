@@ -122,7 +122,8 @@ BAD_FILES = [                                                   # (text, line, w
     ('out_dir = "a" * 1000000000', 1, 'arithmetic takes two numbers'),
     ('n_layer = n_head', 1, "'n_head' is not read"),
     ('linear = {"h.*": "kron(8"}', 1, 'is no spec'),
-    ('linear = {"h.*": "krom(8, 8)"}', 1, "'krom' is not one of dense, kron, lowrank, abba, did you mean 'kron'?"),
+    ('linear = {"h.*": "krom(8, 8)"}', 1, "'krom' is not one of dense, kron, kron_pivot, lowrank, pivot, abba, "
+     "did you mean 'kron'?"),
     ('linear = {"h.*": 3}', 1, 'linear takes texts only'),
     ('linear = 3', 1, 'linear takes a dict of rules or a text'),
     ('attention = "casual"', 1, "did you mean 'causal'"),
