@@ -87,9 +87,11 @@ def candidates(config):
         if not is_sized(spec):
             continue
         shape, cls = (module.out_features, module.in_features), LINEARS[spec.name]
-        first, second, third = (cls.weight_numel(*shape[::-1], **arguments_of(sized(spec, size))) for size in (1, 2, 3))
-        site = Site(name, spec, shape, first, second - first, full_size(spec, shape), third - 2 * second + first)
-        site.most = max((k for k in range(1, site.most + 1) if site.numel(k) < site.dense), default=0)
+        full = full_size(spec, shape)
+        numel = [cls.weight_numel(*shape[::-1], **arguments_of(sized(spec, size))) for size in range(1, min(full, 3) + 1)]
+        step = numel[1] - numel[0] if full > 1 else numel[0]
+        site = Site(name, spec, shape, numel[0], step, full, numel[2] - numel[1] - step if full > 2 else 0)
+        site.most = max((k for k in range(1, full + 1) if site.numel(k) < site.dense), default=0)
         found.append(site)
     if not found:
         raise UserError('rank_budget needs sites with a size to choose: linear names none that is not dense', 'rank_budget')

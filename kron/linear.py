@@ -108,12 +108,16 @@ class KroneckerLinear(Structured):
     @torch.no_grad()
     def merged_weight(self, dtype):
         """W in that type, made once a version of the factors. The factors are held, so that no other has their address."""
-        parameters = [p for name, p in self.named_parameters() if type(self).tags.get(name) == 'factor' or name == 'scale']
+        parameters = [p for p in self.sources() if p is not None]
         version = [dtype, *((p.data_ptr(), p._version) for p in parameters)]
         if self.merged is None or self.merged[0] != version:
             self.merged = None                      # before another takes as much memory
             self.merged = version, self.product_weight().to(dtype), [p.detach() for p in parameters]
         return self.merged[1]
+
+    def sources(self):
+        """The parameters that W is made of; None for one that is off."""
+        return self.A, self.B, self.scale
 
     def train(self, mode=True):
         """nn.Module's; the kept W goes where training begins."""

@@ -21,7 +21,7 @@ class KroneckerPivot(KroneckerLinear):
     scale = None
 
     def __init__(self, in_features, out_features, bias, m, n, terms=1, *, exact_columns=0, weight_norm=False, guide=False):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)                        # not kron's, which would make an A of its own
         self.weight_numel(in_features, out_features, m, n, terms, exact_columns, weight_norm, guide)    # refuses bad sizes
         self.m, self.n = m, n
         self.R = nn.Parameter(torch.empty(terms, m * n - terms))
@@ -58,6 +58,10 @@ class KroneckerPivot(KroneckerLinear):
         A, B = (factor.flatten(1).to(torch.promote_types(factor.dtype, torch.float32)) for factor in (self.A, self.B))
         square = ((A @ A.t()) * (B @ B.t())).sum()              # ||W||_F^2
         self.B.mul_(std * (self.out_features * self.in_features / square).sqrt())
+
+    def sources(self):
+        """The parameters that W is made of."""
+        return self.R, self.B
 
     def fans(self):
         """{factor: inputs that each of its outputs sums}, as kron's."""

@@ -100,8 +100,8 @@ def timings(calls, device, warm=1):
     for call in calls.values():
         call()                                          # kernels are chosen and loaded
     first = dict.fromkeys(calls, math.inf)
-    for _, name in itertools.product(range(3), calls):
-        if not 10 * TURN_S < first[name] < math.inf:    # one short call may meet a hiccup of the machine
+    for _, name in itertools.product(range(3), calls):  # one short call may meet a hiccup of the machine
+        if first[name] == math.inf or first[name] <= 10 * TURN_S:
             first[name] = min(first[name], max(seconds(calls[name], 1, device), 1e-9))
     calls = {name: call for name, call in calls.items() if first[name] <= SLOW * min(first.values())}
     found, spent = {name: math.inf if name in calls else t for name, t in first.items()}, 0.0

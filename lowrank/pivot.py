@@ -11,17 +11,17 @@ class PivotLinear(LowRankLinear):
     """y = U (x_S + R x_rest) + b: S are `rank` inputs, U (out, rank) the columns of W there, R (rank, in - rank).
 
     Every matrix of that rank is of this form: U V = (U V_S) [I, V_S^-1 V_rest]. in_features, out_features: sizes; bias:
-    bool; 1 <= rank <= in_features. S, then the others, is the buffer
-    `order`, which checkpoints carry. Parameters rank (out + in - rank)
-    (+ out), FLOPs twice that a token: below the dense matrix's for every rank below min(out, in), where lowrank's only
-    are below out in / (out + in). exact_columns, weight_norm, guide: see structured.Structured.
+    bool; 1 <= rank <= in_features. The numbers of S, then of the other inputs, are the buffer `order`, which checkpoints
+    carry. Parameters rank (out + in - rank) (+ out), FLOPs twice that a token: fewer than the dense matrix's at every rank
+    below min(out, in); lowrank's are fewer only below rank out in / (out + in).
+    exact_columns, weight_norm, guide: see structured.Structured.
     Raises ValueError for sizes that are not positive, or a rank above in_features.
     Source of the idea: pivoting factorization, Zhao et al. 2025, arXiv 2501.19090.
     """
     tags = {'U': 'factor', 'R': 'factor', 'bias': 'vector'}
 
     def __init__(self, in_features, out_features, bias, rank, *, exact_columns=0, weight_norm=False, guide=False):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)                        # not low rank's, which would make a V
         self.weight_numel(in_features, out_features, rank, exact_columns, weight_norm, guide)       # refuses bad sizes
         self.rank = rank
         self.U = nn.Parameter(torch.empty(out_features, rank))
@@ -82,9 +82,10 @@ class PivotLinear(LowRankLinear):
 
         A column of U that is divided by its length multiplies that row of R, so that U R stays; then R's columns follow.
         """
-        if dim == 1 or self.refuse_to_normalise(dim):
+        if dim == 1:
             super().normalise_(dim)
             return
+        self.refuse_to_normalise(dim)
         lengths = self.U.norm(dim=0).clamp(min=1e-12)
         self.U.div_(lengths)
         self.R.mul_(lengths[:, None])
@@ -96,7 +97,10 @@ class PivotLinear(LowRankLinear):
 
     @staticmethod
     def gauged(U, V):
-        """The product U V as {'U', 'R', 'order'}, exactly, with the inputs of `pivoted` in front. O(rank^2 in), float64."""
+        """The product U V as {'U', 'R', 'order'}, exactly, with the inputs of `pivoted` in front, in float64.
+
+        Cost O(rank^2 (out + in)).
+        """
         rank, size = V.shape
         order = with_others(pivoted(V), size)
         first, others = V.double()[:, order].tensor_split((rank,), 1)

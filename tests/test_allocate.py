@@ -171,7 +171,8 @@ def test_a_spec_takes_its_size(spec, size, expected):
 
 @pytest.mark.parametrize('rules', [
     {'h.*.mlp.*': 'abba', '*.c_v': 'lowrank(1, weight_norm=True)'}, {'*.c_fc': 'lowrank + kron(8, 8, terms=2)'},
-    {'*.c_fc': 'pivot', '*.mlp.c_proj': 'kron_pivot(2, 4)', 'h.1.*': 'pivot(1, weight_norm=True)'},
+    {'*.c_q': 'kron_pivot(1, 2)', '*.c_fc': 'pivot', '*.mlp.c_proj': 'kron_pivot(2, 4)',
+     'h.1.*': 'pivot(1, weight_norm=True)'},
     {'*.c_fc': 'kron(8, 8, scale=True, exact_columns=2)', 'h.1.*': 'lowrank(exact_columns=1)'}], ids=str)
 def test_every_structure_is_counted_as_it_is_built(rules):
     made = config(linear=rules)

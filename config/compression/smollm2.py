@@ -19,6 +19,7 @@ budgets = {'75%': 0.75, '50%': 0.5, '25%': 0.25}
 
 _low = {'h.*.mlp.*': 'lowrank'}
 _pivot = {'h.*.mlp.*': 'pivot'}                        # as lowrank, with more rank for as many parameters
+_pivot0 = {'h.0.*': 'dense', 'h.*.mlp.*': 'pivot'}
 _pivot_mixed = {'h.*.mlp.c_proj': 'kron_pivot(1, 768)', 'h.*.mlp.*': 'pivot'}
 _low0 = {'h.0.*': 'dense', 'h.*.mlp.*': 'lowrank'}
 _square = {'h.*.mlp.c_proj': 'kron(24, 64)', 'h.*.mlp.*': 'kron(64, 24)'}               # right factors 24 x 24
@@ -42,6 +43,8 @@ variants = {
                                            'decompose': 'svd_whitened_hessian,als_hessian'},
     'pivot curvature: svd_whitened_sequential': {'linear': _pivot, 'decompose': 'svd_whitened_sequential',
                                                  'sizes': 'curvature', 'heal': '50%, 75%'},
+    'pivot layer 0 dense: svd_whitened_sequential': {'linear': _pivot0, 'decompose': 'svd_whitened_sequential',
+                                                     'budgets': '25%'},
     'pivot: svd_whitened': {'linear': _pivot, 'decompose': 'svd_whitened'},
     'curvature: mixed_sequential': {'linear': _mixed, 'sizes': 'curvature', 'heal': '50%, 75%',
                                     'decompose': 'svd_whitened_hessian_sequential,als_sequential_hessian'},
