@@ -15,11 +15,21 @@ rows of A share one normal matrix, (r n, r n):
 and with A fixed the same holds for R(C)^T, RT^T. Where n = 1 or q = 1 there is a closed form for H = I. With an H that is
 not I the rows are coupled, (r m n)^2 numbers, unless m = 1 or p = 1, and with many terms of long rows G itself is large:
 then the normal equations are solved by a few steps of conjugate gradients, which lower the objective at each step too, and
-G is never formed.
+G is never formed. The other half-step, of the shorter rows, may still be direct.
 """
 import torch
 
-from kron.solve import conjugate_gradients, dense, factorise, rows, separable_inverse, unrows
+from kron.solve import (
+    by_products,
+    conjugate_gradients,
+    dense,
+    factorise,
+    gram_cost,
+    normal_matrix,
+    rows,
+    separable_inverse,
+    unrows,
+)
 from kron.van_loan import canonical, nearest_in_outputs, nearest_kronecker_sum, rearrange
 
 RIDGE = 0.01            # of C's typical diagonal entry; 0.003 to 0.03 do equally well, 0.3 is too much
@@ -166,15 +176,17 @@ class Problem:
         """H W C"""
         return W @ self.C if self.H is None else self.H @ W @ self.C
 
-    def large(self, terms):
-        """Whether normal matrices are too large to form: a half-step's takes as much of the factors that are fixed."""
-        return terms * int(max(self.RC.shape) ** 0.5 + 0.5) > DIRECT
+    def direct(self, moving, fixed):
+        """Whether a half-step forms its normal matrix: it is small, and so is what it takes to form it."""
+        (r, _, width), (_, height, inner) = moving.shape, fixed.shape
+        steps = CG_STEPS * self.RT.numel() * len(self.C)                        # multiply-adds of the other way
+        return r * width <= DIRECT and (r * inner <= DIRECT or gram_cost(r, height, inner, width) <= steps)
 
     def objective(self, A, B):
         """The objective at a sum: constant - 2 <RT, R(What)> + tr(H What C What^T)."""
         r = len(A)
         cross = (self.RT * (A.reshape(r, -1).t() @ B.reshape(r, -1))).sum()
-        if self.H is not None or self.large(len(A)):
+        if self.H is not None or not self.direct(A, B):
             W = dense(A, B)
             return (self.constant - 2 * cross + (self.weighted(W) * W).sum()).item()
         X, self.kept = rows(A), (B, self.normal_matrix(B, True))           # which the next half-step needs too
@@ -182,12 +194,7 @@ class Problem:
 
     def normal_matrix(self, fixed, left):
         """G (r n, r n) for A's rows with B fixed (left), (r q, r q) for B's rows with A fixed."""
-        r, _, width = fixed.shape
-        stacked = fixed.permute(1, 0, 2).reshape(-1, r * width)
-        K = (stacked.t() @ stacked).view(r, width, r, width).permute(1, 3, 0, 2).reshape(width * width, r * r)
-        RC = self.RC if left else self.RC.t()
-        side = int(RC.shape[0] ** 0.5 + 0.5)
-        return (RC @ K).view(side, side, r, r).permute(2, 0, 3, 1).reshape(r * side, r * side)
+        return normal_matrix(fixed, self.RC if left else self.RC.t(), DIRECT)
 
     def right_hand_side(self, fixed, moving, left, RT=None):
         """RT contracted with the fixed factors, as rows: (m, r n) or (p, r q)."""
@@ -198,7 +205,7 @@ class Problem:
 
     def half_step(self, fixed, moving, left):
         """The best moving factors with the others fixed (with H or a large G: better ones)."""
-        if self.large(len(fixed)):
+        if not self.direct(moving, fixed):
             inverse = separable_inverse(fixed, self.RC if left else self.RC.t(), PROXIMAL)
             rhs = self.right_hand_side(fixed, moving, left)
             return unrows(self.conjugate_gradients(fixed, moving, left, rhs, inverse), moving.shape)
@@ -217,7 +224,9 @@ class Problem:
 
         Exact at the first step for H = h (x) I and an exact inverse.
         """
-        precondition = inverse
+        precondition, (r, inner, across) = inverse, fixed.shape
+        few = self.H is None and r < inner and r * across <= DIRECT
+        products = by_products(fixed, self.RC if left else self.RC.t()) if few else None
         if self.H is not None:
             height = moving.shape[1]
             H = self.H.view(height, -1, height, len(self.H) // height) if left else (
@@ -228,6 +237,8 @@ class Problem:
                 return torch.cholesky_solve(inverse(residual), partial)
 
         def apply(X):
+            if products is not None:
+                return products(X)
             new = unrows(X, moving.shape)
             W = dense(new, fixed) if left else dense(fixed, new)
             (_, m, n) = (new if left else fixed).shape

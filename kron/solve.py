@@ -31,6 +31,45 @@ def factorise(G, proximal):
     return factor, eps
 
 
+def products_of(fixed):
+    """K (r, w, r, w), K_ij = F_i^T F_j of the fixed factors F (r, height, w)."""
+    r, _, width = fixed.shape
+    stacked = fixed.permute(1, 0, 2).reshape(-1, r * width)
+    return (stacked.t() @ stacked).view(r, width, r, width)
+
+
+def normal_matrix(fixed, RC, most):
+    """G (r s, r s) of the moving factors' rows, G[(i, b), (j, b')] = sum_{d d'} RC[(b, b'), (d, d')] K_ij[d, d'].
+
+    fixed (r, height, w) are the other factors, RC (s^2, w^2) is C rearranged. With more than `most` = r w numbers a side
+    K is not formed, and C is multiplied by the fixed factors' rows, one after another.
+    """
+    (r, height, width), side = fixed.shape, int(RC.shape[0] ** 0.5 + 0.5)
+    if r * width <= most:
+        G = RC @ products_of(fixed).permute(1, 3, 0, 2).reshape(width * width, r * r)
+    else:
+        C = RC.reshape(-1, width, width)
+        G = sum(fixed[:, h] @ C @ fixed[:, h].t() for h in range(height))
+    return G.view(side, side, r, r).permute(2, 0, 3, 1).reshape(r * side, r * side)
+
+
+def gram_cost(r, height, width, side):
+    """Multiply-adds of normal_matrix where K is not formed."""
+    return height * side * side * r * width * (width + r)
+
+
+def by_products(fixed, RC):
+    """A function X (height, r s) -> X G without G, see normal_matrix: r s^2 w^2 + s r^2 w^2 multiply-adds a row of X."""
+    (r, _, width), side = fixed.shape, int(RC.shape[0] ** 0.5 + 0.5)
+    K = products_of(fixed).permute(0, 1, 3, 2).reshape(r * width * width, r)
+    C = RC.reshape(side, -1)
+
+    def apply(X):
+        Y = (X.reshape(-1, side) @ C).view(len(X), r, side, -1)                 # (height, r, s, w w)
+        return (Y.transpose(1, 2).reshape(len(X), side, -1) @ K).transpose(1, 2).reshape(len(X), -1)
+    return apply
+
+
 def separable_inverse(fixed, RC, proximal):
     """A function X (height, r width) -> X G'^-1 for G' = M (x) C1 near the normal matrix G of the moving factors' rows.
 

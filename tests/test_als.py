@@ -7,8 +7,8 @@ import torch
 import kron.als as als
 from kron.als import FITTED, Problem, dense, fit, with_ridge
 from kron.linear import CALIBRATED, METHODS, KroneckerLinear
-from kron.solve import separable_inverse
-from kron.van_loan import canonical, nearest_kronecker_sum
+from kron.solve import by_products, normal_matrix, separable_inverse
+from kron.van_loan import canonical, nearest_kronecker_sum, rearrange
 
 SHAPES = [(6, 4, 2, 3, 1), (3, 2, 4, 5, 2), (8, 6, 3, 1, 2), (1, 5, 6, 2, 2), (4, 1, 3, 6, 2)]      # m, n, p, q, terms
 EXACT = {'rtol': 1e-10, 'atol': 1e-10}
@@ -115,6 +115,32 @@ def test_the_separable_inverse_is_exact_where_the_covariance_is_a_product(left):
     X = randn(6 if left else 3, 2 * (4 if left else 5), seed=8)
     inverse = separable_inverse(fixed, problem.RC if left else problem.RC.t(), 0.0)
     torch.testing.assert_close(inverse(X @ problem.normal_matrix(fixed, left)), X, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize('left', [True, False])
+@pytest.mark.parametrize('m, n, p, q, terms', SHAPES, ids=str)
+def test_the_normal_matrix_by_rows_and_its_products_without_it(m, n, p, q, terms, left):
+    C = covariance(n * q)
+    RC = rearrange(C, n, n) if left else rearrange(C, n, n).t()
+    fixed, X = (randn(terms, p, q), randn(m, terms * n)) if left else (randn(terms, m, n), randn(p, terms * q))
+    G = normal_matrix(fixed, RC, 10 ** 9)
+    torch.testing.assert_close(normal_matrix(fixed, RC, 0), G, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(by_products(fixed, RC)(X), X @ G, rtol=1e-12, atol=1e-11)
+
+
+def test_a_row_of_many_factors_is_solved_where_the_others_are_small(monkeypatch):
+    """A (1, 96) has too many unknowns, B (24, 2) has few: A by conjugate gradients without the dense sum, B at once."""
+    W, C = randn(24, 192), covariance(192, decay=2)
+    direct = fit(W, C, 1, 96, 8, sweeps=30)
+    monkeypatch.setattr(als, 'DIRECT', 100)
+    calls = []
+    monkeypatch.setattr(als, 'normal_matrix', lambda *args: calls.append(args[0].shape) or normal_matrix(*args))
+    monkeypatch.setattr(als, 'dense', None)             # of objective() and of the slow products
+    monkeypatch.setattr(Problem, 'objective', lambda self, A, B: loss(W, dense(A, B), C))
+    A, B, objectives = fit(W, C, 1, 96, 8, sweeps=30)
+    assert set(calls) == {(8, 1, 96)}
+    assert all(now < before for before, now in zip(objectives, objectives[1:]))
+    assert objectives[-1] < 1.02 * direct[2][-1]
 
 
 @pytest.mark.parametrize('left', [True, False])
