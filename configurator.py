@@ -165,8 +165,8 @@ class Config(GPTConfig):
     drop_in_report: int = key(0, 'steps between measurements of the loss on fixed batches while matrices are replaced, and '
                               'drop_in.md, .json, .png at the end; 0 = none', low=0)
     decompose: str = key('van_loan', 'how dense weights become structured ones when init_from names a dense model: '
-                         'van_loan, van_loan_normalised, prune, als, als_hessian, svd, ...; any with _sequential: layer by '
-                         'layer; several with commas: each structure takes the first that it knows')
+                         'van_loan, van_loan_normalised, prune, als, als_hessian, svd ...; with _sequential or _streamed: '
+                         'layer by layer; several with commas: each structure takes the first that it knows')
     calibration_tokens: int = key(65536, 'training tokens on which the inputs of decomposed sites are measured', low=0)
     prune_before: str = key('none', 'zero weights before decomposing: the smallest, or those of least effect on calibration '
                             'text', choices=('none', 'magnitude', 'wanda'))

@@ -12,7 +12,7 @@ import sums
 import variants
 from kron.methods import moved
 from model import GPT
-from sums import SEQUENTIAL
+from sums import SEQUENTIAL, STREAMED
 from variants import UserError, did_you_mean
 
 PRUNINGS = ('none', 'magnitude', 'wanda')
@@ -23,7 +23,7 @@ class Decomposition:
     """How dense weights become structured ones.
 
     method: a name in the METHODS of the structures, or several with commas: each site takes the first that its
-    structure knows. Any name may end in _sequential.
+    structure knows. Any name may end in _sequential or _streamed.
     batches: [(x, y)] of calibration tokens, or a function that gives them when a method asks.
     prune_before: 'none', 'magnitude' or 'wanda', with prune_fraction, before the method.
     validation: [(x, y)] on which each site's own damage is measured, or None.
@@ -50,7 +50,8 @@ class Work:
     def walk(self, todo):
         """Yield (site, Stats or None) in the order in which the sites are to be filled."""
         methods = [self.method(site) for site in todo]
-        layerwise = any(SEQUENTIAL in name for name, _ in methods)
+        compared = any(SEQUENTIAL in name for name, _ in methods)
+        layerwise = compared or any(STREAMED in name for name, _ in methods)
         seen = layerwise or self.how.prune_before == 'wanda' or any(needs for _, needs in methods)
         if todo and (seen or self.how.validation):
             self.dense = runnable(self.config, self.state, self.how.device)
@@ -67,7 +68,7 @@ class Work:
         gradients = any('hessian' in name for name, _ in methods)
         if layerwise:
             self.mixed = runnable(self.config, self.state, self.how.device)
-            yield from sequential.walk(self.dense, self.mixed, todo, batches, gradients, self.how.passes)
+            yield from sequential.walk(self.dense, self.mixed, todo, batches, gradients, self.how.passes, compared)
             return
         for found in self.how.passes(self.dense, todo, batches, gradients):
             yield from found.items()
@@ -83,6 +84,7 @@ class Work:
     def fill(self, site, source, stats):
         """Fill one site from `source`, its module in the source without values -> a row of the report."""
         module, tensors = self.sites[site], tensors_of(self.state, site)
+        stats = alone(stats) if STREAMED in self.method(site)[0] else stats
         like = next(module.parameters())
         device = self.how.device or like.device
         values = {key: t.to(device, like.dtype if t.is_floating_point() else t.dtype) for key, t in tensors.items()}
@@ -104,8 +106,11 @@ class Work:
         return row
 
     def make(self, cls, site, weight, bias, stats, arguments):
-        """The structured module; a sequential form that the class does not know is its plain one on a moved target."""
-        method, _ = self.method(site)
+        """The structured module; a sequential form that the class does not know is its plain one on a moved target.
+
+        A streamed one is the plain one on what the site is fed: W as it is, under those inputs.
+        """
+        method = self.method(site)[0].replace(STREAMED, '')
         weight = prune(weight, self.how.prune_fraction, self.how.prune_before, stats)
         if SEQUENTIAL in method and method not in sys.modules[cls.__module__].METHODS:
             method, (weight, bias, stats) = method.replace(SEQUENTIAL, ''), moved(weight, bias, stats)
@@ -138,6 +143,11 @@ def runnable(config, state, device):
     if next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
         model.float()                                   # a copy: covariances want digits, and CPUs are slow in half
     return model.to(device).eval()
+
+
+def alone(stats):
+    """The same stats without the dense model's inputs beside."""
+    return dataclasses.replace(stats, cross=None, source_mean=None, source_covariance=None)
 
 
 def mean_loss(model, batches):

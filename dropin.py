@@ -23,6 +23,7 @@ from data.loader import Loader
 from decompose import Decomposition, Work
 from initialise import initialise
 from model import GPT
+from sums import unstreamed
 from variants import UserError
 
 PROBE_TOKENS = 8192                     # of the fixed batches on which losses around a replacement are measured
@@ -173,10 +174,10 @@ def plan(model, run, specs, how):
 def damages(model, run, specs, units, how):
     """{unit: nats that the loss on training text rises by when this unit alone is replaced}; the model is left as it was.
 
-    Every site is decomposed once, under the inputs of the dense model: alone, _sequential is the plain method. Memory: a
-    copy of the model. Cost: one calibration pass, all fits, and a forward pass of PROBE_TOKENS a unit.
+    Every site is decomposed once, under the inputs of the dense model: alone, _sequential and _streamed are the plain
+    method. Memory: a copy of the model. Cost: one calibration pass, all fits, and a forward pass of PROBE_TOKENS a unit.
     """
-    plain = dataclasses.replace(how, method=how.method.replace('_sequential', ''), validation=None)
+    plain = dataclasses.replace(how, method=unstreamed(how.method), validation=None)
     whole, batches, found = copy.deepcopy(model), probes(run, 'train'), {}
     replace(whole, specs, plain)
     made, own = whole.sites(), model.sites()

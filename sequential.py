@@ -1,7 +1,8 @@
-"""Compress a model layer by layer: each site is fitted to the dense model's outputs under the inputs that it will get.
+"""Compress a model layer by layer: each site is fitted under the inputs x' that the compressed layers in front give it.
 
-What the compressed layers in front of a site do wrong is known when the site is fitted, so that it can make up for a part
-of it. Source of the idea for low rank: SVD-LLM, Wang et al. 2024, arXiv 2403.07378 (its sequential update).
+To the dense model's outputs W x (METHOD_sequential), which makes up for a part of what the layers in front do wrong, or to
+W x' (METHOD_streamed), which does not, but gives up nothing of W where x' tells little of x. Source of the idea for low
+rank: SVD-LLM, Wang et al. 2024, arXiv 2403.07378 (its sequential update).
 """
 import contextlib
 
@@ -20,13 +21,13 @@ class Streams:
     """The residual streams of a dense model and of the one that is being compressed, side by side, block by block.
 
     dense, mixed: models of one shape that share no module; mixed holds compressed sites where they are done and the
-    dense ones elsewhere. Memory: 4 x 4 bytes x tokens x n_embd for the streams and the attention's outputs, and three
-    in^2 in float64. Cost: the block once in both models, once more without attention for each group of sites behind it,
-    and for each group in attention the part in front of it.
+    dense ones elsewhere; compared=False: mixed goes alone. Memory: 4 x 4 bytes x tokens x n_embd for the streams and the
+    attention's outputs, and three in^2 in float64; alone 2 x 4 bytes and one in^2. Cost: the block once in each model,
+    once more without attention for each group of sites behind it, and for each group in attention the part in front of it.
     """
 
-    def __init__(self, dense, mixed, batches):
-        self.models, self.index, self.attended = (dense, mixed), 0, {}
+    def __init__(self, dense, mixed, batches, compared=True):
+        self.models, self.index, self.attended = (dense, mixed) if compared else (mixed,), 0, {}
         self.streams = [[stopped_at(model, model.transformer.h[0], x.to(device_of(model))) for x, _ in batches]
                         for model in self.models]       # [[(x, ctx) of a batch]] in front of the block at hand
 
@@ -41,7 +42,7 @@ class Streams:
         self.index, self.attended = self.index + 1, {}
 
     def stats(self, site, source=None):
-        """Stats of a site of the block at hand, with the cross moment of both models' inputs.
+        """Stats of a site of the block at hand; of both models with the cross moment of their inputs.
 
         source: what is known of the dense model there, whose sums need not be taken again.
         """
@@ -49,11 +50,14 @@ class Streams:
         if self.in_attention(site):
             self.attended = {}
         for batch in range(len(self.streams[0])):
-            old, x = (self.input(model, site, batch, *stream[batch]) for model, stream in zip(self.models, self.streams))
-            if source is None:
-                there.add(old)
+            *others, x = (self.input(model, site, batch, *stream[batch]) for model, stream in zip(self.models, self.streams))
             here.add(x)
-            cross.add(old, x)
+            for old in others:
+                cross.add(old, x)
+                if source is None:
+                    there.add(old)
+        if len(self.models) == 1:
+            return Stats(here.count, here.mean, here.covariance)
         mean, covariance = (there.mean, there.covariance) if source is None else (source.mean, source.covariance)
         return Stats(here.count, here.mean, here.covariance, None, cross.covariance, mean, covariance)
 
@@ -104,15 +108,16 @@ def stopped_at(outer, inner, *arguments):
     return kept[0] if kept else None
 
 
-def walk(dense, mixed, todo, batches, gradients=False, passes=calibrate.passes):
+def walk(dense, mixed, todo, batches, gradients=False, passes=calibrate.passes, compared=True):
     """Yield (site, Stats) of the sites of todo, block by block; who asks for the next one has put its site into `mixed`.
 
     With gradients the Stats hold the gradient covariance of the dense model, of `passes`, as calibrate.passes gives them;
-    where these are kept by somebody they serve without gradients too.
+    where these are kept by somebody they serve without gradients too. compared=False: what the compressed model feeds is
+    all that is asked for.
     """
     calibrate.check_enough(dense, todo, batches)
-    streams, known = Streams(dense, mixed, batches), {}
-    kept = gradients or passes is not calibrate.passes
+    streams, known = Streams(dense, mixed, batches, compared), {}
+    kept = gradients or compared and passes is not calibrate.passes
     found = passes(dense, todo, batches, gradients) if kept else None
     order = [[site for site in group if site in todo] for group in calibrate.groups(dense, batches[0][0][:1])]
     for index in range(len(dense.transformer.h)):

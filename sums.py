@@ -10,7 +10,8 @@ import variants
 from layers import Structured, loudest, options_numel, silenced
 from variants import did_you_mean
 
-SEQUENTIAL = '_sequential'      # in a method's name: under the inputs that the compressed layers in front really give
+# in a method's name, under the inputs x' that the compressed layers in front really give: fitted to the dense outputs W x,
+SEQUENTIAL, STREAMED = '_sequential', '_streamed'       # or to W x'
 METHODS = {}                    # none of its own: each part takes the first method that its class knows
 ROUNDS, GAIN = 3, 1e-3          # of refitting every part to what the others leave; a round that gains less is the last
 RIDGE = 0.01                    # of the typical power of an input, in the measure of a fit
@@ -19,7 +20,7 @@ RIDGE = 0.01                    # of the typical power of an input, in the measu
 def choose(cls, wanted, arguments):
     """(method, whether it needs stats): the first of `wanted`, names with commas, that the class knows.
 
-    A name may end in _sequential where the class knows it without. Of a sum: one name a part, with commas.
+    A name may end in _sequential or _streamed where the class knows it without. Of a sum: one name a part, with commas.
     Raises ValueError in one sentence when none is known.
     """
     if cls is SumLinear:
@@ -30,11 +31,16 @@ def choose(cls, wanted, arguments):
     if known is None:                                   # dense: every method is exact
         return 'van_loan', False
     for name in names:
-        plain = name.removesuffix(SEQUENTIAL)
+        plain = unstreamed(name)
         if name in known or plain in known:
             return name, name != plain or plain in getattr(module, 'CALIBRATED', ())
     raise ValueError(f'method={wanted!r} is unknown; {name_of(cls)} knows {", ".join(known)}'
                      f'{did_you_mean(names[0], known)}; with commas each structure takes the first that it knows')
+
+
+def unstreamed(method):
+    """The plain methods of names with commas."""
+    return method.replace(SEQUENTIAL, '').replace(STREAMED, '')
 
 
 def name_of(cls):

@@ -194,13 +194,14 @@ def test_sequential_stats_are_those_of_the_finished_models(monkeypatch):
     assert not torch.allclose(seen['h.1.mlp.c_proj'].cross, seen['h.1.mlp.c_proj'].covariance)
 
 
-def test_a_block_attends_once_for_all_of_its_mlp(monkeypatch):
+@pytest.mark.parametrize('method, models', [('als_sequential', 2), ('als_streamed', 1)])
+def test_a_block_attends_once_for_all_of_its_mlp(monkeypatch, method, models):
     calls, forward = [], CausalSelfAttention.forward
     monkeypatch.setattr(CausalSelfAttention, 'forward', lambda self, *given: calls.append(self) or forward(self, *given))
     batches = text()
-    filled('als_sequential', batches=batches, rules={'h.*.mlp.*': 'kron(8, 4)'})
+    filled(method, batches=batches, rules={'h.*.mlp.*': 'kron(8, 4)'})
     blocks = 2
-    assert len(calls) == blocks + 2 * blocks * len(batches)        # to see the order of the sites; both models
+    assert len(calls) == blocks + models * blocks * len(batches)   # to see the order of the sites; each model
 
 
 def test_fitting_layer_by_layer_follows_the_dense_model_better():
@@ -227,6 +228,26 @@ def test_a_plain_method_becomes_sequential_by_its_target():
     U, S, V = torch.linalg.svd(T)
     same(model.sites()[site].dense_weight().detach(), U[:, :4] @ S[:4].diag() @ V[:4], 1e-7)
     same(model.sites()[site].bias.detach(), b + W @ y.mean(0) - T @ x.mean(0), 1e-7)
+
+
+@pytest.mark.parametrize('beside', ['svd_whitened_streamed', 'svd_whitened_sequential'])
+def test_a_streamed_method_is_the_plain_one_on_what_the_compressed_model_feeds(beside):
+    """With the dense model alone in front, and with it beside for another site."""
+    source, batches = random_model(), text(6, 8)
+    rules = {'h.0.mlp.c_fc': 'lowrank(4)', 'h.1.attn.c_v': 'kron(4, 4)', 'h.1.mlp.c_fc': 'lowrank(3)'}
+    model, report = filled(f'{beside},als_hessian_streamed', source=source, batches=batches, rules=rules)
+    gradients = gathered(source, ['h.1.attn.c_v'], batches, gradients=True)['h.1.attn.c_v'].gradient
+    for site, method in (('h.1.attn.c_v', 'als_hessian'), ('h.1.mlp.c_fc', 'svd_whitened')):
+        x, dense, made = recorded(model, site, batches), source.sites()[site], model.sites()[site]
+        stats = Stats(len(x), x.mean(0), torch.from_numpy(np.cov(x.numpy(), rowvar=False, bias=True)), gradients)
+        again = type(made).from_dense(dense.weight.detach(), dense.bias.detach(), method=method, stats=stats,
+                                      **decompose.structure(made)[1])
+        matches = torch.allclose(made.dense_weight(), again.dense_weight(), rtol=1e-6, atol=1e-8)
+        assert matches == (method == 'als_hessian' or beside.endswith('streamed'))
+        if matches:
+            with torch.no_grad():
+                error = ((dense(x) - made(x)).square().sum() / (x @ dense.weight.t()).square().sum()).sqrt()
+            assert report[site]['output_error'] == pytest.approx(error.item(), rel=1e-7)
 
 
 # ---------------------------------------------------------------------------------------------------
