@@ -18,67 +18,67 @@ calibration_tokens = 32768
 budgets = {'75%': 0.75, '50%': 0.5, '25%': 0.25}
 
 _low = {'h.*.mlp.*': 'lowrank'}
+_low0 = {'h.0.*': 'dense', 'h.*.mlp.*': 'lowrank'}
 _pivot = {'h.*.mlp.*': 'pivot'}                        # as lowrank, with more rank for as many parameters
 _pivot0 = {'h.0.*': 'dense', 'h.*.mlp.*': 'pivot'}
-_pivot_mixed = {'h.*.mlp.c_proj': 'kron_pivot(1, 768)', 'h.*.mlp.*': 'pivot'}
-_low0 = {'h.0.*': 'dense', 'h.*.mlp.*': 'lowrank'}
 _square = {'h.*.mlp.c_proj': 'kron(24, 64)', 'h.*.mlp.*': 'kron(64, 24)'}               # right factors 24 x 24
 _near = {'h.*.mlp.c_proj': 'kron(1, 768)', 'h.*.mlp.*': 'kron(2, 576)'}                 # right factors 576 x 2, 768 x 1
-_near0 = {'h.0.*': 'dense', 'h.*.mlp.c_proj': 'kron(1, 768)', 'h.*.mlp.*': 'kron(2, 576)'}
 _mixed = {'h.*.mlp.c_proj': 'kron(1, 768)', 'h.*.mlp.*': 'lowrank'}
+_pivot_mixed = {'h.*.mlp.c_proj': 'kron_pivot(1, 768)', 'h.*.mlp.*': 'pivot'}
+_pivot_mixed0 = {'h.0.*': 'dense', 'h.*.mlp.c_proj': 'kron_pivot(1, 768)', 'h.*.mlp.*': 'pivot'}
 _sum = {'h.*.mlp.c_proj': 'lowrank + kron(24, 64, terms=20)', 'h.*.mlp.*': 'lowrank + kron(64, 24, terms=20)'}
 _columns = {'h.*.mlp.c_proj': 'lowrank(exact_columns=64)', 'h.*.mlp.*': 'lowrank'}
 _half = {'h.*.mlp.c_proj': 'kron(288, 1536)', 'h.*.mlp.*': 'kron(1536, 288)'}           # Krony-PT's 96M: 50.00002 %
+_hessian = 'svd_whitened_hessian,als_hessian'
+_hessian_streamed = 'svd_whitened_hessian_streamed,als_hessian_streamed'
 
 variants = {
-    # ranks by the curvature of the loss, errors weighed by it
-    'curvature: svd_hessian': {'linear': _low, 'decompose': 'svd_whitened_hessian', 'sizes': 'curvature'},
-    'curvature: svd_hessian_sequential': {'linear': _low, 'decompose': 'svd_whitened_hessian_sequential',
-                                          'sizes': 'curvature', 'heal': '50%, 75%'},
+    # the best: ranks and terms by the curvature of the loss, errors weighed by it
     'pivot curvature: svd_hessian': {'linear': _pivot, 'decompose': 'svd_whitened_hessian', 'sizes': 'curvature',
                                      'heal': '50%, 75%'},
-    'pivot curvature: svd_hessian_sequential': {'linear': _pivot, 'decompose': 'svd_whitened_hessian_sequential',
-                                                'sizes': 'curvature'},
+    'pivot curvature: svd_hessian_streamed': {'linear': _pivot, 'decompose': 'svd_whitened_hessian_streamed',
+                                              'sizes': 'curvature', 'heal': '50%, 75%'},
     'pivot mixed curvature: als_hessian': {'linear': _pivot_mixed, 'sizes': 'curvature', 'heal': '50%, 75%',
-                                           'decompose': 'svd_whitened_hessian,als_hessian'},
-    'pivot curvature: svd_whitened_sequential': {'linear': _pivot, 'decompose': 'svd_whitened_sequential',
-                                                 'sizes': 'curvature', 'heal': '50%, 75%'},
-    'pivot layer 0 dense: svd_whitened_sequential': {'linear': _pivot0, 'decompose': 'svd_whitened_sequential',
-                                                     'budgets': '25%'},
-    'pivot: svd_whitened': {'linear': _pivot, 'decompose': 'svd_whitened'},
-    'curvature: mixed_sequential': {'linear': _mixed, 'sizes': 'curvature', 'heal': '50%, 75%',
-                                    'decompose': 'svd_whitened_hessian_sequential,als_sequential_hessian'},
-    'curvature: svd_whitened_sequential': {'linear': _low, 'decompose': 'svd_whitened_sequential', 'sizes': 'curvature',
-                                           'heal': '50%, 75%'},
+                                           'decompose': _hessian},
+    'pivot mixed curvature: als_hessian_streamed': {'linear': _pivot_mixed, 'sizes': 'curvature', 'heal': '50%, 75%',
+                                                    'decompose': _hessian_streamed},
+    # low rank
     'svd': {'linear': _low, 'decompose': 'svd', 'heal': '50%'},
     'svd_whitened': {'linear': _low, 'decompose': 'svd_whitened'},
     'svd_whitened_sequential': {'linear': _low, 'decompose': 'svd_whitened_sequential'},
-    'layer 0 dense: svd_whitened': {'linear': _low0, 'decompose': 'svd_whitened', 'budgets': '50%'},
-    'layer 0 dense: svd_whitened_sequential': {'linear': _low0, 'decompose': 'svd_whitened_sequential',
-                                               'heal': '50%, 75%'},
-    'layer 0 dense: svd_hessian_sequential': {'linear': _low0, 'decompose': 'svd_whitened_hessian_sequential',
-                                              'budgets': '50%'},
-    'spectrum: svd_whitened': {'linear': _low, 'decompose': 'svd_whitened', 'sizes': 'spectrum', 'budgets': '50%'},
-    'exact columns: svd_hessian': {'linear': _columns, 'decompose': 'svd_whitened_hessian', 'sizes': 'curvature',
-                                   'budgets': '50%'},
+    'svd_whitened_streamed': {'linear': _low, 'decompose': 'svd_whitened_streamed'},
+    'curvature: svd_hessian': {'linear': _low, 'decompose': 'svd_whitened_hessian', 'sizes': 'curvature'},
+    'pivot: svd_whitened': {'linear': _pivot, 'decompose': 'svd_whitened'},
     # sums of Kronecker products
     'van_loan': {'linear': _square, 'decompose': 'van_loan'},
     'van_loan_normalised': {'linear': _square, 'decompose': 'van_loan_normalised'},
-    'near low rank: van_loan': {'linear': _near, 'decompose': 'van_loan', 'budgets': '50%'},
-    'prune': {'linear': _half, 'decompose': 'prune', 'sizes': 'given', 'budgets': '50%'},
     'magnitude: van_loan': {'linear': _square, 'decompose': 'van_loan', 'prune_before': 'magnitude', 'prune_fraction': 0.3},
     'wanda: van_loan': {'linear': _square, 'decompose': 'van_loan', 'prune_before': 'wanda', 'prune_fraction': 0.3},
+    'prune': {'linear': _half, 'decompose': 'prune', 'sizes': 'given', 'budgets': '50%'},
     'near low rank: als': {'linear': _near, 'decompose': 'als'},
     'near low rank: als_sequential': {'linear': _near, 'decompose': 'als_sequential'},
-    'near low rank: als_hessian': {'linear': _near, 'decompose': 'als_hessian'},
-    'layer 0 dense: als_sequential': {'linear': _near0, 'decompose': 'als_sequential', 'budgets': '50%'},
-    'wanda: als': {'linear': _near, 'decompose': 'als', 'prune_before': 'wanda', 'prune_fraction': 0.3, 'budgets': '50%'},
+    'near low rank: als_streamed': {'linear': _near, 'decompose': 'als_streamed'},
     'square: als': {'linear': _square, 'decompose': 'als', 'budgets': '50%'},
-    # others
-    'sum': {'linear': _sum, 'decompose': 'svd_whitened,als', 'budgets': '50%'},
-    'sum_sequential': {'linear': _sum, 'decompose': 'svd_whitened_sequential,als_sequential', 'budgets': '50%'},
+    'mixed: als_hessian': {'linear': _mixed, 'decompose': _hessian},
+    # others, at one budget
     'abba': {'linear': {'h.*.mlp.*': 'abba'}, 'decompose': 'van_loan', 'budgets': '50%'},
-    'abba: als': {'linear': {'h.*.mlp.*': 'abba'}, 'decompose': 'als', 'budgets': '50%'},
+    'sum': {'linear': _sum, 'decompose': 'svd_whitened,als', 'budgets': '50%'},
+    'exact columns: svd_hessian': {'linear': _columns, 'decompose': 'svd_whitened_hessian', 'sizes': 'curvature',
+                                   'budgets': '50%'},
+    'layer 0 dense: svd_whitened': {'linear': _low0, 'decompose': 'svd_whitened', 'budgets': '50%'},
+    'layer 0 dense: svd_whitened_streamed': {'linear': _low0, 'decompose': 'svd_whitened_streamed', 'budgets': '50%'},
+    'curvature: svd_hessian_sequential': {'linear': _low, 'decompose': 'svd_whitened_hessian_sequential',
+                                          'sizes': 'curvature', 'budgets': '75%'},
+    'curvature: svd_whitened_sequential': {'linear': _low, 'decompose': 'svd_whitened_sequential', 'sizes': 'curvature',
+                                           'budgets': '75%'},
+    'pivot curvature: svd_hessian_sequential': {'linear': _pivot, 'decompose': 'svd_whitened_hessian_sequential',
+                                                'sizes': 'curvature', 'budgets': '25%'},
+    'pivot layer 0 dense: svd_whitened_sequential': {'linear': _pivot0, 'decompose': 'svd_whitened_sequential',
+                                                     'budgets': '25%'},
+    'pivot layer 0 dense: svd_whitened_streamed': {'linear': _pivot0, 'decompose': 'svd_whitened_streamed',
+                                                   'budgets': '25%'},
+    'pivot mixed layer 0 dense: streamed': {'linear': _pivot_mixed0, 'decompose': 'svd_whitened_streamed,als_streamed',
+                                            'budgets': '25%'},
 }
 heal = {
     'batch_size': 1, 'gradient_accumulation_steps': 1, 'learning_rate': 2e-4, 'min_lr': 2e-5, 'warmup_iters': 5,
