@@ -140,33 +140,34 @@ def text(study, lines):
 
 
 def plot(study, lines, path):
-    """Test loss or perplexity (log) against the share of parameters, a line a variant, healed ones hollow and dashed."""
+    """Test loss or perplexity (log), a panel a budget, a row a variant: filled as compressed, hollow once healed."""
     import math
 
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
     found, unit = grouped(study, lines), in_nats(study)
-    figure, axes = plt.subplots(figsize=(10, 6), layout='constrained')
 
-    def level(values):
-        mean = statistics.fmean(values)
-        return mean if unit else math.exp(min(mean, 700))
-    for i, name in enumerate(study.variants):
-        for healed in (False, True):
-            points = [(group[0]['zero']['share'], level(losses(group, 'test', healed))) for (n, _), group in found.items()
-                      if n == name and losses(group, 'test', healed)]
-            if points and name != DENSE:
-                marker = 'os^vD<>pP*X'[i // 10 % 11]
-                axes.plot(*zip(*sorted(points)), marker + ('--' if healed else '-'), color=f'C{i % 10}', ms=5, lw=1,
-                          mfc='none' if healed else None, label=name + ', healed' * healed)
-    if (DENSE, '') in found:
-        axes.axhline(level(losses(found[DENSE, ''], 'test')), color='black', lw=0.8, ls=':', label='dense')
-    axes.set(xlabel=f'share of the parameters of {study.sites}', title=study.title or 'compression',
-             ylabel='test loss, nats a token' if unit else 'test perplexity')
-    if not unit:
-        axes.set_yscale('log')
-    axes.grid(alpha=0.25, which='both')
-    figure.legend(fontsize=8, loc='outside right upper')
+    def level(name, budget, healed):
+        values = losses(found.get((name, budget), []), 'test', healed)
+        return statistics.fmean(values) if unit or not values else math.exp(min(statistics.fmean(values), 700))
+    names = [name for name in study.variants if name != DENSE and any(n == name for n, _ in found)]
+    figure, panels = plt.subplots(1, len(study.budgets), sharex=True, sharey=True, squeeze=False, layout='constrained',
+                                  figsize=(3.7 + 3.5 * len(study.budgets), 1.6 + 0.22 * len(names)))
+    for axes, budget in zip(panels[0], study.budgets):
+        for healed, style in ((False, {}), (True, {'mfc': 'none'})):
+            points = [(level(name, budget, healed), y) for y, name in enumerate(names)
+                      if losses(found.get((name, budget), []), 'test', healed)]
+            if points:
+                axes.plot(*zip(*points), 'o', color=f'C{int(healed)}', label='healed' if healed else 'as compressed', **style)
+        if (DENSE, '') in found:
+            axes.axvline(level(DENSE, '', False), color='black', lw=0.8, ls=':', label='dense')
+        axes.set(title=f'{budget} of {study.sites}', xlabel='test loss, nats a token' if unit else 'test perplexity',
+                 xscale='linear' if unit else 'log', ylim=(len(names) - 0.5, -0.5))
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.grid(alpha=0.25)
+    handles = {label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc='outside lower center', ncols=3)
+    figure.suptitle(study.title or 'compression')
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -7,7 +7,7 @@ sizes.
 
 Launch: python ablate.py config/ablation/where.py --jobs=2
 Then:   python ablate.py report out/where
-40 runs of about a minute of one core each; needs data/shakespeare_char. Not run yet.
+48 runs of about a minute of one core each; needs data/shakespeare_char. Not run yet.
 """
 base = 'config/dense_mlp.py'
 baseline = 'dense'
@@ -29,5 +29,5 @@ tasks = {
     'shakespeare_char': {'max_iters': 600, 'lr_decay_iters': 600, 'warmup_iters': 50, 'eval_interval': 600,
                          'eval_first': False, 'min_lr': 1e-4},
 }
-search = {'learning_rate': [2e-3, 4e-3, 8e-3]}
+search = {'learning_rate': [1e-3, 2e-3, 4e-3, 8e-3]}
 seeds = 3
