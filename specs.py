@@ -80,8 +80,16 @@ def spec_of(node):
 
 
 def parse_rules(text):
-    """'pattern=spec; pattern=spec' -> {pattern: spec}; a text that holds no pattern is one spec for all sites."""
+    """'pattern=spec; pattern=spec' -> {pattern: spec}; a text that holds no pattern is one spec for all sites.
+
+    A dict as a config file has it, "{'pattern': 'spec'}", is taken too.
+    """
     rules = {}
+    if text.lstrip().startswith('{'):
+        try:
+            return ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            raise UserError(f"{text[:60]!r} is no dict; write 'h.*.mlp.*=kron(8,8,terms=4); h.0.*=dense'") from None
     for item in text.split(';'):
         pattern, equals, spec = item.partition('=')
         if not equals or '(' in pattern:                # the first '=' belongs to an argument

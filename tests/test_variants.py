@@ -30,7 +30,8 @@ def test_what_is_no_spec_is_refused(text):
 def test_parse_rules():
     assert parse_rules('h.*.mlp.*=kron(8,8,terms=4); h.1.*=dense') == {'h.*.mlp.*': 'kron(8,8,terms=4)', 'h.1.*': 'dense'}
     assert parse_rules('kron(8,8,terms=4)') == {'*': 'kron(8,8,terms=4)'}
-    for text in ('a=', '=dense', 'a=dense; a=dense', ';'):
+    assert parse_rules(" {'h.*.mlp.*': 'kron(8, 8)', 'h.1.*': 'dense'}") == {'h.*.mlp.*': 'kron(8, 8)', 'h.1.*': 'dense'}
+    for text in ('a=', '=dense', 'a=dense; a=dense', ';', "{'a': kron(8)}"):
         with pytest.raises(UserError):
             parse_rules(text)
 
