@@ -29,19 +29,20 @@ _pivot_mixed0 = {'h.0.*': 'dense', 'h.*.mlp.c_proj': 'kron_pivot(1, 768)', 'h.*.
 _sum = {'h.*.mlp.c_proj': 'lowrank + kron(24, 64, terms=20)', 'h.*.mlp.*': 'lowrank + kron(64, 24, terms=20)'}
 _columns = {'h.*.mlp.c_proj': 'lowrank(exact_columns=64)', 'h.*.mlp.*': 'lowrank'}
 _half = {'h.*.mlp.c_proj': 'kron(288, 1536)', 'h.*.mlp.*': 'kron(1536, 288)'}           # Krony-PT's 96M: 50.00002 %
+_gently = {'75%': {'heal_settings': {'learning_rate': 5e-5, 'min_lr': 5e-6}}}         # 2e-4 undoes what it heals
 _hessian = 'svd_whitened_hessian,als_hessian'
 _hessian_streamed = 'svd_whitened_hessian_streamed,als_hessian_streamed'
 
 variants = {
     # the best: ranks and terms by the curvature of the loss, errors weighed by it
     'pivot curvature: svd_hessian': {'linear': _pivot, 'decompose': 'svd_whitened_hessian', 'sizes': 'curvature',
-                                     'heal': '50%, 75%'},
+                                     'heal': '50%, 75%', 'at': _gently},
     'pivot curvature: svd_hessian_streamed': {'linear': _pivot, 'decompose': 'svd_whitened_hessian_streamed',
-                                              'sizes': 'curvature', 'heal': '50%, 75%'},
-    'pivot mixed curvature: als_hessian': {'linear': _pivot_mixed, 'sizes': 'curvature', 'heal': '50%, 75%',
-                                           'decompose': _hessian},
-    'pivot mixed curvature: als_hessian_streamed': {'linear': _pivot_mixed, 'sizes': 'curvature', 'heal': '50%, 75%',
-                                                    'decompose': _hessian_streamed},
+                                              'sizes': 'curvature', 'heal': '50%, 75%', 'at': _gently},
+    'pivot mixed curvature: als_hessian': {'linear': _pivot_mixed, 'decompose': _hessian, 'sizes': 'curvature',
+                                           'heal': '50%, 75%', 'at': _gently},
+    'pivot mixed curvature: als_hessian_streamed': {'linear': _pivot_mixed, 'decompose': _hessian_streamed,
+                                                    'sizes': 'curvature', 'heal': '50%, 75%', 'at': _gently},
     # low rank
     'svd': {'linear': _low, 'decompose': 'svd', 'heal': '50%'},
     'svd_whitened': {'linear': _low, 'decompose': 'svd_whitened'},
@@ -82,6 +83,6 @@ variants = {
 }
 heal = {
     'batch_size': 1, 'gradient_accumulation_steps': 1, 'learning_rate': 2e-4, 'min_lr': 2e-5, 'warmup_iters': 5,
-    'max_iters': 30, 'lr_decay_iters': 30, 'eval_interval': 30, 'eval_iters': 4, 'eval_first': False, 'save_interval': 10,
+    'max_iters': 60, 'lr_decay_iters': 60, 'eval_interval': 60, 'eval_iters': 4, 'eval_first': False, 'save_interval': 20,
     'keep_checkpoints': 2, 'log_interval': 1, 'weight_decay': 0.0, 'dtype': 'bfloat16',
 }
