@@ -159,7 +159,8 @@ def plot(study, lines, path):
             points = [(level(name, budget, healed), y) for y, name in enumerate(names)
                       if losses(found.get((name, budget), []), 'test', healed)]
             if points:
-                axes.plot(*zip(*points), 'o', color=f'C{int(healed)}', label='healed' if healed else 'as compressed', **style)
+                label = 'healed' if healed else 'as compressed'
+                axes.plot(*zip(*points), 'o', color=f'C{int(healed)}', label=label, **style)
         if (DENSE, '') in found:
             axes.axvline(level(DENSE, '', False), color='black', lw=0.8, ls=':', label='dense')
         axes.set(title=f'{budget} of {study.sites}', xlabel='test loss, nats a token' if unit else 'test perplexity',
