@@ -83,6 +83,6 @@ variants = {
 }
 heal = {
     'batch_size': 1, 'gradient_accumulation_steps': 1, 'learning_rate': 2e-4, 'min_lr': 2e-5, 'warmup_iters': 5,
-    'max_iters': 60, 'lr_decay_iters': 60, 'eval_interval': 60, 'eval_iters': 4, 'eval_first': False, 'save_interval': 20,
+    'max_iters': 50, 'lr_decay_iters': 50, 'eval_interval': 50, 'eval_iters': 4, 'eval_first': False, 'save_interval': 25,
     'keep_checkpoints': 2, 'log_interval': 1, 'weight_decay': 0.0, 'dtype': 'bfloat16',
 }
