@@ -22,8 +22,8 @@ mlp = 'kron_moe(8, 64, 16, top_k=2, share=None)'
 
 batch_size = 12
 gradient_accumulation_steps = 1
-learning_rate = 3e-3
-min_lr = 3e-4
+learning_rate = 1e-3                # of 1e-3, 2e-3 and 4e-3 the best after 1000 steps
+min_lr = 1e-4
 beta2 = 0.99
 warmup_iters = 100
 max_iters = 2000
