@@ -10,8 +10,9 @@ import variants
 from layers import Structured, loudest, options_numel, silenced
 from variants import did_you_mean
 
-# in a method's name, under the inputs x' that the compressed layers in front really give: fitted to the dense outputs W x,
-SEQUENTIAL, STREAMED = '_sequential', '_streamed'       # or to W x'
+# in a method's name, both under the inputs x' that the compressed layers in front really give
+SEQUENTIAL = '_sequential'      # fitted to the dense model's outputs W x
+STREAMED = '_streamed'          # fitted to W x'
 METHODS = {}                    # none of its own: each part takes the first method that its class knows
 ROUNDS, GAIN = 3, 1e-3          # of refitting every part to what the others leave; a round that gains less is the last
 RIDGE = 0.01                    # of the typical power of an input, in the measure of a fit
@@ -31,15 +32,15 @@ def choose(cls, wanted, arguments):
     if known is None:                                   # dense: every method is exact
         return 'van_loan', False
     for name in names:
-        plain = unstreamed(name)
-        if name in known or plain in known:
+        plain = next((name.removesuffix(end) for end in (SEQUENTIAL, STREAMED) if name.endswith(end)), name)
+        if name in known or plain in known and SEQUENTIAL not in plain:
             return name, name != plain or plain in getattr(module, 'CALIBRATED', ())
     raise ValueError(f'method={wanted!r} is unknown; {name_of(cls)} knows {", ".join(known)}'
                      f'{did_you_mean(names[0], known)}; with commas each structure takes the first that it knows')
 
 
 def unstreamed(method):
-    """The plain methods of names with commas."""
+    """The methods, names with commas, under the dense model's inputs."""
     return method.replace(SEQUENTIAL, '').replace(STREAMED, '')
 
 

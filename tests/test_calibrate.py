@@ -230,6 +230,12 @@ def test_a_plain_method_becomes_sequential_by_its_target():
     same(model.sites()[site].bias.detach(), b + W @ y.mean(0) - T @ x.mean(0), 1e-7)
 
 
+@pytest.mark.parametrize('method', ['als_sequential_streamed', 'svd_streamed_sequential', 'svd_sequential_whitened'])
+def test_a_form_that_is_none_is_refused(method):
+    with pytest.raises(UserError, match='is unknown'):
+        filled(method, batches=text(), rules={'h.0.mlp.c_fc': 'kron(8, 4)' if 'als' in method else 'lowrank(4)'})
+
+
 @pytest.mark.parametrize('beside', ['svd_whitened_streamed', 'svd_whitened_sequential'])
 def test_a_streamed_method_is_the_plain_one_on_what_the_compressed_model_feeds(beside):
     """With the dense model alone in front, and with it beside for another site."""
