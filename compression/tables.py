@@ -50,12 +50,14 @@ def budget_table(study, found, label, text):
         lines = found[name, label]
         variant, first = settings_of(study, name, label), lines[0]['zero']
         errors = [x['zero']['output_error'] for x in lines if x['zero']['output_error'] is not None]
+        times = [x['healed']['healed']['seconds'] for x in lines if x['healed'] and x['healed']['healed'].get('seconds')]
         rows.append([name, variant.decompose, f'{first["parameters"]:,}', f'{first["share"]:.2%}', f'{first["total"]:,}',
                      shown(losses(lines, text), unit), shown(losses(lines, text, True), unit),
+                     f'{statistics.fmean(times):.0f}' if times else '',
                      f'{statistics.fmean(errors):.3f}' if errors else '',
                      f'{statistics.fmean([x["zero"]["decompose_cpu_s"] for x in lines]):.0f}'])
     return markdown(['variant', 'method', f'parameters of {study.sites}', 'share', 'of the whole model',
-                     'loss' if unit else 'perplexity', 'healed', 'error of outputs', 'core s'], rows)
+                     'loss' if unit else 'perplexity', 'healed', 'healing s', 'error of outputs', 'core s'], rows)
 
 
 def summary(study, found, text):

@@ -345,7 +345,8 @@ def test_healing_lowers_the_loss_and_is_not_run_twice(tmp_path, run, monkeypatch
     assert json.loads((folder / 'run' / 'config.json').read_text())['linear'] == zero['linear']
     monkeypatch.setattr(runner, 'carry_out', None)
     assert run(*only) == 0
-    assert '→' in (out / 'report.md').read_text()
+    report = (out / 'report.md').read_text()
+    assert '→' in report and f'{healed["healed"]["seconds"]:.0f} |' in report.split('healing s')[-1]
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ _pivot_mixed0 = {'h.0.*': 'dense', 'h.*.mlp.c_proj': 'kron_pivot(1, 768)', 'h.*.
 _sum = {'h.*.mlp.c_proj': 'lowrank + kron(24, 64, terms=20)', 'h.*.mlp.*': 'lowrank + kron(64, 24, terms=20)'}
 _columns = {'h.*.mlp.c_proj': 'lowrank(exact_columns=64)', 'h.*.mlp.*': 'lowrank'}
 _half = {'h.*.mlp.c_proj': 'kron(288, 1536)', 'h.*.mlp.*': 'kron(1536, 288)'}           # Krony-PT's 96M: 50.00002 %
-_gently = {'75%': {'heal_settings': {'learning_rate': 5e-5, 'min_lr': 5e-6}}}         # 2e-4 undoes what it heals
+_gently = {'75%': {'heal_settings': {'learning_rate': 5e-5, 'min_lr': 5e-6}}}         # more undoes what it heals
 _hessian = 'svd_whitened_hessian,als_hessian'
 _hessian_streamed = 'svd_whitened_hessian_streamed,als_hessian_streamed'
 
@@ -58,7 +58,7 @@ variants = {
     'prune': {'linear': _half, 'decompose': 'prune', 'sizes': 'given', 'budgets': '50%'},
     'near low rank: als': {'linear': _near, 'decompose': 'als'},
     'near low rank: als_sequential': {'linear': _near, 'decompose': 'als_sequential'},
-    'near low rank: als_streamed': {'linear': _near, 'decompose': 'als_streamed'},
+    'near low rank: als_streamed': {'linear': _near, 'decompose': 'als_streamed', 'budgets': '25%'},
     'square: als': {'linear': _square, 'decompose': 'als', 'budgets': '50%'},
     'mixed: als_hessian': {'linear': _mixed, 'decompose': _hessian},
     # others, at one budget
@@ -82,7 +82,7 @@ variants = {
                                             'budgets': '25%'},
 }
 heal = {
-    'batch_size': 1, 'gradient_accumulation_steps': 1, 'learning_rate': 2e-4, 'min_lr': 2e-5, 'warmup_iters': 5,
-    'max_iters': 50, 'lr_decay_iters': 50, 'eval_interval': 50, 'eval_iters': 4, 'eval_first': False, 'save_interval': 25,
+    'batch_size': 1, 'gradient_accumulation_steps': 1, 'learning_rate': 1e-4, 'min_lr': 1e-5, 'warmup_iters': 5,
+    'max_iters': 100, 'lr_decay_iters': 100, 'eval_interval': 100, 'eval_iters': 4, 'eval_first': False, 'save_interval': 50,
     'keep_checkpoints': 2, 'log_interval': 1, 'weight_decay': 0.0, 'dtype': 'bfloat16',
 }
