@@ -4,15 +4,15 @@
 
 The list: Krony-PT's shapes of GPT-2's two MLP matrices and kron(out/2, in/2) of smaller ones; one token to 8,192, forward
 without gradients (a W that is formed is kept there) and, from 512 tokens, forward + backward. Chosen is what timing.fastest
-takes, which times on its own; then the plans and the dense layer are timed by turns in one process, the least of all
-rounds counts, and what misses an aim is timed again with more rounds. Calls go round as
+takes, which times on its own; then the plans and the dense layer are timed by turns in one process, the median of the
+rounds counts, and what misses an aim is timed once more with three times the rounds. Calls go round as
 many layers as make 128 MB, the dense ones and the sums each for themselves: a token that is decoded reads every weight of a
 model once, from memory and not from a cache. A plan that was SLOW at 512 tokens, or clearly behind at the number before,
 is not timed with more tokens. Three quarters of an hour on one thread.
 """
 import copy
 import itertools
-import math
+import statistics
 import sys
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ KRONY = {
 SMALL = [(576, 1536), (128, 512), (384, 1536)]          # kron(out/2, in/2), both ways round
 TRAINED = 512                           # tokens from which forward + backward is timed
 BEHIND = 1.3                            # times the best: a plan that far behind is not timed with more tokens
-LEAST_ROUNDS, MOST_ROUNDS = 2, 7
+LEAST_ROUNDS, MOST_ROUNDS = 3, 7
 LAYERS = 64                             # at most that calls go round, to read 128 MB of weights
 
 
@@ -44,7 +44,7 @@ class Settings(Output):
     """What is measured, where, and how long."""
     tokens: str = key('1,16,512,2048,8192', 'numbers of tokens')
     only: str = key('', 'names of shapes by commas: 67M, 81M, ..., small; by default all')
-    cell_s: float = key(0.6, 'seconds of the rounds of one timing, at least two rounds', low=0)
+    cell_s: float = key(0.6, 'seconds of the rounds of one timing, at least three rounds', low=0)
     threads: int = key(1, 'torch threads on a CPU; one gives the steadiest ratios', low=1)
     device: str = key('cpu', "'cpu', 'cuda', 'cuda:1'")
     dtype: str = key('auto', "autocast type; 'auto' = bfloat16 where the GPU has it, float16 on older ones, "
@@ -135,19 +135,20 @@ class Layer:
 
 
 def rounds_of(calls, settings, device, more=1):
-    """{name: least ms of a call}, all by turns."""
+    """{name: ms of a call}, the median of rounds by turns."""
     from kron.timing import seconds
     once = {name: max(seconds(call, 1, device), 1e-9) for name, call in calls.items()}     # kernels are chosen at the first
     times = {name: max(1, min(100, round(settings.cell_s / 10 / len(calls) / t))) for name, t in once.items()}
-    spent, least, count = 0.0, dict.fromkeys(calls, math.inf), 0
+    spent, found, count = 0.0, {name: [] for name in calls}, 0
     while count < LEAST_ROUNDS * more or (spent < settings.cell_s * more and count < MOST_ROUNDS * more):
         for name, call in calls.items():
             if once[name] * LAYERS < settings.cell_s / 10:
                 seconds(call, LAYERS // 2, device)           # caches hold what this plan reads, not what the last one did
             took = seconds(call, times[name], device)
-            least[name], spent = min(least[name], took / times[name]), spent + took
+            found[name].append(1e3 * took / times[name])
+            spent += took
         count += 1
-    return {name: 1e3 * t for name, t in least.items()}
+    return {name: statistics.median(each) for name, each in found.items()}
 
 
 def cell(layer, tokens, training, names, settings):
@@ -163,8 +164,7 @@ def cell(layer, tokens, training, names, settings):
     calls = {name: layer.call(name, tokens, training) for name in names}
     ms = rounds_of(calls, settings, layer.device)
     if any(need and ratio(found | {'ms': ms}, kind) < need for kind, need in needs(found, ms).items()):
-        again = rounds_of(calls, settings, layer.device, more=3)
-        ms = {name: min(ms[name], again[name]) for name in ms}
+        ms = rounds_of(calls, settings, layer.device, more=3)
     return found | {'ms': ms}
 
 

@@ -68,7 +68,7 @@ def text(result):
     names = list(dict.fromkeys(name for c in result['cells'] for name in c['ms'] if name != 'dense'))
     parts = [f'{result["dtype"]} on {result["machine"]["gpu"] or result["machine"]["device"]} '
              f'({result["machine"]["threads"]} threads), torch {result["machine"]["torch"]}, {result["seconds"]:.0f} s. ms '
-             'a call of dense and of every plan, least of the rounds; - was not timed; x: dense over chosen; roofline: '
+             'a call of dense and of every plan, median of the rounds; - was not timed; x: dense over chosen; roofline: '
              f'share of {result["peak_flops"] / 1e12:.3g} TFLOP/s or {result["bandwidth"] / 1e9:.3g} GB/s it has']
     for phase in ('forward', 'training'):
         rows = [[f'{c["name"]} {c["matrix"]}', f'{c["tokens"]}', f'{c["flops"]:.2f}', f'{c["ms"]["dense"]:.4g}',

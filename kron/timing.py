@@ -2,6 +2,7 @@
 import contextlib
 import itertools
 import math
+import statistics
 import time
 
 import torch
@@ -13,7 +14,7 @@ NEAR = 1.6          # an order of contraction with that many times the FLOPs of 
 LOOKS = {512: 2.0, 2048: 1.35}  # tokens of a first look: a plan that took that many times the best is not timed with more
 MOST = 8192         # tokens of a timing at most
 SLOW = 2.0          # a plan whose first calls took that many times the best is timed no more
-ROUNDS = 2, 60      # timings of each plan, by turns, the least one counts: no more after ENOUGH_S
+ROUNDS = 3, 60      # timings of each plan, by turns, at least and at most: no more after ENOUGH_S
 ENOUGH_S = 0.5
 TURN_S = 2e-3       # of one timing, s: so many calls
 HALF = (torch.bfloat16, torch.float16)
@@ -93,9 +94,10 @@ def seconds(call, times, device):
 
 
 def timings(calls, device, warm=1):
-    """{name: least seconds of a call} of {name: call}, timed by turns; one that is SLOW at once is timed no more.
+    """{name: seconds of a call} of {name: call}, the median of rounds by turns; one that is SLOW at once is timed no more.
 
     warm: calls before each timing that do not count, so that caches hold what this plan and not the last one reads.
+    Not the least of the rounds: on a shared machine one of them may be a third faster than all others, for any plan.
     """
     for call in calls.values():
         call()                                          # kernels are chosen and loaded
@@ -104,7 +106,7 @@ def timings(calls, device, warm=1):
         if first[name] == math.inf or first[name] <= 10 * TURN_S:
             first[name] = min(first[name], max(seconds(calls[name], 1, device), 1e-9))
     calls = {name: call for name, call in calls.items() if first[name] <= SLOW * min(first.values())}
-    found, spent = {name: math.inf if name in calls else t for name, t in first.items()}, 0.0
+    rounds, spent = {name: [] for name in calls}, 0.0
     for count in range(ROUNDS[1]):
         if count >= ROUNDS[0] and spent > ENOUGH_S:
             break
@@ -113,8 +115,9 @@ def timings(calls, device, warm=1):
             if first[name] < TURN_S:
                 seconds(call, warm, device)
             took = seconds(call, times, device)
-            found[name], spent = min(found[name], took / times), spent + took
-    return found
+            rounds[name].append(took / times)
+            spent += took
+    return first | {name: statistics.median(times) for name, times in rounds.items()}
 
 
 def fastest(shape, tokens, dtype, device, training, merged=False, half=False, copies=1):
