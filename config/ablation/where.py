@@ -7,7 +7,7 @@ sizes.
 
 Launch: python ablate.py config/ablation/where.py --jobs=2
 Then:   python ablate.py report out/where
-48 runs of about a minute of one core each; needs data/shakespeare_char. Not run yet.
+48 runs of about a minute of one core each; needs data/shakespeare_char. Result: records/2026-11-22_where_the_money_is.
 """
 base = 'config/dense_mlp.py'
 baseline = 'dense'
