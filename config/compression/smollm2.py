@@ -5,7 +5,8 @@ Needs two things that are not in the repo (docs/pretrained.md): the GGUF of the 
 data/enwik8_prose_smollm2, made by
     python data/enwik8_prose/prepare.py --tokenizer=out/SmolLM2-135M-Instruct.Q4_1.gguf --out=data/enwik8_prose_smollm2
 On one core: 12 minutes for the calibration that all variants share (1.9 GB below out/, up to 11 GB of memory), then 3 to 5
-minutes for a variant and budget, 7 layer by layer and 12 beside the dense model, 6 to 10 more with als: some eight hours.
+minutes for a variant and budget, 7 layer by layer and 12 beside the dense model, 6 to 15 more with als: some eight hours.
+A healing run takes 4.5 minutes of two cores (--threads=2), where nothing else runs.
 --only="curvature:*,svd" runs a part. Choices are made on `select` alone.
 """
 title = 'SmolLM2-135M, MLP parameters at 75%, 50% and 25%'
