@@ -97,7 +97,7 @@ def timings(calls, device, warm=1):
     """{name: seconds of a call} of {name: call}, the median of rounds by turns; one that is SLOW at once is timed no more.
 
     warm: calls before each timing that do not count, so that caches hold what this plan and not the last one reads.
-    Not the least of the rounds: on a shared machine one of them may be a third faster than all others, for any plan.
+    Not the least of the rounds: that of a plan was at times a third below what it took otherwise (records/LOG.md).
     """
     for call in calls.values():
         call()                                          # kernels are chosen and loaded
