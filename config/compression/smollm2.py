@@ -19,7 +19,6 @@ calibration_tokens = 32768
 budgets = {'75%': 0.75, '50%': 0.5, '25%': 0.25}
 
 _low = {'h.*.mlp.*': 'lowrank'}
-_low0 = {'h.0.*': 'dense', 'h.*.mlp.*': 'lowrank'}
 _pivot = {'h.*.mlp.*': 'pivot'}                        # as lowrank, with more rank for as many parameters
 _pivot0 = {'h.0.*': 'dense', 'h.*.mlp.*': 'pivot'}
 _square = {'h.*.mlp.c_proj': 'kron(24, 64)', 'h.*.mlp.*': 'kron(64, 24)'}               # right factors 24 x 24
@@ -41,9 +40,9 @@ variants = {
     'pivot curvature: svd_hessian_streamed': {'linear': _pivot, 'decompose': 'svd_whitened_hessian_streamed',
                                               'sizes': 'curvature', 'heal': '50%, 75%', 'at': _gently},
     'pivot mixed curvature: als_hessian': {'linear': _pivot_mixed, 'decompose': _hessian, 'sizes': 'curvature',
-                                           'heal': '50%, 75%', 'at': _gently},
+                                           'heal': '50%'},
     'pivot mixed curvature: als_hessian_streamed': {'linear': _pivot_mixed, 'decompose': _hessian_streamed,
-                                                    'sizes': 'curvature', 'heal': '50%, 75%', 'at': _gently},
+                                                    'sizes': 'curvature', 'heal': '50%'},
     # low rank
     'svd': {'linear': _low, 'decompose': 'svd', 'heal': '50%'},
     'svd_whitened': {'linear': _low, 'decompose': 'svd_whitened'},
@@ -61,22 +60,16 @@ variants = {
     'near low rank: als_sequential': {'linear': _near, 'decompose': 'als_sequential'},
     'near low rank: als_streamed': {'linear': _near, 'decompose': 'als_streamed', 'budgets': '25%'},
     'square: als': {'linear': _square, 'decompose': 'als', 'budgets': '50%'},
-    'mixed: als_hessian': {'linear': _mixed, 'decompose': _hessian},
+    'mixed: als_hessian': {'linear': _mixed, 'decompose': _hessian, 'budgets': '50%'},
     # others, at one budget
     'abba': {'linear': {'h.*.mlp.*': 'abba'}, 'decompose': 'van_loan', 'budgets': '50%'},
     'sum': {'linear': _sum, 'decompose': 'svd_whitened,als', 'budgets': '50%'},
     'exact columns: svd_hessian': {'linear': _columns, 'decompose': 'svd_whitened_hessian', 'sizes': 'curvature',
                                    'budgets': '50%'},
-    'layer 0 dense: svd_whitened': {'linear': _low0, 'decompose': 'svd_whitened', 'budgets': '50%'},
-    'layer 0 dense: svd_whitened_streamed': {'linear': _low0, 'decompose': 'svd_whitened_streamed', 'budgets': '50%'},
-    'curvature: svd_hessian_sequential': {'linear': _low, 'decompose': 'svd_whitened_hessian_sequential',
-                                          'sizes': 'curvature', 'budgets': '75%'},
-    'curvature: svd_whitened_sequential': {'linear': _low, 'decompose': 'svd_whitened_sequential', 'sizes': 'curvature',
-                                           'budgets': '75%'},
     'pivot curvature: svd_hessian_sequential': {'linear': _pivot, 'decompose': 'svd_whitened_hessian_sequential',
                                                 'sizes': 'curvature', 'budgets': '25%'},
-    'pivot layer 0 dense: svd_whitened_sequential': {'linear': _pivot0, 'decompose': 'svd_whitened_sequential',
-                                                     'budgets': '25%'},
+    'pivot curvature: svd_whitened_streamed': {'linear': _pivot, 'decompose': 'svd_whitened_streamed',
+                                               'sizes': 'curvature', 'budgets': '25%'},
     'pivot layer 0 dense: svd_whitened_streamed': {'linear': _pivot0, 'decompose': 'svd_whitened_streamed',
                                                    'budgets': '25%'},
     'pivot mixed layer 0 dense: streamed': {'linear': _pivot_mixed0, 'decompose': 'svd_whitened_streamed,als_streamed',
