@@ -52,8 +52,8 @@ class PivotLinear(LowRankLinear):
         """U (x_S + R x_rest) + bias for x (..., in); never forms W."""
         if x.shape[-1] != self.in_features:
             raise RuntimeError(f'x has {x.shape[-1]} features and not {self.in_features}')
-        x = x[..., self.order]
-        return F.linear(x[..., :self.rank] + F.linear(x[..., self.rank:], self.R), self.U, bias)
+        first, others = Reordered.apply(x, self.order).split((self.rank, self.in_features - self.rank), -1)
+        return F.linear(first + F.linear(others, self.R), self.U, bias)
 
     def product_weight(self):
         """[U, U R] with its columns in their places, (out, in), in fp32 at least."""
@@ -105,3 +105,17 @@ class PivotLinear(LowRankLinear):
         order = with_others(pivoted(V), size)
         first, others = V.double()[:, order].tensor_split((rank,), 1)
         return {'U': U.double() @ first, 'R': torch.linalg.pinv(first) @ others, 'order': order}
+
+
+class Reordered(torch.autograd.Function):
+    """x[..., order] of a permutation, whose gradient is picked out too: indexing adds it up number by number on one core."""
+
+    @staticmethod
+    def forward(ctx, x, order):
+        ctx.save_for_backward(order)
+        return x[..., order]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        order, = ctx.saved_tensors
+        return Reordered.apply(gradient, order.argsort()), None

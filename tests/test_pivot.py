@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lowrank.linear import LowRankLinear
-from lowrank.pivot import PivotLinear, pivoted, with_others
+from lowrank.pivot import PivotLinear, Reordered, pivoted, with_others
 
 
 def randn(*shape, seed=0):
@@ -87,3 +87,11 @@ def test_sizes_that_do_not_fit_are_refused():
         PivotLinear(8, 12, False, 9)
     with pytest.raises(ValueError, match='rank=0 must be a whole number of at least 1'):
         PivotLinear(8, 12, False, 0)
+
+
+def test_inputs_are_put_in_order_and_gradients_back():
+    x, order = randn(3, 4, 7).requires_grad_(), torch.tensor([4, 0, 6, 2, 5, 1, 3])
+    assert torch.equal(Reordered.apply(x, order), x[..., order])
+    gradient, = torch.autograd.grad(Reordered.apply(x, order), x, randn(3, 4, 7, seed=1))
+    assert torch.equal(gradient, torch.autograd.grad(x[..., order], x, randn(3, 4, 7, seed=1))[0])
+    assert torch.autograd.gradgradcheck(lambda x: Reordered.apply(x, order) ** 2, x)

@@ -78,5 +78,5 @@ variants = {
 heal = {
     'batch_size': 1, 'gradient_accumulation_steps': 1, 'learning_rate': 1e-4, 'min_lr': 1e-5, 'warmup_iters': 5,
     'max_iters': 75, 'lr_decay_iters': 75, 'eval_interval': 75, 'eval_iters': 4, 'eval_first': False, 'save_interval': 25,
-    'keep_checkpoints': 2, 'log_interval': 1, 'weight_decay': 0.0, 'dtype': 'bfloat16',
+    'keep_checkpoints': 2, 'log_interval': 1, 'weight_decay': 0.0, 'dtype': 'float32',
 }
