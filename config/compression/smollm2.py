@@ -6,7 +6,8 @@ data/enwik8_prose_smollm2, made by
     python data/enwik8_prose/prepare.py --tokenizer=out/SmolLM2-135M-Instruct.Q4_1.gguf --out=data/enwik8_prose_smollm2
 On one core: 12 minutes for the calibration that all variants share (1.9 GB below out/, up to 11 GB of memory), then 3 to 5
 minutes for a variant and budget, 7 layer by layer and 12 beside the dense model, 6 to 15 more with als: some eight hours.
-A healing run takes 4.5 minutes of two cores (--threads=2), where nothing else runs.
+A healing run is 45 steps (40 at 75%), as many as the slower of two machines did in five minutes on two cores (--threads=2, nothing else
+running).
 --only="curvature:*,svd" runs a part. Choices are made on `select` alone.
 """
 title = 'SmolLM2-135M, MLP parameters at 75%, 50% and 25%'
@@ -29,7 +30,8 @@ _pivot_mixed0 = {'h.0.*': 'dense', 'h.*.mlp.c_proj': 'kron_pivot(1, 768)', 'h.*.
 _sum = {'h.*.mlp.c_proj': 'lowrank + kron(24, 64, terms=20)', 'h.*.mlp.*': 'lowrank + kron(64, 24, terms=20)'}
 _columns = {'h.*.mlp.c_proj': 'lowrank(exact_columns=64)', 'h.*.mlp.*': 'lowrank'}
 _half = {'h.*.mlp.c_proj': 'kron(288, 1536)', 'h.*.mlp.*': 'kron(1536, 288)'}           # Krony-PT's 96M: 50.00002 %
-_gently = {'75%': {'heal_settings': {'learning_rate': 5e-5, 'min_lr': 5e-6}}}         # more undoes what it heals
+_gently = {'75%': {'heal_settings': {'learning_rate': 5e-5, 'min_lr': 5e-6,            # more undoes what it heals
+                                     'max_iters': 40, 'lr_decay_iters': 40, 'eval_interval': 40}}}
 _hessian = 'svd_whitened_hessian,als_hessian'
 _hessian_streamed = 'svd_whitened_hessian_streamed,als_hessian_streamed'
 
@@ -77,6 +79,6 @@ variants = {
 }
 heal = {
     'batch_size': 1, 'gradient_accumulation_steps': 1, 'learning_rate': 1e-4, 'min_lr': 1e-5, 'warmup_iters': 5,
-    'max_iters': 75, 'lr_decay_iters': 75, 'eval_interval': 75, 'eval_iters': 4, 'eval_first': False, 'save_interval': 25,
+    'max_iters': 45, 'lr_decay_iters': 45, 'eval_interval': 45, 'eval_iters': 1, 'eval_first': False, 'save_interval': 25,
     'keep_checkpoints': 2, 'log_interval': 1, 'weight_decay': 0.0, 'dtype': 'float32',
 }
