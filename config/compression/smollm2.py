@@ -6,8 +6,8 @@ data/enwik8_prose_smollm2, made by
     python data/enwik8_prose/prepare.py --tokenizer=out/SmolLM2-135M-Instruct.Q4_1.gguf --out=data/enwik8_prose_smollm2
 On one core: 12 minutes for the calibration that all variants share (1.9 GB below out/, up to 11 GB of memory), then 3 to 5
 minutes for a variant and budget, 7 layer by layer and 12 beside the dense model, 6 to 15 more with als: some eight hours.
-A healing run is 45 steps (40 at 75%), as many as the slower of two machines did in five minutes on two cores (--threads=2, nothing else
-running).
+A healing run is 45 steps (40 at 75%): about five minutes of two cores (--threads=2, nothing else running) on the slower of
+the two machines where it ran.
 --only="curvature:*,svd" runs a part. Choices are made on `select` alone.
 """
 title = 'SmolLM2-135M, MLP parameters at 75%, 50% and 25%'
