@@ -108,7 +108,10 @@ class PivotLinear(LowRankLinear):
 
 
 class Reordered(torch.autograd.Function):
-    """x[..., order] of a permutation, whose gradient is picked out too: indexing adds it up number by number on one core."""
+    """x[..., order], x (..., in) and a permutation order (in,); keeps the permutation alone for backward.
+
+    The gradient is put back by the inverse permutation; indexing's own would add it up number by number on one core.
+    """
 
     @staticmethod
     def forward(ctx, x, order):
