@@ -156,7 +156,8 @@ def fit_rows(target, C, m, n, terms, H, sweeps, gain):
     """
     L, nearest = torch.linalg.cholesky(H), nearest_kronecker_sum(target, m, n, terms)
     A, B, objectives = fit(L.t() @ target, C, m, n, terms, None, sweeps, gain)
-    back = torch.linalg.solve_triangular(L.t(), B if m == 1 else A, upper=True)
+    met = B if m == 1 else A
+    back = unrows(torch.linalg.solve_triangular(L.t(), rows(met), upper=True), met.shape)      # at once, not term by term
     error = L.t() @ (target - dense(*nearest))
     first = (error @ C * error).sum().item()
     lower = [value for value in objectives if value < first]
