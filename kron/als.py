@@ -19,25 +19,18 @@ G is never formed. The other half-step, of the shorter rows, may still be direct
 """
 import torch
 
-from kron.solve import (
-    by_products,
-    conjugate_gradients,
-    dense,
-    factorise,
-    gram_cost,
-    normal_matrix,
-    rows,
-    separable_inverse,
-    unrows,
-)
+from kron.solve import by_products, conjugate_gradients, dense, factorise, gram_cost, normal_matrix, rows
+from kron.solve import separable_inverse, unrows
 from kron.van_loan import canonical, nearest_in_outputs, nearest_kronecker_sum, rearrange
 
 RIDGE = 0.01            # of C's typical diagonal entry; 0.003 to 0.03 do equally well, 0.3 is too much
 HESSIAN_RIDGE = 1.0     # of H's: what the gradients show holds near the dense model, and errors are not small
 SWEEPS = 60             # at most
 GAIN = 3e-4             # a sweep that lowers the objective by less than this share of it is the last
-CG_STEPS = 6            # of a half-step with H, or with a large G
+CG_STEPS = 3            # of a half-step with a large G, which starts near its end
+H_STEPS = 6             # of one with H
 DIRECT = 4096           # unknowns r n or r q above which G is large: half a second of a core to factorise, 134 MB
+EXTRAPOLATION = 0.7     # of B's last change, in front of the next sweep: half the sweeps for as low an objective
 PROXIMAL = 1e-12        # of the mean diagonal of G: keeps terms that G does not determine where they are
 
 
@@ -118,12 +111,12 @@ def shifted(weight, stats):
 # the fit
 
 def fit(target, C, m, n, terms, H=None, sweeps=SWEEPS, gain=GAIN):
-    """A, B and the objectives, that of the nearest sum first: they never rise.
+    """A, B and the objectives, that of the nearest sum first: they never rise. The sweeps are extrapolated.
 
     target (m*p, n*q), C (n*q, n*q) positive definite, H (m*p, m*p) or None. Stops after `sweeps`, or when a sweep gains
     less than `gain` of the objective. Cost of a sweep without H: solves of r n and of r q unknowns,
     (r n)^3/3 + 2 m (r n)^2 and (r q)^3/3 + 2 p (r q)^2 multiply-adds, and r^2 in^2 + r^2 (m n^2 + p q^2) for the normal
-    matrices; with H, unless m = 1 or p = 1, 2 CG_STEPS (out^2 in + out in^2). Memory: 8 bytes times 2 in^2 + 2 out in +
+    matrices; with H, unless m = 1 or p = 1, 2 H_STEPS (out^2 in + out in^2). Memory: 8 bytes times 2 in^2 + 2 out in +
     2 r^2 max(n, q)^2, + out^2.
     """
     if H is not None and 1 in (m, len(H) // m):
@@ -136,17 +129,20 @@ def fit(target, C, m, n, terms, H=None, sweeps=SWEEPS, gain=GAIN):
         if problem.objective(*best) < objectives[0]:
             A, B, sweeps = *best, sweeps * (H is not None)
             objectives.append(problem.objective(A, B))
+    old = B                                             # of the sweep before
     for _ in range(sweeps):
-        new_A = problem.half_step(B, A, left=True)
-        new = canonical(new_A, problem.half_step(new_A, B, left=False))
+        new = problem.sweep(A, B, B + EXTRAPOLATION * (B - old))
         now, last = problem.objective(*new), objectives[-1]
-        if not now < last:                              # rounding
+        if not now < last and old is B:                 # rounding
             break
-        A, B = new
+        if not now < last:                              # too far: a plain sweep never rises
+            old = B
+            continue
+        old, (A, B) = B, new
         objectives.append(now)
         if last - now <= gain * now or now <= 1e-15 * problem.constant:
             break
-    return A, B, objectives
+    return *canonical(A, B), objectives
 
 
 def fit_rows(target, C, m, n, terms, H, sweeps, gain):
@@ -168,7 +164,7 @@ class Problem:
     """tr(H (T - What) C (T - What)^T) with what all half-steps share."""
 
     def __init__(self, target, C, H, m, n):
-        self.C, self.H, self.kept = C, H, (None, None)
+        self.C, self.H, self.kept, self.steps = C, H, (None, None), CG_STEPS if H is None else H_STEPS
         weighted = self.weighted(target)
         self.constant = (weighted * target).sum().item()
         self.RT, self.RC = rearrange(weighted, m, n), rearrange(C, n, n)
@@ -180,22 +176,25 @@ class Problem:
     def direct(self, moving, fixed):
         """Whether a half-step forms its normal matrix: it is small, and so is what it takes to form it."""
         (r, _, width), (_, height, inner) = moving.shape, fixed.shape
-        steps = CG_STEPS * self.RT.numel() * len(self.C)                        # multiply-adds of the other way
+        steps = self.steps * self.RT.numel() * len(self.C)                        # multiply-adds of the other way
         return r * width <= DIRECT and (r * inner <= DIRECT or gram_cost(r, height, inner, width) <= steps)
 
     def objective(self, A, B):
         """The objective at a sum: constant - 2 <RT, R(What)> + tr(H What C What^T)."""
         r = len(A)
         cross = (self.RT * (A.reshape(r, -1).t() @ B.reshape(r, -1))).sum()
-        if self.H is not None or not self.direct(A, B):
+        moving, fixed = (B, A) if self.direct(B, A) else (A, B)             # G of B's rows is there behind a sweep
+        if self.H is not None or not self.direct(moving, fixed):
             W = dense(A, B)
             return (self.constant - 2 * cross + (self.weighted(W) * W).sum()).item()
-        X, self.kept = rows(A), (B, self.normal_matrix(B, True))           # which the next half-step needs too
-        return (self.constant - 2 * cross + (X @ self.kept[1] * X).sum()).item()
+        X, G = rows(moving), self.normal_matrix(fixed, moving is A)
+        return (self.constant - 2 * cross + (X @ G * X).sum()).item()
 
     def normal_matrix(self, fixed, left):
-        """G (r n, r n) for A's rows with B fixed (left), (r q, r q) for B's rows with A fixed."""
-        return normal_matrix(fixed, self.RC if left else self.RC.t(), DIRECT)
+        """G (r n, r n) for A's rows with B fixed (left), (r q, r q) for B's rows with A fixed; the last one is kept."""
+        if self.kept[0] is not fixed:
+            self.kept = fixed, normal_matrix(fixed, self.RC if left else self.RC.t(), DIRECT)
+        return self.kept[1]
 
     def right_hand_side(self, fixed, moving, left, RT=None):
         """RT contracted with the fixed factors, as rows: (m, r n) or (p, r q)."""
@@ -204,15 +203,19 @@ class Problem:
         return ((RT if left else RT.t()) @ fixed.reshape(r, -1).t()).view(height, width, r).transpose(1, 2).reshape(
             height, r * width)
 
+    def sweep(self, A, B, near):
+        """Better A for the factors B = near, then better B for these, from A and B."""
+        new = self.half_step(near, A, left=True)
+        return new, self.half_step(new, B, left=False)
+
     def half_step(self, fixed, moving, left):
         """The best moving factors with the others fixed (with H or a large G: better ones)."""
         if not self.direct(moving, fixed):
             inverse = separable_inverse(fixed, self.RC if left else self.RC.t(), PROXIMAL)
             rhs = self.right_hand_side(fixed, moving, left)
             return unrows(self.conjugate_gradients(fixed, moving, left, rhs, inverse), moving.shape)
-        known, G = self.kept
-        G = G if left and fixed is known else self.normal_matrix(fixed, left)
-        rhs, X, (factor, eps) = self.right_hand_side(fixed, moving, left), rows(moving), factorise(G, PROXIMAL)
+        rhs, X = self.right_hand_side(fixed, moving, left), rows(moving)
+        factor, eps = factorise(self.normal_matrix(fixed, left), PROXIMAL)
         if self.H is None:
             X = torch.cholesky_solve((rhs + eps * X).t(), factor).t()
         else:
@@ -221,7 +224,7 @@ class Problem:
         return unrows(X, moving.shape)
 
     def conjugate_gradients(self, fixed, moving, left, rhs, inverse):
-        """CG_STEPS from the moving factors, preconditioned by `inverse`, X -> X G^-1 or near it, and H's partial trace.
+        """A few steps from the moving factors, preconditioned by `inverse`, X -> X G^-1 or near it, and H's partial trace.
 
         Exact at the first step for H = h (x) I and an exact inverse.
         """
@@ -244,4 +247,4 @@ class Problem:
             W = dense(new, fixed) if left else dense(fixed, new)
             (_, m, n) = (new if left else fixed).shape
             return self.right_hand_side(fixed, moving, left, rearrange(self.weighted(W), m, n))
-        return conjugate_gradients(apply, precondition, rows(moving), rhs, CG_STEPS)
+        return conjugate_gradients(apply, precondition, rows(moving), rhs, self.steps)

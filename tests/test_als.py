@@ -168,7 +168,7 @@ def test_a_half_step_is_the_least_squares_solution(m, n, p, q, terms, left):
 @pytest.mark.parametrize('left', [True, False])
 def test_a_weighted_half_step_is_brute_force(left, monkeypatch):
     """H couples the rows: with as many steps as unknowns, conjugate gradients are the full normal equations."""
-    monkeypatch.setattr(als, 'CG_STEPS', 200)
+    monkeypatch.setattr(als, 'H_STEPS', 200)
     m, n, W = 3, 2, randn(6, 8)
     C, H = covariance(8, decay=1), covariance(6, seed=5, decay=1)
     A, B = nearest_kronecker_sum(W, m, n, 2)
@@ -239,6 +239,21 @@ def test_terms_without_effect_are_no_trouble():
     assert not dense(A, B).any()
     A, B, _ = fit(torch.ones_like(W), covariance(8), 3, 2, 2)               # one product, two terms
     torch.testing.assert_close(dense(A, B), torch.ones_like(W), **EXACT)
+
+
+@pytest.mark.parametrize('m, n, p, q, terms', [(1, 48, 24, 2, 9), (6, 4, 4, 6, 5)])
+def test_extrapolated_sweeps_are_fewer_and_end_as_low(monkeypatch, m, n, p, q, terms):
+    """Against plain alternating least squares, whose optimum is approached slowly; an extrapolation too far is taken back."""
+    W, C, _ = problem(m, n, p, q)
+    ours = fit(W, C, m, n, terms, sweeps=300, gain=1e-7)[2]
+    monkeypatch.setattr(als, 'EXTRAPOLATION', 0.0)
+    plain = fit(W, C, m, n, terms, sweeps=300, gain=1e-7)[2]
+    reached = next(step for step, value in enumerate(ours) if value <= plain[-1] * (1 + 1e-4))
+    assert reached < 0.75 * next(step for step, value in enumerate(plain) if value <= plain[-1] * (1 + 1e-4))
+    monkeypatch.setattr(als, 'EXTRAPOLATION', 30.0)
+    A, B, far = fit(W, C, m, n, terms, sweeps=300, gain=1e-7)
+    assert all(now < before for before, now in zip(far, far[1:])) and far[-1] < 1.02 * plain[-1]
+    assert far[-1] == pytest.approx(loss(W, dense(A, B), C), rel=1e-9)
 
 
 def test_canonical_keeps_the_matrix_and_orders_the_terms():
