@@ -30,7 +30,7 @@ GAIN = 3e-4             # a sweep that lowers the objective by less than this sh
 CG_STEPS = 3            # of a half-step with a large G, which starts near its end
 H_STEPS = 6             # of one with H
 DIRECT = 4096           # unknowns r n or r q above which G is large: half a second of a core to factorise, 134 MB
-EXTRAPOLATION = 0.7     # of B's last change, in front of the next sweep: half the sweeps for as low an objective
+EXTRAPOLATION = 0.7     # of B's last change, in front of the next sweep: fewer sweeps for as low an objective
 PROXIMAL = 1e-12        # of the mean diagonal of G: keeps terms that G does not determine where they are
 
 
