@@ -243,7 +243,7 @@ def test_terms_without_effect_are_no_trouble():
 
 @pytest.mark.parametrize('m, n, p, q, terms', [(1, 48, 24, 2, 9), (6, 4, 4, 6, 5)])
 def test_extrapolated_sweeps_are_fewer_and_end_as_low(monkeypatch, m, n, p, q, terms):
-    """Against plain alternating least squares, whose optimum is approached slowly; too far a step is taken back."""
+    """Against plain alternating least squares, whose optimum is approached slowly; a step too far is taken back."""
     W, C = randn(m * p, n * q), covariance(n * q)
     ours = fit(W, C, m, n, terms, sweeps=300, gain=1e-7)[2]
     monkeypatch.setattr(als, 'EXTRAPOLATION', 0.0)
