@@ -307,6 +307,10 @@ def test_a_study_runs_survives_a_failure_and_is_not_run_twice(place, tmp_path, r
     assert found['given', '50%', 1337]['linear'] == {'h.*.mlp.c_fc': 'lowrank(6)', MLP: 'lowrank(6, exact_columns=4)'}
     assert found['als', '50%', 1337]['select'] != found['als', '50%', 1]['select']
     assert found['als', '75%', 1337]['share'] <= 0.75 and found['als', '75%', 1337]['parameters'] > 0.7 * 4096
+    calibrated = [(x['variant'], x['seed']) for x in found.values() if x['calibrate_cpu_s'] > 0]
+    # `given` needs gradients too, which als had not left in a file
+    assert sorted(calibrated) == [('als', 1), ('als', 1337), ('given', 1337)]
+    assert all(x['decompose_cpu_s'] >= 0 for x in found.values())
     before = lines(out)
     assert run('--only=als,given,dense') == 0 and lines(out) == before
     assert '6 trials, 6 of them done before' in capsys.readouterr().out
