@@ -6,7 +6,7 @@ data/enwik8_prose_smollm2, made by
     python data/enwik8_prose/prepare.py --tokenizer=out/SmolLM2-135M-Instruct.Q4_1.gguf --out=data/enwik8_prose_smollm2
 On one core: 12 minutes for a calibration, which all variants of a seed share (1.9 GB below out/, up to 11 GB of memory),
 then 2 to 4 minutes for a variant and budget, 7 layer by layer and 9 beside the dense model, 3 to 6 more with als, 25 for
-ABBA. The 55 trials of the first seed took 6.1 hours in all, two at a time on two cores, which slows both.
+ABBA. The 63 trials took 6.7 hours in all without calibrations, two at a time on two cores, which slows both.
 A healing run is 45 steps (40 at 75%): about five minutes of two cores (--threads=2, nothing else running) on the slower of
 the two machines where it ran.
 --only="curvature:*,svd" runs a part. Choices are made on `select` alone.
