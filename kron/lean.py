@@ -46,6 +46,14 @@ def narrow(rows, factor, g):
     return (rows.reshape(len(rows) // g, g * k) @ wide).view(len(rows), l)
 
 
+def correlate(rows, others):
+    """rows^T others, (k, l), of (N, k) and (N, l): g rows of each at once, as in narrow, then the sum of g blocks."""
+    (N, k), l = rows.shape, others.shape[1]
+    g = together(N, k, l)
+    wide = rows.reshape(N // g, g * k).t() @ others.reshape(N // g, g * l)                  # (g k, g l)
+    return wide.view(g, k, g, l).diagonal(dim1=0, dim2=2).sum(-1)
+
+
 def together(size, k, l):
     """How many rows `narrow` takes at once: the largest divisor of size up to WIDE / max(k, l)."""
     return max(g for g in range(1, max(1, WIDE // max(k, l)) + 1) if size % g == 0)
@@ -88,7 +96,7 @@ class BFirst(torch.autograd.Function):
         else:
             dz, thin = dz.view(T, p, n, r).transpose(1, 2).reshape(T * n, p * r), B.permute(1, 0, 2).reshape(p * r, q)
             dx = narrow(dz, thin, g).view(T, n * q) if ctx.needs_input_grad[0] else None
-            dB = (rows.t() @ dz).view(q, p, r).permute(2, 1, 0)
+            dB = correlate(rows, dz).view(q, p, r).permute(2, 1, 0)
         return dx, dA, dB, None
 
 

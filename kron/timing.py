@@ -14,7 +14,8 @@ NEAR = 1.6          # an order of contraction with that many times the FLOPs of 
 LOOKS = {512: 2.0, 2048: 1.35}  # tokens of a first look: a plan that took that many times the best is not timed with more
 MOST = 8192         # tokens of a timing at most
 SLOW = 2.0          # a plan whose first calls took that many times the best is timed no more
-ROUNDS = 3, 60      # timings of each plan, by turns, at least and at most: no more after ENOUGH_S
+ROUNDS = 3, 5, 60   # timings of each plan, by turns, at least, at least between the best, at most: no more after ENOUGH_S
+CLOSE = 1.25        # times the best: plans that are timed once more
 ENOUGH_S = 0.5
 TURN_S = 2e-3       # of one timing, s: so many calls
 HALF = (torch.bfloat16, torch.float16)
@@ -106,9 +107,21 @@ def timings(calls, device, warm=1):
         if first[name] == math.inf or first[name] <= 10 * TURN_S:
             first[name] = min(first[name], max(seconds(calls[name], 1, device), 1e-9))
     calls = {name: call for name, call in calls.items() if first[name] <= SLOW * min(first.values())}
-    rounds, spent = {name: [] for name in calls}, 0.0
-    for count in range(ROUNDS[1]):
-        if count >= ROUNDS[0] and spent > ENOUGH_S:
+    rounds = {name: [] for name in calls}
+    for least in ROUNDS[:2]:                            # the second time between the best alone: a burst of the machine's
+        by_turns(calls, rounds, first, least, device, warm)                     # other work may outlast the first rounds
+        medians = {name: statistics.median(times) for name, times in rounds.items()}
+        calls = {name: call for name, call in calls.items() if medians[name] <= CLOSE * min(medians.values())}
+        if len(calls) == 1:
+            break
+    return first | medians
+
+
+def by_turns(calls, rounds, first, least, device, warm):
+    """Adds timings of each call to its rounds: `least` at least, until ENOUGH_S or the most of ROUNDS."""
+    spent = 0.0
+    for count in range(ROUNDS[2]):
+        if count >= least and spent > ENOUGH_S:
             break
         for name, call in calls.items():
             times = max(warm if first[name] < TURN_S else 1, min(100, round(TURN_S / first[name])))
@@ -117,7 +130,6 @@ def timings(calls, device, warm=1):
             took = seconds(call, times, device)
             rounds[name].append(took / times)
             spent += took
-    return first | {name: statistics.median(times) for name, times in rounds.items()}
 
 
 def fastest(shape, tokens, dtype, device, training, merged=False, half=False, copies=1):

@@ -228,6 +228,23 @@ def test_one_lucky_round_does_not_choose_a_plan(monkeypatch):
     assert rounds['lucky'] > 9 and found == {'better': pytest.approx(1e-2), 'lucky': pytest.approx(1.3e-2)}
 
 
+def test_a_burst_that_outlasts_the_first_rounds_does_not_choose_a_plan(monkeypatch):
+    rounds = {'better': 0, 'other': 0, 'far': 0}
+
+    def seconds(call, times, device):                   # the first of them is a first call, three are the first rounds
+        name = call()
+        rounds[name] += 1
+        return times * {'better': 0.2 if rounds[name] in (2, 3, 4) else 0.17, 'other': 0.19, 'far': 0.3}[name]
+    monkeypatch.setattr(timing, 'seconds', seconds)
+    calls = {name: (lambda name=name: name) for name in rounds}
+    found = timing.timings(calls, torch.device('cpu'))
+    assert found['better'] == pytest.approx(0.17) and found['other'] == pytest.approx(0.19)
+    assert rounds == {'better': 9, 'other': 9, 'far': 4}                    # the second time only between the best
+    monkeypatch.setattr(timing, 'CLOSE', 1.0)           # without the second time
+    rounds.update(dict.fromkeys(rounds, 0))
+    assert timing.timings(calls, torch.device('cpu'))['better'] == pytest.approx(0.2)
+
+
 def test_timings_are_of_calls_and_a_slow_plan_is_called_four_times_at_most():
     calls = {'fast': 0, 'slow': 0}
 
