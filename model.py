@@ -7,7 +7,7 @@ way. Without rules it is GPT-2 exactly, with nanoGPT's names.
 Shapes: B batch, T tokens, C = n_embd, H heads, D = C / H.
 """
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn as nn
@@ -181,6 +181,21 @@ class Block(nn.Module):
             return unit(x + self.a_mlp().abs() * (unit(self.mlp(x, ctx)) - x))
         x = x + self.attn(self.ln_1(x), ctx)
         return x + self.mlp(self.ln_2(x), ctx)
+
+
+def again(block, x, ctx):
+    """block(x, ctx), its activations made again in the backward pass; what it leaves in ctx comes out as results.
+
+    A compiled checkpoint may write into nothing that was there before it, so the block has a Context of its own.
+    """
+    def run(x, first_value):
+        own = replace(ctx, first_value=first_value, losses=Losses(), measures={}, tables={})
+        return block(x, own), own.first_value, tuple(own.losses), own.measures
+    x, ctx.first_value, losses, measures = checkpoint(run, x, ctx.first_value, use_reentrant=False)
+    for loss in losses:
+        ctx.losses.append(loss)
+    ctx.measures.update(measures)
+    return x
 
 
 class GPT(nn.Module):
@@ -387,10 +402,10 @@ class GPT(nn.Module):
         if 'wpe' in self.transformer:
             x = x + self.transformer.wpe(ctx.positions)
         x = self.transformer.drop(x if self.s_z is None else unit(x))
+        thrifty = self.config.recompute and torch.is_grad_enabled()
         for i, block in enumerate(self.transformer.h):
             ctx.cache = caches[i] if caches is not None else None
-            again = self.config.recompute and torch.is_grad_enabled()
-            x = checkpoint(block, x, ctx, use_reentrant=False) if again else block(x, ctx)
+            x = again(block, x, ctx) if thrifty else block(x, ctx)
         x, self.measures = self.transformer.ln_f(x), ctx.measures
         if targets is None:
             return self.head(x[:, -1:]), None

@@ -126,7 +126,7 @@ class ExpertLinear(nn.Module):
         return first < second
 
     def flops(self, tokens):
-        """Forward FLOPs for that many tokens, a multiply-add counted as 2; an uneven load pads the products beyond it."""
+        """Forward FLOPs for that many tokens, a multiply-add counted as 2; padding adds at most a quarter."""
         if self.weight is not None:
             return 2 * tokens * self.top_k * self.in_features * self.out_features
         return tokens * min(self.order_flops())

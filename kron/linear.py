@@ -98,7 +98,8 @@ class KroneckerLinear(Structured):
 
     def plan(self, tokens):
         """The plan's name for that many rows, here and now."""
-        plans = self.plans[torch.is_grad_enabled()]
+        evaluation, training = self.plans
+        plans = training if torch.is_grad_enabled() else evaluation     # torch 2.11 compiles no index that is a bool
         return taken(plans, tokens) if plans else by_rule(self.rule, tokens)
 
     def keeps(self):

@@ -40,22 +40,28 @@ def a_planes(x, A, B):
     v = x.view(T, n, q).permute(2, 0, 1).reshape(q * T, n) @ A.reshape(r * m, n).t()        # (q T, r m)
     v = v.view(q, T, r, m).transpose(1, 2).reshape(q * r, T * m)
     y = B.permute(1, 2, 0).reshape(p, q * r) @ v                                            # (p, T m)
-    return explicit(Interleave, y).view(T, m * p)
+    return interleaved(y).view(T, m * p)
 
 
 def b_planes(x, A, B):
     """b_rows with a plane of (T, n) for every row of B."""
     (_, m, _), (_, p, _), T = A.shape, B.shape, x.shape[0]
-    return explicit(Interleave, first_b(x, A, B, 0).view(p, T * m)).view(T, m * p)
+    return interleaved(first_b(x, A, B, 0).view(p, T * m)).view(T, m * p)
+
+
+def interleaved(planes):
+    """Planes (p, N) -> (N, p); a single plane lies right as it is."""
+    return planes.t() if len(planes) == 1 else explicit(Interleave, planes)
 
 
 class Interleave(torch.autograd.Function):
-    """Planes (p, N) -> (N, p): p strided writes, a third of the time of one permuted copy on a CPU."""
+    """Planes (p, N) -> (N, p): p strided writes, a third of the time of one permuted copy on a CPU.
+
+    Always a copy: compiled by torch 2.11, a Function that returns a view of its input loses the gradient.
+    """
 
     @staticmethod
     def forward(ctx, planes):
-        if planes.shape[0] == 1:
-            return planes.t().contiguous()
         y = planes.new_empty(planes.shape[::-1])
         for c, plane in enumerate(planes.unbind(0)):
             y[:, c] = plane
@@ -63,7 +69,7 @@ class Interleave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient.t().contiguous()
+        return gradient.t().clone(memory_format=torch.contiguous_format)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -56,37 +56,36 @@ def z_loss(logits):
     return logits.logsumexp(-1).square().mean()
 
 
-def most(load):
-    """The largest load as a number; the one place that waits for a GPU and breaks a compiled graph."""
-    return int(load.max())
+SPARE = 4           # groups per mean load of an expert: more of them pad less and copy factors more often
 
 
 class Slots:
-    """Where every (token, choice) stands among G groups of R rows; nothing is dropped.
+    """Where every (token, choice) stands among G groups of R rows, each group of one expert; nothing is dropped.
 
-    chosen (T, k) -> groups = experts, each with as many rows as the busiest has tokens; the rest of the rows holds token 0
-    and is never read. A few tokens (T k <= E) make a group each instead, with a copy of their experts' factors, so that
-    decoding reads only what it uses. load (E,): assignments of every expert.
+    chosen (T, k), experts E. An expert takes ceil(load / R) groups; rows that are left over hold token 0 and are never
+    read. Whatever the loads, their sum is at most (T k + E (R - 1)) // R = G, so that no size depends on a value: nothing
+    waits for a GPU, and torch.compile makes one graph. R is 1 / SPARE of the mean load, which pads at most as large a
+    share of the rows; a few tokens stand alone (R = 1), each with a copy of its experts' factors, so that decoding reads
+    only what it uses. load (E,): assignments of every expert.
     """
 
     def __init__(self, chosen, experts):
         (T, k), flat = chosen.shape, chosen.flatten()
-        one_hot = F.one_hot(flat, experts)                                              # (T k, E)
-        self.load, count = one_hot.sum(0), torch.arange(T * k, device=chosen.device)
-        self.few = T * k <= experts
-        if self.few:
-            self.groups, self.expert, self.source, self.slot = T * k, flat, count // k, count
-        else:
-            rank = (one_hot.cumsum(0) - 1).gather(1, flat[:, None])[:, 0]               # among its expert's
-            rows = most(self.load)
-            self.groups, self.slot = experts, flat * rows + rank
-            self.source = flat.new_zeros(experts * rows)
-            self.source[self.slot] = count // k
-        self.slot = self.slot.view(T, k)
+        rows = max(1, T * k // (SPARE * experts))
+        self.groups = (T * k + experts * (rows - 1)) // rows
+        one_hot, count = F.one_hot(flat, experts), torch.arange(T * k, device=chosen.device)        # (T k, E)
+        rank = (one_hot.cumsum(0) - 1).gather(1, flat[:, None])[:, 0]                   # among its expert's
+        self.load = one_hot.sum(0)
+        taken = (self.load + rows - 1) // rows                                          # groups of every expert
+        ends = taken.cumsum(0)
+        slot = (ends - taken)[flat] * rows + rank
+        self.expert = torch.searchsorted(ends, count[:self.groups], right=True).clamp(max=experts - 1)
+        self.source = flat.new_zeros(self.groups * rows).index_copy(0, slot, count // k)
+        self.slot = slot.view(T, k)
 
     def pick(self, factor):
         """The factors of the groups, (G or 1, ., .), of a stack of E or of one that all share."""
-        return factor[self.expert] if self.few and factor.shape[0] > 1 else factor
+        return factor.index_select(0, self.expert) if factor.shape[0] > 1 else factor
 
     def scatter(self, x):
         """Tokens x (T, ...) to groups (G, R, ...)."""
@@ -94,5 +93,5 @@ class Slots:
 
     def gather(self, y, gates):
         """Groups y (G, R, ...) back to tokens, each the sum of its k rows times its gates (T, k)."""
-        rows = y.flatten(0, 1)[self.slot]                                               # (T, k, ...)
+        rows = y.flatten(0, 1).index_select(0, self.slot.flatten()).unflatten(0, self.slot.shape)   # (T, k, ...)
         return (rows * gates.to(y.dtype).view(*gates.shape, *(1,) * (rows.ndim - 2))).sum(1)
