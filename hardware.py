@@ -37,7 +37,7 @@ SMI_TIMEOUT = 20                                        # s; nvidia-smi hangs wh
 def device(wanted, local_rank=0):
     """torch.device for 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'; plain 'cuda' becomes this rank's own.
 
-    Raises UserError when the device is not there, and for 'auto' where there is a GPU that torch cannot use.
+    Raises UserError when the device is not there, and for 'auto' too where there is a GPU that torch cannot use.
     """
     kind, _, index = wanted.partition(':')
     cuda = kind in ('auto', 'cuda') and sees_cuda()
@@ -87,7 +87,7 @@ def unseen(gpus):
     else:
         fault = "sees none (python -c 'import torch; torch.cuda.init()' says why)"
     return (f'nvidia-smi lists {gpus} and a driver for CUDA {driver}, but torch {torch.__version__} {fault}; {remedy}, or '
-            'go on without by --device=cpu')
+            'compute on the CPU: --device=cpu')
 
 
 def dtype(wanted, where):
