@@ -57,8 +57,7 @@ def start(config):
     job = Job(rank, world_size, device, hardware.dtype(config.weights if half else config.dtype, device), half)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.fp32_precision = 'tf32'
-        torch.backends.cudnn.conv.fp32_precision = 'tf32'
+        torch.set_float32_matmul_precision('high')      # TF32; after backends.cuda.matmul.fp32_precision the getters raise
     if world_size > 1:
         timeout = datetime.timedelta(seconds=config.dist_timeout)
         backend = config.backend if device.type == 'cuda' else 'gloo'

@@ -36,9 +36,9 @@ prepare() { # prepare FOLDER DRY_RUN: runs the data set's prepare.py when needed
     "$python" "$folder/prepare.py"
 }
 
-gpu_count() { # as torch counts them, which heeds CUDA_VISIBLE_DEVICES
+gpu_count() { # as torch counts them, which heeds CUDA_VISIBLE_DEVICES; 0 where the driver is too old: train.py says so
     if has_gpu; then
-        "$python" -c 'import torch; print(torch.cuda.device_count())'
+        "$python" -W ignore -c 'import torch; print(torch.cuda.is_available() and torch.cuda.device_count() or 0)'
     else
         echo 0
     fi

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# bash test.sh [--all] [pytest arguments]: makes .venv if need be and runs the tests; --all adds the slow ones.
+# bash test.sh [--all | --oldest] [pytest arguments]: makes .venv if need be and runs the tests; --all adds the slow ones.
+# --oldest makes .venv-oldest with the oldest torch that pyproject.toml promises, and runs there, slow ones too, the
+# tests of what depends on it: torch.compile, contraction plans, attention windows and fused kernels.
 # Tests that need a GPU run where there is one.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -8,13 +10,20 @@ cd "$root"
 source "$root/venv.sh"
 
 marks='not slow'
-if [ "${1:-}" = --all ]; then
-    marks=''
-    shift
-fi
+files=()
+case ${1:-} in
+    --all)
+        marks=''
+        shift ;;
+    --oldest)
+        marks=''
+        files=(tests/test_compile.py tests/test_plan.py tests/test_window.py tests/test_fused.py)
+        use_venv .venv-oldest "$(oldest_torch)"
+        shift ;;
+esac
 if ! has_gpu; then
     marks="${marks:+$marks and }not gpu"
 fi
 make_venv dev
 export OMP_NUM_THREADS=1    # two test processes share the cores
-exec "$python" -m pytest -q -n 2 -m "$marks" "$@"
+exec "$python" -m pytest -q -n 2 -m "$marks" ${files[@]+"${files[@]}"} "$@"

@@ -4,7 +4,16 @@
 # One stamp an extra, .venv/.stamp-EXTRA, is a copy of the pyproject.toml that was installed; it is written last.
 # .venv/.installing stands there while pip works: a run that was killed leaves it, and the next one starts afresh.
 
-python="$root/.venv/bin/python"
+use_venv() { # use_venv FOLDER [REQUIREMENT...]: what follows is about this folder, with these requirements on top
+    venv="$root/$1"
+    python="$venv/bin/python"
+    pins=("${@:2}")
+}
+use_venv .venv
+
+oldest_torch() { # the requirement for the oldest torch that pyproject.toml promises
+    sed -nE "s/^ *'torch>=([0-9.]+),.*/torch==\\1.*/p" "$root/pyproject.toml"
+}
 
 find_python() { # prints the first Python on the PATH that is new enough and can make virtual environments
     local name
@@ -18,15 +27,23 @@ find_python() { # prints the first Python on the PATH that is new enough and can
     exit 2
 }
 
-has_gpu() {
-    [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]
+list_gpus() { # nvidia-smi hangs where a driver is in trouble
+    if command -v timeout >/dev/null; then
+        timeout 20 nvidia-smi -L 2>/dev/null
+    else
+        nvidia-smi -L 2>/dev/null
+    fi
+}
+
+has_gpu() { # nvidia-smi may be there and list none, or fail in words
+    [[ $'\n'$(list_gpus) == *$'\n'GPU\ [0-9]* ]]
 }
 
 venv_ready() { # venv_ready EXTRA...: true when every extra was installed from this pyproject.toml
     local extra
-    [ ! -e "$root/.venv/.installing" ] || return 1
+    [ ! -e "$venv/.installing" ] || return 1
     for extra in "$@"; do
-        cmp -s "$root/pyproject.toml" "$root/.venv/.stamp-$extra" || return 1
+        cmp -s "$root/pyproject.toml" "$venv/.stamp-$extra" || return 1
     done
     "$python" -c '' 2>/dev/null
 }
@@ -51,49 +68,47 @@ pip_install() { # pip_install EXTRA...
     while IFS= read -r line; do
         arguments+=("$line")
     done <<<"$lines"
+    arguments+=(${pins[@]+"${pins[@]}"})
     if [ -n "${TORCH_INDEX_URL:-}" ]; then
         arguments+=(--extra-index-url "$TORCH_INDEX_URL")
-    fi
-    if ! has_gpu; then
-        arguments+=('torch>=2.11,<2.14')    # keeps to the releases whose CPU builds were tested
     fi
     "$python" -m pip install "${arguments[@]}" >&2
 }
 
-install() { # install EXTRA...: makes or mends .venv; the caller holds the lock
+install() { # install EXTRA...: makes or mends $venv; the caller holds the lock
     local extra base
-    if [ -e "$root/.venv/.installing" ] || ! "$python" -m pip --version >/dev/null 2>&1; then
+    if [ -e "$venv/.installing" ] || ! "$python" -m pip --version >/dev/null 2>&1; then
         base=$(find_python) || exit
-        rm -rf "$root/.venv"
-        mkdir "$root/.venv"
-        : >"$root/.venv/.installing"
-        echo 'making .venv, which takes one to five minutes' >&2
-        "$base" -m venv "$root/.venv"
+        rm -rf "$venv"
+        mkdir "$venv"
+        : >"$venv/.installing"
+        echo "making ${venv##*/}, which takes one to five minutes" >&2
+        "$base" -m venv "$venv"
     fi
-    : >"$root/.venv/.installing"
+    : >"$venv/.installing"
     trap 'exit 130' INT                      # a pip that was interrupted leaves .installing behind
     if ! pip_install "$@"; then
-        rm -f "$root/.venv/.installing"      # pip ended in order, so that the next run need not start afresh
+        rm -f "$venv/.installing"            # pip ended in order, so that the next run need not start afresh
         echo 'the packages that pyproject.toml asks for could not be installed: pip says why above' >&2
         exit 1
     fi
     trap - INT
-    rm -f "$root/.venv/.installing"
+    rm -f "$venv/.installing"
     for extra in "$@"; do
-        cp "$root/pyproject.toml" "$root/.venv/.stamp-$extra"
+        cp "$root/pyproject.toml" "$venv/.stamp-$extra"
     done
 }
 
-make_venv() { # make_venv EXTRA...: .venv with the runtime packages and these extras, when it has not got them yet
+make_venv() { # make_venv EXTRA...: $venv with the runtime packages and these extras, when it has not got them yet
     local base
     if venv_ready base "$@"; then
         return
     fi
     base=$(find_python) || exit
-    exec 9>>"$root/.venv.lock"
+    exec 9>>"$venv.lock"
     # the lock belongs to the open file, so that it outlives this Python and ends with this shell and its pip
     "$base" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null || {
-        echo 'another run is making .venv: waiting for it' >&2
+        echo "another run is making ${venv##*/}: waiting for it" >&2
         "$base" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
     }
     venv_ready base "$@" || install base "$@"

@@ -26,7 +26,7 @@ class OpenAttention(CausalSelfAttention):
 
 def tf32(wanted):
     """Set the precision of fp32 matrix products on a CUDA GPU: TF32 (10-bit mantissa) or full."""
-    torch.backends.cuda.matmul.fp32_precision = 'tf32' if wanted else 'ieee'
+    torch.set_float32_matmul_precision('high' if wanted else 'highest')
 
 
 class Rung:

@@ -90,13 +90,15 @@ def run(settings, part):
 
 def measure(settings, config, job, dataset, source):
     """The result, from a data set that is open."""
+    import hardware
     from bench.modules import machine
     from bench.steps import Steps
     from bench.training import matmul_peak
     steps = Steps(config, job, dataset, settings.progress)
     times, memory = steps.measure(settings.rounds), steps.memory()
     flops = 3 * steps.model.flops_per_token()
-    peak, sheet = matmul_peak(job.device, job.dtype), sheet_peak(job)
+    peak = matmul_peak(job.device, job.dtype)
+    sheet = hardware.data_sheet_flops(job.device, job.dtype)
     rate = steps.tokens / times['ms'] * 1e3
     return {'part': 'step', 'config': settings.config, 'data': source, 'compiled': steps.compiled,
             'dtype': str(job.dtype).removeprefix('torch.'), 'parameters': steps.model.num_params(),
@@ -105,17 +107,6 @@ def measure(settings, config, job, dataset, source):
             'measured_peak': peak, 'mfu_measured': flops * rate / peak,
             'sheet_peak': sheet, 'mfu_sheet': sheet and flops * rate / sheet, 'peak_memory': memory,
             'forward_shares': steps.forward_shares(settings.rounds), 'machine': machine(job.device)}
-
-
-def sheet_peak(job):
-    """FLOP/s by the data sheet of a known GPU, else None."""
-    import hardware
-    if job.device.type != 'cuda':
-        return None
-    import torch
-    name = torch.cuda.get_device_name(job.device)
-    known = any(part in name for part in hardware.PEAK_BF16)
-    return hardware.peak_flops(job.device, job.dtype) if known else None
 
 
 def text(result):

@@ -72,7 +72,12 @@ if __name__ == '__main__':
     folder.mkdir()
     (folder / 'python').symlink_to(sys.executable)
 """,
-    'torch/__init__.py': 'class cuda:\n    device_count = staticmethod(lambda: 4)\n',
+    'torch/__init__.py': """
+import os
+class cuda:                                 # NVML counts GPUs whose driver is too old for this torch, too
+    device_count = staticmethod(lambda: 4)
+    is_available = staticmethod(lambda: not os.environ.get('STUB_OLD_DRIVER'))
+""",
     'torch/distributed/__init__.py': '',
     'torch/distributed/run.py': NOTE + """
 note('torchrun', *sys.argv[1:])
@@ -82,7 +87,9 @@ if os.environ.get('STUB_RANK_0') and os.environ.get('NANOKRON_FIRST_NODE'):
     'pytest/__init__.py': '',
     'pytest/__main__.py': NOTE + "note('pytest', os.environ['OMP_NUM_THREADS'], *sys.argv[1:])\nsys.exit(5)\n",
 }
-TORCH_CAP = 'torch>=2.11,<2.14'
+TORCH = 'torch>=2.11,<2.14'
+OLDEST = 'torch==2.11.*'
+ON_OLDEST = [f'tests/test_{name}.py' for name in ('compile', 'plan', 'window', 'fused')]
 
 
 class Clone:
@@ -102,9 +109,9 @@ class Clone:
         (self.tools / 'python3').symlink_to(os.path.realpath(sys.executable))
         self.gpus(0)
 
-    def gpus(self, count):
+    def gpus(self, count, other='exit 9'):
         lines = ''.join(f'echo "GPU {i}: a stand-in"\n' for i in range(count))
-        (self.tools / 'nvidia-smi').write_text(f'#!/bin/sh\n{lines or "exit 9"}\n')
+        (self.tools / 'nvidia-smi').write_text(f'#!/bin/sh\n{lines or other}\n')
         (self.tools / 'nvidia-smi').chmod(0o755)
 
     def environment(self, changes):
@@ -124,13 +131,13 @@ class Clone:
         (self.folder / 'calls.txt').write_text('')
         return lines
 
-    def ready(self, *extras):
+    def ready(self, *extras, venv='.venv'):
         """Make .venv as the scripts leave it."""
-        binaries = self.folder / '.venv' / 'bin'
+        binaries = self.folder / venv / 'bin'
         binaries.mkdir(parents=True)
         (binaries / 'python').symlink_to(os.path.realpath(sys.executable))
         for extra in extras:
-            shutil.copy(self.folder / 'pyproject.toml', self.folder / '.venv' / f'.stamp-{extra}')
+            shutil.copy(self.folder / 'pyproject.toml', binaries.parent / f'.stamp-{extra}')
         return self
 
 
@@ -151,7 +158,7 @@ def test_a_clean_clone_installs_prepares_trains_and_samples_and_then_only_trains
     calls = clone.calls()
     assert names(calls) == ['venv', 'pip', 'prepare', 'train', 'sample']
     packages = shlex.split(calls[1])
-    assert {'torch>=2.11', 'numpy', 'tiktoken', 'safetensors', TORCH_CAP} <= set(packages)
+    assert {TORCH, 'numpy', 'tiktoken', 'safetensors'} <= set(packages)
     assert 'datasets' not in packages and 'pytest' not in packages and '--extra-index-url' not in packages
     assert calls[3:] == ['train config/small.py', 'sample --out_dir=out/small --num_samples=1 --max_new_tokens=300']
     clone.run('config/small.py')
@@ -217,10 +224,11 @@ def test_torch_comes_from_the_index_that_is_named(clone):
     assert '--extra-index-url file:///torch' in clone.calls()[1]
 
 
-def test_a_machine_with_a_gpu_takes_the_newest_torch(clone):
-    clone.gpus(1)
+@pytest.mark.parametrize('gpus', [0, 1])
+def test_torch_is_bounded_above_with_and_without_a_gpu(clone, gpus):
+    clone.gpus(gpus)
     clone.run('config/small.py')
-    assert TORCH_CAP not in shlex.split(clone.calls()[1])
+    assert [word for word in shlex.split(clone.calls()[1]) if word.startswith('torch')] == [TORCH]
 
 
 def test_without_a_usable_python_one_line_says_what_to_install(clone):
@@ -338,6 +346,21 @@ def test_every_gpu_is_used_unless_a_device_is_named(clone, gpus, arguments, laun
     assert clone.calls()[1] == launched
 
 
+@pytest.mark.parametrize('other', ['echo "No devices were found"; exit 6',
+                                   'echo "NVIDIA-SMI has failed because it could not talk to the driver"; exit 9',
+                                   'echo "GPU access blocked by the operating system"; exit 17'])
+def test_an_nvidia_smi_that_lists_no_gpu_counts_as_none(clone, other):
+    clone.gpus(0, other)
+    clone.ready('base').run('config/small.py')
+    assert clone.calls()[1] == 'train config/small.py'
+
+
+def test_gpus_that_torch_cannot_use_are_left_to_the_trainer_in_one_process_which_says_so_once(clone):
+    clone.gpus(4)
+    clone.ready('base').run('config/small.py', STUB_OLD_DRIVER=1, STUB_CODE=2, code=2)
+    assert clone.calls()[1:] == ['train config/small.py']
+
+
 @pytest.mark.parametrize('flags, launched, samples', [
     (['--nproc_per_node=2'], '--standalone --nproc_per_node=2', True),
     (['--standalone'], '--nproc_per_node=1 --standalone', True),
@@ -421,8 +444,39 @@ def test_test_sh_installs_the_dev_extra_beside_the_runtime(clone):
     clone.run(script='test.sh', code=5)
     calls = clone.calls()
     assert names(calls) == ['venv', 'pip', 'pytest']
-    assert {'torch>=2.11', 'pytest', 'pytest-xdist', 'transformers'} <= set(shlex.split(calls[1]))
+    assert {TORCH, 'pytest', 'pytest-xdist', 'transformers'} <= set(shlex.split(calls[1]))
     clone.run(script='test.sh', code=5)
     assert names(clone.calls()) == ['pytest']
     clone.run('config/small.py')
     assert names(clone.calls()) == ['prepare', 'train', 'sample']
+
+
+@pytest.mark.parametrize('gpus, marks', [(0, 'not gpu'), (1, '')])
+def test_oldest_runs_what_depends_on_torch_slow_tests_too_and_passes_arguments_on(clone, gpus, marks):
+    clone.gpus(gpus)
+    clone.ready('base', 'dev', venv='.venv-oldest').run('--oldest', '-k', 'kron', script='test.sh', code=5)
+    assert clone.calls() == [shlex.join(['pytest', '1', '-q', '-n', '2', '-m', marks, *ON_OLDEST, '-k', 'kron'])]
+
+
+@pytest.mark.parametrize('index', [None, 'file:///torch'])
+def test_oldest_installs_the_oldest_torch_beside_venv_which_stays_as_it_is(clone, index):
+    before = sorted(clone.ready('base', 'dev').folder.glob('.venv/*'))
+    done = clone.run('--oldest', script='test.sh', code=5, TORCH_INDEX_URL=index)
+    calls = clone.calls()
+    assert names(calls) == ['venv', 'pip', 'pytest'] and 'making .venv-oldest' in done.stderr
+    words = shlex.split(calls[1])
+    assert [word for word in words if word.startswith('torch')] == [TORCH, OLDEST] and 'pytest' in words
+    assert ('--extra-index-url' in words) == bool(index)
+    assert sorted(clone.folder.glob('.venv/*')) == before and (clone.folder / '.venv-oldest' / '.stamp-dev').is_file()
+    clone.run('--oldest', script='test.sh', code=5)
+    clone.run(script='test.sh', code=5)
+    assert names(clone.calls()) == ['pytest', 'pytest']
+
+
+def test_a_killed_install_of_the_oldest_is_made_afresh_and_spoils_no_other(clone):
+    clone.ready('base', 'dev').run('--oldest', script='test.sh', STUB_KILL=1, code=-signal.SIGKILL)
+    clone.calls()
+    clone.run(script='test.sh', code=5)
+    assert names(clone.calls()) == ['pytest']
+    clone.run('--oldest', script='test.sh', code=5)
+    assert names(clone.calls()) == ['venv', 'pip', 'pytest']

@@ -1,6 +1,7 @@
 """The set-up: what pyproject.toml lists, what no source may hold, and who may import whom."""
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,13 +40,25 @@ def test_scripts_are_bash(script):
 def test_pyproject_lists_what_the_programs_need():
     listed = project()['project']
     assert listed['requires-python'] == '>=3.10'
-    assert listed['dependencies'] == ['torch>=2.11', 'numpy', 'tiktoken', 'tqdm', 'safetensors', 'huggingface_hub',
-                                      'matplotlib']
+    assert listed['dependencies'] == ['torch>=2.11,<2.14', 'numpy', 'tiktoken', 'tqdm', 'safetensors',
+                                      'huggingface_hub', 'matplotlib']
     extras = listed['optional-dependencies']
     assert extras['data'] == ['datasets']
     assert extras['log'] == ['wandb', 'tensorboard']
     assert extras['sweep'] == ['optuna']
     assert {'pytest', 'pytest-xdist', 'transformers', 'hypothesis', 'ruff'} <= set(extras['dev'])
+
+
+def test_torch_is_bounded_in_one_place():
+    named = [name for name in ('pyproject.toml', *SCRIPTS)
+             if re.search(r'torch *[<>=~]=? *[0-9]', (ROOT / name).read_text())]
+    assert named == ['pyproject.toml']
+
+
+@pytest.mark.parametrize('folder', ['.venv', '.venv-oldest'])
+def test_git_ignores_the_environments_and_their_locks(folder):
+    listed = (ROOT / '.gitignore').read_text().split()
+    assert {folder + '/', '/' + folder + '/'} & set(listed) and {folder + '.lock', '/' + folder + '.lock'} & set(listed)
 
 
 # ----------------------------------------------------------------------------------------------------
