@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from kron.linear import CALIBRATED, METHODS, KroneckerLinear
 from kron.van_loan import nearest_kronecker_sum
-from layers import Linear
+from layers import Linear, no_autocast
 
 __all__ = ['CALIBRATED', 'METHODS', 'ExpertLinear']
 
@@ -142,7 +142,7 @@ class ExpertLinear(nn.Module):
             return self.weight
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         A, B = (f.to(dtype).expand(self.experts, -1, -1) for f in (self.A, self.B))
-        with torch.autocast(A.device.type, enabled=False):
+        with no_autocast(A):
             W = torch.einsum('eab,ecd->eacbd', A, B)
         return W.reshape(self.experts, self.out_features, self.in_features).to(self.A.dtype)
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from layers import no_autocast
+
 
 class Router(nn.Module):
     """Scores x W^T, (T, C) -> (T, E), in fp32 at least, without bias; to AdamW, without decay, as all gates.
@@ -26,7 +28,7 @@ class Router(nn.Module):
 
     def forward(self, x):
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             return F.linear(x.to(dtype), self.weight.to(dtype))
 
     def flops(self, tokens):

@@ -13,10 +13,11 @@ import configurator
 import growth
 import schedules
 from model import GPT, GPTConfig
+from startup import adopt
 from tests.contract.test_attention import EXAMPLES as ATTENTION
 from tests.contract.test_mlps import EXAMPLES as MLP
 from tests.tiny import ROOT
-from variants import ATTENTIONS, LINEARS, MLPS
+from variants import ATTENTIONS, LINEARS, MLPS, UserError
 
 SMALL = dict(n_layer=2, n_head=8, n_embd=32, block_size=16, vocab_size=65)
 # name -> rules that put the linear at every site of any attention and mlp
@@ -96,19 +97,24 @@ class Counted:
 
 
 def of_config(path, **changes):
-    """The Config of a file, two blocks deep where its rules allow; changes: settings in place of the file's."""
+    """The Config of a file; changes: settings in place of the file's."""
     config = configurator.load([str(ROOT / path)])
     for name, value in changes.items():
         setattr(config, name, value)
     config.vocab_size = config.vocab_size or 50304
+    if config.init_from.startswith('out/'):             # sizes of the run that it begins from
+        adopt(config, of_config(f'config/{config.init_from[4:]}.py'))
     return config
 
 
 def on_meta(config):
-    """The model that training begins with, on the meta device."""
-    shallow = replace(growth.model_config(config, growth.begin(config)), n_layer=min(2, config.n_layer))
+    """The model that training begins with, two blocks of it where its rules allow, on the meta device."""
+    whole = growth.model_config(config, growth.begin(config))
     with torch.device('meta'):
-        return GPT(shallow)
+        try:
+            return GPT(replace(whole, n_layer=min(2, whole.n_layer)))
+        except UserError:                               # its rules name later blocks
+            return GPT(whole)
 
 
 def steps(config, count=20):
