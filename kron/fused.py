@@ -24,8 +24,8 @@ except ImportError:
     triton = None
 
 BLOCK = 512             # positions a of one program, at most
-DOT = 64                # numbers of M from which on their sum is a product for tensor cores
-PROGRAMS = 2048         # programs of the sum for M, at most: some for each of a GPU's multiprocessors
+DOT = 64                # numbers of M beyond which their sums are a product on tensor cores
+PROGRAMS = 2048         # programs of the sum for M, at most: over ten for each multiprocessor
 
 
 def available(device):
@@ -103,9 +103,9 @@ def tile(N, C, size):
 
 
 def moment_tile(N, K, C, size):
-    """The same for moment_kernel: a (PLANES, WIDTH) sum by tensor cores, or below DOT planes one a position.
+    """The same for moment_kernel: one (PLANES, WIDTH) sum by tensor cores, or up to DOT numbers one for every position.
 
-    Numbers of 2 bytes are exact in tf32; those of 4 are three of it each.
+    Numbers of 2 bytes are exact in tf32; one of 4 bytes is taken as a sum of tf32 numbers.
     """
     planes, width = power(K), power(C)
     dot = planes * width > DOT
@@ -113,7 +113,7 @@ def moment_tile(N, K, C, size):
         block, warps = max(1, min(BLOCK, power(N), 4096 // (planes * width))), max(2, size)
     else:
         planes, width = max(16, planes), max(16, width)
-        block, warps = max(16, min(BLOCK, power(N), 128)), planes // 8
+        block, warps = max(16, min(BLOCK, power(N), 256 // size)), planes // 8
     return dict(PLANES=planes, WIDTH=width, BLOCK=block, DOT=dot, PRECISION='tf32' if size == 2 else 'tf32x3',
                 num_warps=warps)
 
