@@ -185,8 +185,8 @@ def measure(job, device, left, folder, record):
         if changed != seen[0]:
             seen[0] = changed
             record(job.name, {**found, 'seconds': time.monotonic() - begin, 'error': 'not done', **result_of(path)})
-    done = timed([sys.executable, 'bench.py', job.part, *arguments, f'--json={path}'], timeout=min(job.seconds, left),
-                 watch=look)
+    limit = job.seconds * (3 if device == 'cpu' else 1)             # the seconds are those of a GPU
+    done = timed([sys.executable, 'bench.py', job.part, *arguments, f'--json={path}'], timeout=min(limit, left), watch=look)
     error = {} if done['code'] == 0 else {'error': last_line(done)}
     there = result_of(path)
     return {**found, 'seconds': done['wall_s'], **there, **(error or ({} if there else {'error': 'no result was written'}))}

@@ -1,4 +1,4 @@
-"""What a GPU must show: compiled gradients are the eager ones, bits come back, float16 and its scaler, DDP over NCCL, kernels.
+"""What a GPU must show: compiled gradients are the eager ones, bits come back, float16 and its scaler, DDP, kernels.
 
 Every body takes its device and its sizes from the machine: on a GPU these are the tests of `-m gpu`; without one the same
 bodies run in the long tier, tiny and by aot_eager, to be sure that they run at all.
