@@ -69,7 +69,7 @@ def summary(done):
     if 'ladder' in results:
         found['ladder'] = {row['name']: row['tokens_per_s'] for row in results['ladder']['rungs']}
     if 'sample' in results:
-        found['sample'] = {name: value for name, value in results['sample'].items() if name.startswith('tokens_per_s')}
+        found['sample'] = {name: value for name, value in results['sample'].items() if name.startswith(('tokens_per_s', 'same_tokens'))}
     return found
 
 

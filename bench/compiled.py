@@ -90,7 +90,7 @@ def compare(name, case, settings, device):
 def losses(name, settings, device, ddp):
     """The losses of STEPS Muon steps of a case, under DDP in a group of one rank or without.
 
-    The buckets are small, so that the model has several: torch.compile cuts the graph of a model under DDP at them.
+    As parallel.wrap has it, but the buckets are small, so that there are several: torch.compile cuts the graph at them.
     """
     torch._dynamo.reset()
     kind, changes = cases(settings)[name]
@@ -100,7 +100,7 @@ def losses(name, settings, device, ddp):
     net, found = torch.compile(model, backend=settings.backend), []
     if ddp:
         net = DistributedDataParallel(net, device_ids=[device] if device.type == 'cuda' else None, bucket_cap_mb=1,
-                                      gradient_as_bucket_view=True)
+                                      broadcast_buffers=False, gradient_as_bucket_view=True)
     for _ in range(STEPS):
         with hardware.autocast(device, getattr(torch, kind)):
             loss = net(x, y)[1]
