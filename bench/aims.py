@@ -28,6 +28,7 @@ def over_dense(job):
 AIMS = [
     Aim('check: wrong gradients of compiled models', 0, lambda r: r['check']['wrong'], most=True),
     Aim('check: cases that fail', 0, lambda r: len(r['check']['failed']), most=True),
+    Aim('check: graph breaks and recompilations', 0, lambda r: r['check']['breaks'] + r['check']['recompiled'], most=True),
     Aim('train_gpt, tokens/s', 500_000, lambda r: r['train_gpt']['tokens_per_s']),
     Aim('windows at progress 0.5, tokens/s', 560_000, lambda r: r['windows']['tokens_per_s']),
     Aim('dense recipe, tokens/s over those of nanoGPT', 1.3, lambda r: r['nanogpt']['x']['median']),
@@ -69,7 +70,8 @@ def summary(done):
     if 'ladder' in results:
         found['ladder'] = {row['name']: row['tokens_per_s'] for row in results['ladder']['rungs']}
     if 'sample' in results:
-        found['sample'] = {name: value for name, value in results['sample'].items() if name.startswith(('tokens_per_s', 'same_tokens'))}
+        found['sample'] = {name: value for name, value in results['sample'].items()
+                           if name.startswith(('tokens_per_s', 'same_tokens'))}
     return found
 
 

@@ -113,8 +113,8 @@ def guarded(name, settings, device):
 
 def totals(rows):
     """What the rows come to."""
-    return {'gradients': sum(row.get('gradients', 0) for row in rows), 'wrong': sum(row.get('wrong', 0) for row in rows),
-            'failed': [row['name'] for row in rows if not row['passed']]}
+    sums = {name: sum(row.get(name, 0) for row in rows) for name in ('gradients', 'wrong', 'breaks', 'recompiled')}
+    return {**sums, 'failed': [row['name'] for row in rows if not row['passed']]}
 
 
 def text(result):
@@ -130,7 +130,9 @@ def text(result):
     found += [f'{row["name"]}: {"PASS" if row["passed"] else "FAIL"}; {row.get("error") or row["words"]}'
               for row in result['rows'] if 'gradients' not in row]
     failed = f'; FAIL: {", ".join(result["failed"])}' if result['failed'] else '; all pass'
-    return '\n\n'.join([*found, f'{result["gradients"]} gradients compared, {result["wrong"]} wrong{failed}'])
+    found.append(f'{result["gradients"]} gradients compared, {result["wrong"]} wrong; {result["breaks"]} graph breaks, '
+                 f'{result["recompiled"]} recompilations{failed}')
+    return '\n\n'.join(found)
 
 
 def cells(row):
