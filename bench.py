@@ -29,9 +29,12 @@ PARTS = {
     'optim': 'bench.optimizing',        # Muon, batched, beside a loop and torch.optim.Muon
     'loader': 'bench.loading',          # the loader alone and beside a train step
     'scaling': 'bench.scaling',         # DDP and FSDP2 on 1, 2, ... ranks of this machine
+    'ranks': 'bench.ranks',             # several ranks on one device over gloo, resumed, and one rank
     'fit': 'bench.fit_table',           # ABBA beside the SVD of equal parameters on real matrices
     'recipe': 'bench.recipe',           # the race against a clone of nanoGPT
-    'gpu': 'bench.gpu',                 # every measurement that wants a GPU, in under 9 minutes
+    'parent': 'bench.parent',           # the train step beside that of a clone of nanoGPT
+    'check': 'bench.check',             # compiled gradients beside eager ones, bits, graphs, DDP of one rank
+    'gpu': 'bench.gpu',                 # every measurement that wants a GPU, in two calls of under 10 minutes
 }
 
 

@@ -98,6 +98,7 @@ def run(settings, part):
     import hardware
     from bench.checks import notes_checks
     from bench.modules import machine
+    from bench.processes import keep
     from bench.rung import Rung
     from bench.training import by_turns, shakespeare
     device = hardware.device(settings.device)
@@ -116,6 +117,7 @@ def run(settings, part):
               'vocab_size': vocab_size, 'loss_chunk': settings.loss_chunk, 'rounds': len(rounds),
               'rungs': table(built, rounds, settings), 'left_out': left_out, 'machine': machine(device)}
     built.clear()
+    keep(result, settings.json)
     if settings.checks:
         say('checks ...')
         result['checks'] = notes_checks(settings, device)

@@ -129,8 +129,7 @@ def check(settings, part):
 
 def check_maps(settings, part):
     if part != 'attention':
-        raise UserError(f'maps are those of attention, not of {part}; write python bench.py attention --maps=FILE.png',
-                        'maps')
+        raise UserError(f'maps are of attention, not of {part}; write python bench.py attention --maps=FILE.png', 'maps')
     for name, what in (('maps', 'FILE.png'), ('out_dir', 'DIR'), ('text', 'FILE')):
         if not getattr(settings, name):
             raise UserError(f'--maps=FILE.png, --out_dir=DIR and --text=FILE go together; give --{name}={what} too', name)
@@ -177,16 +176,17 @@ def run(settings, part):
         return maps.run(settings)
     import torch
 
+    from bench.processes import keep
     from bench.subject import Subject
     from kron.timing import clock
     torch.set_num_threads(settings.threads)
     (_, first), *_ = wanted = specs(part, settings)
     baseline = Subject(part, first, settings)
-    result = {
-        'part': part, 'baseline': first, 'shape': shape(part, settings), 'dtype': str(baseline.dtype).split('.')[-1],
-        'clock': clock(baseline.device).__name__, 'machine': machine(baseline.device),
-        'rows': [row(part, name, spec, baseline, settings) for name, spec in wanted],
-    }
+    result = {'part': part, 'baseline': first, 'shape': shape(part, settings), 'dtype': str(baseline.dtype).split('.')[-1],
+              'clock': clock(baseline.device).__name__, 'machine': machine(baseline.device), 'rows': []}
+    for name, spec in wanted:
+        result['rows'].append(row(part, name, spec, baseline, settings))
+        keep(result, settings.json)
     return result | (difference(part, settings, baseline) if settings.a else {})
 
 

@@ -194,6 +194,8 @@ def run(settings, part):
 
     import hardware
     from bench.modules import machine
+    from bench.processes import keep
+    from bench.verdicts import clauses
     from kron.timing import clock
     torch.set_num_threads(settings.threads)
     device = hardware.device(settings.device)
@@ -201,8 +203,8 @@ def run(settings, part):
     for row in wanted(settings):
         print(f'bench.py: {row} ...', file=sys.stderr, flush=True)
         cells += measure(row, settings, device, dtype)
+        keep({'part': 'plans', 'cells': cells, 'clauses': clauses(cells)}, settings.json)
     from bench.training import matmul_peak
-    from bench.verdicts import clauses
     return {'part': 'plans', 'dtype': str(dtype).split('.')[-1], 'peak_flops': matmul_peak(device, dtype),
             'bandwidth': bandwidth(device), 'clock': clock(device).__name__, 'machine': machine(device),
             'seconds': time.monotonic() - begin, 'cells': cells, 'clauses': clauses(cells)}

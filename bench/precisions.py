@@ -68,6 +68,7 @@ def run(settings, part):
 
     import hardware
     from bench.modules import machine
+    from bench.processes import keep
     from data.loader import open_dataset
     device = hardware.device(settings.device)
     torch.set_num_threads(settings.threads)
@@ -76,9 +77,11 @@ def run(settings, part):
     with tempfile.TemporaryDirectory() as folder:
         random_data(folder, 64, length)
         dataset = open_dataset(folder, notice=lambda text: None)
-        models = [measure(size, rows, length, settings, dataset, device)
-                  for size in sizes_of(settings.sizes or SIZES[device.type])]
-    return {'part': 'precision', 'batch_size': rows, 'block_size': length, 'models': models, 'machine': machine(device)}
+        result = {'part': 'precision', 'batch_size': rows, 'block_size': length, 'models': [], 'machine': machine(device)}
+        for size in sizes_of(settings.sizes or SIZES[device.type]):
+            result['models'].append(measure(size, rows, length, settings, dataset, device))
+            keep(result, settings.json)
+    return result
 
 
 def measure(size, rows, length, settings, dataset, device):

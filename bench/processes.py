@@ -10,10 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def timed(command, cwd=ROOT, threads=None, timeout=None, **environment):
+def timed(command, cwd=ROOT, threads=None, timeout=None, watch=None, **environment):
     """Run a command from start to exit: {'wall_s', 'cpu_s', 'code', 'out', 'err'}; cpu_s is of it and of its children.
 
-    threads: of torch and BLAS. timeout: s, after which it and its children are killed and code is None.
+    threads: of torch and BLAS. timeout: s, after which it and its children are killed and code is None. watch: is called
+    every second in between.
     """
     values = {**os.environ, **environment}
     if threads:
@@ -22,7 +23,7 @@ def timed(command, cwd=ROOT, threads=None, timeout=None, **environment):
     process = subprocess.Popen(list(map(str, command)), cwd=cwd, env=values, stdin=subprocess.DEVNULL, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = wait(process, timeout, watch)
         code = process.returncode
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
@@ -34,6 +35,17 @@ def timed(command, cwd=ROOT, threads=None, timeout=None, **environment):
     wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {'wall_s': wall, 'cpu_s': cpu, 'code': code, 'out': out, 'err': err}
+
+
+def wait(process, timeout, watch):
+    """(stdout, stderr) at the end of a process; raises subprocess.TimeoutExpired after `timeout` s."""
+    end = time.monotonic() + timeout if timeout is not None else float('inf')
+    while watch is not None and (left := end - time.monotonic()) > 0:
+        try:
+            return process.communicate(timeout=min(1.0, left))
+        except subprocess.TimeoutExpired:
+            watch()
+    return process.communicate(timeout=timeout if watch is None else 0)
 
 
 def last_line(done):

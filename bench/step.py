@@ -92,19 +92,20 @@ def measure(settings, config, job, dataset, source):
     """The result, from a data set that is open."""
     import hardware
     from bench.modules import machine
+    from bench.processes import keep
     from bench.steps import Steps
     from bench.training import matmul_peak
     steps = Steps(config, job, dataset, settings.progress)
-    times, memory = steps.measure(settings.rounds), steps.memory()
-    flops = 3 * steps.model.flops_per_token()
-    peak = matmul_peak(job.device, job.dtype)
-    sheet = hardware.data_sheet_flops(job.device, job.dtype)
+    times, flops = steps.measure(settings.rounds), 3 * steps.model.flops_per_token()
     rate = steps.tokens / times['ms'] * 1e3
-    return {'part': 'step', 'config': settings.config, 'data': source, 'compiled': steps.compiled,
-            'dtype': str(job.dtype).removeprefix('torch.'), 'parameters': steps.model.num_params(),
-            'tokens': steps.tokens, 'micro_steps': steps.accumulation, 'batch_size': config.batch_size,
-            'block_size': config.block_size, **times, 'tokens_per_s': rate, 'flops_per_token': flops,
-            'measured_peak': peak, 'mfu_measured': flops * rate / peak,
+    timed = {'part': 'step', 'config': settings.config, 'data': source, 'compiled': steps.compiled,
+             'dtype': str(job.dtype).removeprefix('torch.'), 'parameters': steps.model.num_params(),
+             'tokens': steps.tokens, 'micro_steps': steps.accumulation, 'batch_size': config.batch_size,
+             'block_size': config.block_size, **times, 'tokens_per_s': rate, 'flops_per_token': flops}
+    keep(timed, settings.json)                          # what follows may run out of memory
+    memory = steps.memory()
+    peak, sheet = matmul_peak(job.device, job.dtype), hardware.data_sheet_flops(job.device, job.dtype)
+    return {**timed, 'measured_peak': peak, 'mfu_measured': flops * rate / peak,
             'sheet_peak': sheet, 'mfu_sheet': sheet and flops * rate / sheet, 'peak_memory': memory,
             'forward_shares': steps.forward_shares(settings.rounds), 'machine': machine(job.device)}
 

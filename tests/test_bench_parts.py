@@ -4,13 +4,14 @@ import math
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import configurator
-from bench import checks, gpu, ladder, processes, recipe, rung, scaling, step, training
+from bench import aims, check, checks, compiled, gpu, ladder, parent, processes, ranks, recipe, rung, scaling, step, training
 from bench.steps import Steps
 from model import GPT, CausalSelfAttention, GPTConfig
 from parallel import start
@@ -74,6 +75,14 @@ def settings_of(part, *arguments):
     (['recipe'], '--baseline=FOLDER'),
     (['recipe', '--baseline=tests'], "'tests' is no clone of nanoGPT: it lacks train.py"),
     (['gpu', '--only=everything'], "got 'everything'"),
+    (['gpu', '--only=nanogpt'], 'nanogpt wants --baseline=FOLDER'),
+    (['gpu', '--baseline=tests'], "'tests' is no clone of nanoGPT: it lacks model.py"),
+    (['check', '--only=krom'], "did you mean 'kron'?"),
+    (['check', '--device=tpu'], 'device must be'),
+    (['ranks'], '--config=config/X.py'),
+    (['ranks', f'--config={CHAR}', '--backend=nccl'], 'set by this part itself'),
+    (['parent'], '--baseline=FOLDER'),
+    (['parent', '--baseline=tests'], "'tests' is no clone of nanoGPT: it lacks model.py"),
 ])
 def test_a_mistake_is_one_line(arguments, sentence, run):
     code, out, err = run(*arguments)
@@ -87,14 +96,15 @@ def test_gpu_without_one_is_one_line(run):
 
 
 def test_help_names_every_setting(run):
-    for part in (ladder, step, scaling, recipe, gpu):
+    for part in (ladder, step, scaling, recipe, gpu, check, ranks, parent):
         code, out, _ = run(part.__name__.removeprefix('bench.'), '--help')
         assert code == 0 and all(f'--{name}=' in out for name in configurator.settings(part.Settings))
 
 
 def test_parts_import_no_torch():
     import ast
-    for name in ('ladder', 'step', 'sampling', 'optimizing', 'loading', 'scaling', 'recipe', 'gpu', 'processes'):
+    for name in ('ladder', 'step', 'sampling', 'optimizing', 'loading', 'scaling', 'recipe', 'gpu', 'processes', 'aims',
+                 'check', 'ranks', 'parent'):
         tree = ast.parse((ROOT / 'bench' / f'{name}.py').read_text())
         top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
         assert 'torch' not in ' '.join(map(ast.unparse, top)), name
@@ -292,6 +302,15 @@ def test_a_process_that_takes_too_long_is_killed_with_its_children():
     assert done['code'] is None and done['wall_s'] < 30 and 'stopped after' in processes.last_line(done)
 
 
+def test_a_process_is_watched_and_its_words_are_not_lost():
+    looks = []
+    done = processes.timed([sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(1.5); print(2)'],
+                           watch=lambda: looks.append(1))
+    assert looks and done['code'] == 0 and done['out'] == '1\n2\n'
+    done = processes.timed([sys.executable, '-c', 'import time; time.sleep(60)'], timeout=0.2, watch=lambda: None)
+    assert done['code'] is None
+
+
 def test_threads_reach_the_process():
     code = 'import os; print(os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"])'
     assert processes.timed([sys.executable, '-c', code], threads=3)['out'].split() == ['3', '3']
@@ -318,28 +337,84 @@ def test_a_run_that_fails_is_a_row_too(monkeypatch, tmp_path):
 # ----------------------------------------------------------------------------------------------------
 # the GPU suite
 
-def test_every_job_of_the_gpu_suite_is_one_that_its_part_takes(monkeypatch):
+def test_every_job_of_the_gpu_suite_is_one_that_its_part_takes(monkeypatch, clone):
     """Both argument lists of every job are read and checked as bench.py would."""
     import importlib
     parts = runpy.run_path(str(ROOT / 'bench.py'))['PARTS']
     monkeypatch.chdir(ROOT)
-    for job in gpu.jobs():
+    for job in gpu.jobs(str(clone / 'nano')):
         module = importlib.import_module(parts[job.part])
         for arguments in (job.arguments, job.tiny):
             module.check(configurator.load(arguments, module.Settings), job.part)
-    assert sum(job.seconds for job in gpu.jobs()[:6]) < 60 * 15
+    assert sum(job.seconds for job in gpu.first_jobs(str(clone))) < 60 * 13         # a machine lent for 15 minutes
+    assert 'nanogpt' not in [job.name for job in gpu.jobs()]
 
 
-def test_the_windowed_job_has_windows(monkeypatch):
-    monkeypatch.setattr(gpu, 'SPEEDRUN', 'no/such.py')
-    job = next(job for job in gpu.jobs() if job.name == 'windowed')
-    assert '--attention=window(512)' in job.arguments and f'--config={gpu.PLAIN}' in job.arguments
+def test_groups_are_chosen_by_name_and_shown():
+    names = [job.name for job in gpu.wanted(settings_of(gpu, '--only=second, dense'))]
+    assert names == ['dense', *(job.name for job in gpu.second_jobs())]
+    found = gpu.run(settings_of(gpu, '--list=True', '--only=first'), 'gpu')
+    assert [row['job'] for row in found['plan']] == [job.name for job in gpu.first_jobs('')]
+    assert f'{sum(row["seconds"] for row in found["plan"]) / 60:.1f}' in gpu.text(found).splitlines()[-1]
+
+
+def test_what_a_job_has_measured_is_kept_while_it_runs_and_when_it_is_stopped(monkeypatch, tmp_path):
+    path, during = tmp_path / 'gpu.json', []
+
+    def timed(command, timeout, watch):
+        file = Path(command[-1].removeprefix('--json='))
+        watch()
+        for rows in ([1], [1, 2]):
+            file.write_text(json.dumps({'part': 'linear', 'rows': rows}))
+            os.utime(file, (len(rows), len(rows)))
+            watch()
+            during.append(json.loads(path.read_text())['jobs']['linear'])
+        return {'wall_s': 75.0, 'code': None, 'out': '', 'err': ''}
+    monkeypatch.setattr(gpu, 'timed', timed)
+    found = gpu.run(settings_of(gpu, '--device=cpu', '--only=linear', f'--json={path}'), 'gpu')
+    assert [job['result']['rows'] for job in during] == [[1], [1, 2]] and during[0]['error'] == 'not done'
+    job = found['jobs']['linear']
+    assert job['result']['rows'] == [1, 2] and job['error'] == 'stopped after 75 s' and 'measured in part' in gpu.text(found)
+    assert json.loads(path.read_text()) == found
+
+
+@pytest.mark.slow
+def test_a_suite_that_is_killed_leaves_whole_json_with_every_case_that_was_done(tmp_path, start_program):
+    path = tmp_path / 'gpu.json'
+    process = start_program('bench.py', 'gpu', '--device=cpu', '--only=check', f'--json={path}',
+                            env={'CUDA_VISIBLE_DEVICES': '', 'TMPDIR': str(tmp_path)})
+    rows, end = [], time.monotonic() + 120
+    while not rows and time.monotonic() < end:
+        time.sleep(0.05)
+        if path.exists():
+            rows = json.loads(path.read_text())['jobs']['check'].get('result', {}).get('rows', [])
+    process.kill()
+    process.wait()
+    left = json.loads(path.read_text())['jobs']['check']
+    assert left['result']['rows'][0]['name'] == 'kron' and left['error'] == 'not done'
+
+
+def test_aims_are_met_missed_or_not_measured():
+    rate = {'part': 'step', 'tokens_per_s': 1000.0}
+    clauses = [{'clause': f'dense over chosen, 768x768x1, forward at {tokens}', 'worst': x}
+               for tokens, x in ((8192, 1.9), (32768, 1.7))]
+    results = {'check': {'wrong': 0, 'failed': ['ddp kron'], 'breaks': 0, 'recompiled': 1},
+               'train_gpt': {**rate, 'tokens_per_s': 5e5}, 'dense': rate, 'windows': rate,
+               'kron rule': {**rate, 'tokens_per_s': 1119.0},
+               'kron measured': {**rate, 'tokens_per_s': 1121.0},
+               'nanogpt': {'x': {'median': 1.3}}, 'plans': {'clauses': clauses}, 'two ranks': {'failed': []}}
+    rows = aims.judged({name: {'result': result} for name, result in results.items()})
+    assert [row['met'] for row in rows] == [True, False, False, True, False, True, False, True, True, False, True]
+    assert {row['met'] for row in aims.judged({'plans': {'result': {'clauses': []}}, 'dense': {'error': 'x'}})} == {None}
+    lines = aims.text(rows).splitlines()
+    assert lines[2].split('|')[-2].strip() == 'met' and lines[3].split('|')[-2].strip() == 'missed'
+    assert 'at least 500,000' in lines[5] and aims.text(aims.judged({})).count('not measured') == len(aims.AIMS)
 
 
 def test_a_failing_job_is_recorded_and_the_others_go_on(monkeypatch, tmp_path):
     jobs = [gpu.Job('bad', 'optim', [], ['--sizes=none'], 60), gpu.Job('slow', 'optim', [], ['--sizes=char'], 0),
             gpu.Job('optim', 'optim', [], ['--device=cpu', '--sizes=char', '--rounds=1', '--round_ms=0'], 60)]
-    monkeypatch.setattr(gpu, 'jobs', lambda: jobs)
+    monkeypatch.setattr(gpu, 'jobs', lambda baseline: jobs)
     path = tmp_path / 'gpu.json'
     found = gpu.run(settings_of(gpu, '--device=cpu', f'--json={path}'), 'gpu')
     assert "exit code 2: bench.py: --sizes=none: sizes takes" in found['jobs']['bad']['error']
@@ -350,13 +425,13 @@ def test_a_failing_job_is_recorded_and_the_others_go_on(monkeypatch, tmp_path):
 
 def test_without_time_nothing_is_started(monkeypatch):
     found = gpu.run(settings_of(gpu, '--device=cpu', '--minutes=0'), 'gpu')
-    assert {job['error'] for job in found['jobs'].values()} == {'no time was left'} and found['summary'] == {}
+    assert {job['error'] for job in found['jobs'].values()} == {'no time was left'} and list(found['summary']) == ['aims']
 
 
 def test_muons_share_is_of_a_step_of_half_a_million_tokens():
-    plain = {'tokens_per_s': 524_288.0, 'mfu_measured': 1.0, 'mfu_sheet': None, 'peak_memory': 1}
+    plain = {'part': 'step', 'tokens_per_s': 524_288.0}
     sizes = {'124M': {'ms': {'batched': 15.0}, 'speedup': {'torch': {'median': 4.0}}}}
-    found = gpu.summary({'plain 64 x 1024': {'result': plain}, 'optim': {'result': {'sizes': sizes}}})
+    found = aims.summary({'train_gpt': {'result': plain}, 'optim': {'result': {'sizes': sizes}}})
     assert found['muon_share'] == pytest.approx(0.015) and found['muon_speedup'] == 4.0
 
 
@@ -365,7 +440,108 @@ def test_every_job_of_the_gpu_suite_runs_at_a_tiny_size(measured):
     found = measured('gpu', '--device=cpu', '--minutes=30')
     assert {name: job['error'] for name, job in found['jobs'].items() if 'error' in job} == {}
     assert list(found['jobs']) == [job.name for job in gpu.jobs()]
-    assert found['summary']['windowed']['tokens_per_s'] > 0 and found['summary']['ladder']['Muon'] > 0
+    assert found['summary']['windows']['tokens_per_s'] > 0 and found['summary']['ladder']['Muon'] > 0
+    judged = {row['aim']: row['met'] for row in found['summary']['aims']}
+    assert judged['check: wrong gradients of compiled models'] and judged['two ranks: runs that fail or differ']
+
+
+# ----------------------------------------------------------------------------------------------------
+# compiled beside eager, ranks on one device, the parent's step
+
+TINY_CHECK = [word for word in gpu.TINY_CHECK if word != '--device=cpu']
+
+
+def test_a_compiler_that_is_right_passes_and_a_crooked_one_does_not():
+    settings = settings_of(check, *TINY_CHECK)
+    case = check.cases(settings)['train_gpt']
+    row = compiled.compare('train_gpt', case, settings, CPU)
+    assert row['passed'] and row['wrong'] == 0 and row['gradients'] == 20 and row['same_bits'] and row['recompiled'] == 0
+
+    def crooked(graph, inputs):
+        return lambda *given: [1.5 * y for y in graph.forward(*given)]
+    settings.backend = crooked
+    row = compiled.compare('train_gpt', case, settings, CPU)
+    assert not row['passed'] and row['wrong'] == 20 and row['worst'] == pytest.approx(0.5, abs=0.1)
+    settings.backend = 'eager'
+
+
+def test_a_gradient_is_wrong_beyond_its_limit_and_twice_its_rounding():
+    expected = {'a': torch.ones(4), 'b': torch.ones(4), 'c': torch.ones(4), 'd': torch.ones(4)}
+    found = {'a': torch.ones(4) * 1.1, 'b': torch.ones(4) * 1.3, 'c': torch.ones(4) * math.nan}
+    far = compiled.distances(found, expected)
+    assert far == {'a': pytest.approx(0.1), 'b': pytest.approx(0.3), 'c': math.inf, 'd': math.inf}
+    judged = compiled.verdict(far, {'b': 0.16}, 0.2)
+    assert judged['wrong_names'] == ['c', 'd'] and judged['gradients'] == 4 and judged['worst'] is None
+    assert compiled.verdict({'a': 0.1, 'b': 0.3}, {'b': 0.14}, 0.2)['wrong_names'] == ['b']
+
+
+def test_check_as_text_and_what_a_case_raises(run, monkeypatch, tmp_path):
+    path, real = tmp_path / 'check.json', compiled.compare
+
+    def compare(name, *given):
+        if name == 'windows':
+            raise RuntimeError('no kernel\nmore')
+        return real(name, *given)
+    monkeypatch.setattr(compiled, 'compare', compare)
+    code, out, _ = run('check', '--only=kron,windows,getter', *gpu.TINY_CHECK, f'--json={path}')
+    found = json.loads(path.read_text())
+    assert code == 0 and [row['name'] for row in found['rows']] == ['kron', 'windows', 'getter']
+    assert found['failed'][-1] == 'windows' and found['rows'][1]['error'] == 'RuntimeError: no kernel'
+    assert 'windows: FAIL; RuntimeError: no kernel' in out and "getter: PASS; fp32 precision" in out
+
+
+def test_ranks_that_fail_or_differ_are_named():
+    good = {'name': 'together', 'val_loss': 2.0, 'from': 0, 'kept': 0}
+    rows = [good, {**good, 'name': 'resumed', 'from': 2, 'kept': 2}, {**good, 'name': 'one', 'val_loss': 2.01}]
+    assert ranks.failed(rows, 0.01) == []
+    assert ranks.failed(rows, 0.001) == ['one'] and ranks.failed([*rows, {'name': 'x', 'error': 'y'}], 0.01) == ['x']
+    assert ranks.failed([good, {**rows[1], 'kept': 0}], 0.01) == ['resumed']        # began anew
+    assert ranks.failed([{**good, 'val_loss': math.nan}], 0.01) == ['together']
+
+
+@pytest.mark.slow
+def test_two_ranks_their_resumption_and_one_rank(measured):
+    job = next(job for job in gpu.jobs() if job.name == 'two ranks')
+    found = measured('ranks', *job.tiny)
+    assert found['failed'] == [] and [row['kept'] for row in found['rows']] == [0, 2, 0]
+    assert len({row['val_loss'] for row in found['rows'][:2]}) == 1
+
+
+# stands for nanoGPT's model.py: its names, one matrix
+THEIRS = '''
+from dataclasses import dataclass
+import torch
+import torch.nn as nn
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    def forward(self, idx, targets=None):
+        logits = self.lm_head(self.wte(idx))
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+'''
+
+
+def test_the_parents_step_beside_ours(run, tmp_path):
+    (tmp_path / 'model.py').write_text(THEIRS)
+    path = tmp_path / 'parent.json'
+    code, out, err = run('parent', f'--baseline={tmp_path}', *SMALL, '--micro_steps=2', '--rounds=2', '--vocabulary=300',
+                         f'--json={path}')
+    found = json.loads(path.read_text())
+    assert code == 0 and found['tokens'] == 2 * 2 * 16 and set(found['x']) == SPREAD and 'nanoGPT' in out, err
+    assert found['x']['min'] <= found['x']['median'] <= found['x']['max'] and found['parent_tokens_per_s'] > 0
 
 
 # ----------------------------------------------------------------------------------------------------

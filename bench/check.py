@@ -1,0 +1,144 @@
+"""Part check: is what torch.compile makes right here? Gradients, bits, graphs, DDP of one rank, and the fp32 getter.
+
+    python bench.py check --json=check.json
+    python bench.py check --device=cpu --backend=aot_eager --n_embd=128 --block_size=32 --vocab_size=64
+
+A case is a model of two blocks, on which compiled gradients stand beside eager ones, at two places of the run, so that
+windows move. A gradient g is wrong where |compiled - eager| / |eager| is above the LIMIT of the precision and above twice
+|eager - fp32| / |fp32|, which is what rounding alone does to it. The file of --json is written after every case.
+"""
+from dataclasses import dataclass
+
+from bench import Output, tables
+from configurator import key
+from variants import UserError, did_you_mean
+
+LIMIT = {'float32': 0.01, 'float16': 0.1, 'bfloat16': 0.2}
+RANKED = ('train_gpt', 'windows', 'kron')       # cases that are trained under DDP too
+STEPS = 4                                       # Muon steps there
+DDP_LIMIT = 0.01                                # share by which losses may differ
+
+
+@dataclass
+class Settings(Output):
+    """Which cases, where, and how large."""
+    only: str = key('', 'names of cases, by commas, ddp and getter among them; by default all')
+    device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1'")
+    backend: str = key('inductor', 'of torch.compile', choices=('inductor', 'aot_eager'))
+    n_embd: int = key(256, 'width; heads are half of it', low=64)
+    block_size: int = key(512, 'tokens a sequence', low=16)
+    batch_size: int = key(4, 'sequences', low=1)
+    vocab_size: int = key(1024, 'tokens in the vocabulary', low=8)
+    threads: int = key(1, 'torch threads on a CPU', low=1)
+
+
+def cases(s):
+    """{name: (precision, settings of GPTConfig)} at the sizes of s, the most important first."""
+    C, T = s.n_embd, s.block_size
+    recipe = dict(norm='rmsnorm', rope=True, qk_norm='standard', mlp='relu2', value_residual=True, tie_weights=False,
+                  softcap=15.0, loss_chunk=s.batch_size * T // 4)
+    window = f"{3 * T // 4}, schedule='linear', long=(0,)" if T >= 256 else f'{3 * T // 8}'     # schedules move by 128
+    half = {
+        'kron': dict(linear={'h.*.mlp.*': f'kron({C}, {C})'}),          # right factors of one column and of one row
+        'train_gpt': recipe,
+        'windows': dict(recipe, attention=f'window({window}, documents=3)'),
+        'mla': dict(rope=True, attention=f'mla({C // 4}, q_lora_rank={3 * C // 8}, qk_nope_head_dim={C // 4}, '
+                    f'qk_rope_head_dim={C // 8})'),
+        'linformer': dict(rope=True, attention=f'linformer({min(16, T // 8)}, chunk={T // 4})'),
+        'dint': dict(rope=True, attention='dint(version=1)'),
+        'kron_moe': dict(mlp='kron_moe(4)'),
+        'kron recomputed': dict(linear={'h.*.mlp.*': f'kron({C}, {C})'}, recompute=True),
+        'windows recomputed': dict(recipe, attention=f'window({window}, documents=3)', recompute=True),
+        'lowrank': dict(linear={'h.*.mlp.*': f'lowrank({C // 8}) + kron({C // 2}, {C // 2})', '*': f'lowrank({C // 8})'}),
+    }
+    found = {name: ('bfloat16', settings) for name, settings in half.items()}
+    for kind in ('float16', 'float32'):
+        found |= {f'{name} {kind}': (kind, half[name]) for name in ('kron', 'train_gpt')}
+    return found
+
+
+def wanted(settings):
+    """The names of `only`: cases, 'ddp' and 'getter'; all of them by default."""
+    known = [*cases(settings), 'ddp', 'getter']
+    known.insert(6, known.pop(-2))                      # after the six that matter most
+    names = [name.strip() for name in settings.only.split(',')] if settings.only else known
+    for name in names:
+        if name not in known:
+            raise UserError(f'only takes {", ".join(known)}, got {name!r}{did_you_mean(name, known)}', 'only')
+    return [name for name in known if name in names]
+
+
+def check(settings, part):
+    """What can be refused before torch is imported; raises UserError."""
+    wanted(settings)
+    if settings.device.split(':')[0] not in ('auto', 'cpu', 'cuda'):
+        raise UserError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {settings.device!r}", 'device')
+
+
+def run(settings, part):
+    """All cases, each with its own error if it has one."""
+    import torch
+
+    import parallel
+    from bench.modules import machine
+    from bench.processes import keep
+    from configurator import Config
+    torch.set_num_threads(settings.threads)
+    device = parallel.start(Config(device=settings.device)).device
+    result = {'part': 'check', 'backend': settings.backend, 'rows': [], 'machine': machine(device)}
+    for name in wanted(settings):
+        result['rows'] += guarded(name, settings, device)
+        keep(result | totals(result['rows']), settings.json)
+    return result | totals(result['rows'])
+
+
+def guarded(name, settings, device):
+    """The rows of a case; whatever it raises is a row too, so that the other cases go on."""
+    import time
+
+    from bench import compiled
+    begin = time.monotonic()
+    try:
+        if name == 'getter':
+            found = [compiled.getter()]
+        elif name == 'ddp':
+            found = [compiled.one_rank(one, settings, device) for one in RANKED]
+        else:
+            found = [compiled.compare(name, cases(settings)[name], settings, device)]
+    except (Exception, SystemExit) as error:            # a compiler raises anything
+        lines = str(error).strip().splitlines() or ['']
+        found = [{'name': name, 'passed': False, 'error': f'{type(error).__name__}: {lines[0][:300]}'}]
+    return [{**row, 's': (time.monotonic() - begin) / len(found)} for row in found]
+
+
+def totals(rows):
+    """What the rows come to."""
+    sums = {name: sum(row.get(name, 0) for row in rows) for name in ('gradients', 'wrong', 'breaks', 'recompiled')}
+    return {**sums, 'failed': [row['name'] for row in rows if not row['passed']]}
+
+
+def text(result):
+    """A line a case, then the sums."""
+    machine = result['machine']
+    head = ['case', 'loss', 'compiled', 'gradients', 'wrong', 'worst', 'rounding', 'of', 'same bits', 'graphs', 'breaks',
+            'recompiled', 's', '']
+    lines = [[row['name'], *cells(row), f'{row["s"]:.1f}', 'PASS' if row['passed'] else 'FAIL'] for row in result['rows']
+             if 'gradients' in row]
+    found = [f'torch.compile by {result["backend"]} on {machine["gpu"] or machine["device"]}, torch {machine["torch"]}; '
+             'worst: |compiled - eager| / |eager| of the gradient where it stands highest above its limit']
+    found += [tables.aligned([head, *lines])] * bool(lines)
+    found += [f'{row["name"]}: {"PASS" if row["passed"] else "FAIL"}; {row.get("error") or row["words"]}'
+              for row in result['rows'] if 'gradients' not in row]
+    failed = f'; FAIL: {", ".join(result["failed"])}' if result['failed'] else '; all pass'
+    found.append(f'{result["gradients"]} gradients compared, {result["wrong"]} wrong; {result["breaks"]} graph breaks, '
+                 f'{result["recompiled"]} recompilations{failed}')
+    return '\n\n'.join(found)
+
+
+def cells(row):
+    """The cells of one comparison."""
+    def number(value, form):
+        return 'not finite' if value is None else form.format(value)
+    return [*(number(row[name], '{:.4f}') for name in ('loss', 'compiled_loss')), str(row['gradients']), str(row['wrong']),
+            *(number(row[name], '{:.2g}') for name in ('worst', 'rounding')), row['worst_name'],
+            'yes' if row['same_bits'] else 'no', str(row['graphs']), str(row['breaks']), str(row['recompiled'])]
