@@ -147,6 +147,17 @@ def graphs_of(fields):
     return backend.graphs
 
 
+def recompilations(fields, count=8):
+    """Graphs that a small model makes after its first call, as a run of `count` steps goes on."""
+    torch._dynamo.reset()
+    (model, x, y), backend = build(**fields), Counted()
+    run = torch.compile(model, backend=backend)
+    for step in range(count):
+        model.set_progress(step / (count - 1))
+        run(x, y)
+    return backend.graphs - 1
+
+
 def print_configs():
     for path in TRAINED:
         for recompute in (False, True):
