@@ -36,10 +36,17 @@ class Context:
     losses: Losses = field(default_factory=lambda: Losses())  # of mixtures, for training; torch.compile wants the lambda
     measures: dict = field(default_factory=dict)        # (kind, module) -> tensor without graph, kept as GPT.measures
     tables: dict = field(default_factory=dict)          # RoPE's, by size
+    shared: dict = field(default_factory=dict)          # what several layers need, see share
 
     @property
     def block_size(self):
         return self.config.block_size
+
+    def share(self, key, make):
+        """What make() gave to the first layer that asked for key in this call; a key holds no tensor."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     def rotate(self, x, positions=None):
         """RoPE of x (..., T, size) at this call's positions, or at others; x itself without rope."""
@@ -387,6 +394,9 @@ class GPT(nn.Module):
         if 'wpe' in self.transformer:
             x = x + self.transformer.wpe(ctx.positions)
         x = self.transformer.drop(x if self.s_z is None else unit(x))
+        for block in self.transformer.h if caches is None else ():
+            if hasattr(block.attn, 'prepare'):          # outside of checkpoint(), which may not write into ctx
+                block.attn.prepare(ctx)
         for i, block in enumerate(self.transformer.h):
             ctx.cache = caches[i] if caches is not None else None
             again = self.config.recompute and torch.is_grad_enabled()
