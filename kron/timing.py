@@ -21,6 +21,7 @@ TURN_S = 2e-3       # of one timing, s: so many calls
 HALF = (torch.bfloat16, torch.float16)
 CACHES = 2 ** 27    # bytes of weights that a timing with fewer than 512 tokens goes round, where the model has as many
 GAIN = 0.03         # share of time that another plan than the rule's must save
+BACKEND = 'inductor'                # of torch.compile, where plans are timed compiled: as parallel.wrap's
 
 
 def candidates(shape, tokens, device):
@@ -40,12 +41,12 @@ class Trial:
     """Random factors and rows of one shape in which plans are timed; under autocast to dtype unless `half`.
 
     copies: layers that calls go round: a token that is decoded reads every weight of a model once, from memory where they
-    are many; merged: materialise has its W already.
+    are many; merged: materialise has its W already; compiled: every plan by torch.compile, seconds at its first call.
     """
 
-    def __init__(self, shape, tokens, dtype, device, training, merged=False, half=False, copies=1):
+    def __init__(self, shape, tokens, dtype, device, training, merged=False, half=False, copies=1, compiled=False):
         generator, self.device = torch.Generator().manual_seed(0), torch.device(device)
-        self.training, self.merged = training, merged
+        self.training, self.merged, self.compiled = training, merged, compiled
         self.autocast = torch.autocast(self.device.type, dtype) if not half and dtype in HALF else contextlib.nullcontext()
 
         def make(*size):
@@ -64,6 +65,8 @@ class Trial:
         apply, weights = PLANS[name].apply, itertools.cycle(self.factors)
         if self.merged and name == 'materialise':
             apply, weights = (lambda x, W: x @ W.t()), itertools.cycle((W,) for W in self.W)
+        if self.compiled:                               # dynamo counts versions by function, and every plan is its own
+            apply = torch.compile(apply, backend=BACKEND, dynamic=False)
 
         def forward():
             with torch.no_grad(), self.autocast:
@@ -132,33 +135,39 @@ def by_turns(calls, rounds, first, least, device, warm):
             spent += took
 
 
-def fastest(shape, tokens, dtype, device, training, merged=False, half=False, copies=1):
+def fastest(shape, tokens, dtype, device, training, merged=False, half=False, copies=1, compiled=False):
     """(name of the plan that takes least time here, {name: seconds a call}); arguments as Trial's.
 
-    With many tokens only plans that were near the best in LOOKS are tried. The rule's plan stays unless another saves GAIN.
+    With many tokens only plans that were near the best in LOOKS are tried; compiled ones, whose compilation is what takes
+    time, are looked at once. The rule's plan stays unless another saves GAIN. What was compiled before is dropped.
     """
     device, names = torch.device(device), candidates(shape, tokens, device)
-    for size in [*(look for look in LOOKS if look < tokens), min(tokens, MOST)]:
-        trial = Trial(shape, size, dtype, device, training, merged, half, copies)
+    for size in [*(look for look in LOOKS if look < tokens and not compiled), min(tokens, MOST)]:
+        trial = Trial(shape, size, dtype, device, training, merged, half, copies, compiled)
         found = timings({name: trial.call(name) for name in names}, device, len(trial.factors))
         names = [name for name in names if found[name] <= LOOKS.get(size, SLOW) * min(found.values())]
+    if compiled:
+        torch.compiler.reset()                          # after 8 versions of one function dynamo gives up
     best, plain = min(found, key=found.get), by_rule(rule(*sizes_of(shape)), tokens)
     return (plain if plain in found and found[best] > (1 - GAIN) * found[plain] else best), found
 
 
-def measured(model, tokens, dtype, device, known=None, half=False, phases=(True, False)):
+def measured(model, tokens, dtype, device, known=None, half=False, phases=(True, False), compiled=False,
+             choose=None):
     """`known` and what it lacks for the model's shapes: {entry: plan}, by timing each once.
 
     model: its shapes count, so that it may be on 'meta'; tokens: numbers of tokens of calls; phases: with gradients,
-    without.
+    without; compiled: as the model will run. An entry does not say so: what was chosen once stays chosen. choose: what
+    gives the name of a plan in the place of fastest.
     """
     found, modules = dict(known or {}), kronecker(model)
-    shapes, merged = {shape_of(module.A, module.B): 0 for module in modules}, any(module.merge for module in modules)
+    shapes = {shape_of(module.A, module.B): 0 for module in modules}
+    merged = any(module.merge for module in modules) and not compiled       # torch.compile forms W at each call
     for shape, count, training in itertools.product(shapes, sorted(set(tokens)), phases):
         key = entry(shape, training, count, dtype, device)
         if key not in found:
-            found[key] = fastest(shape, count, dtype, device, training, merged and not training, half,
-                                 len(modules))[0]
+            call = shape, count, dtype, device, training, merged and not training, half, len(modules), compiled
+            found[key] = choose(*call) if choose else fastest(*call)[0]
     return found
 
 

@@ -1,5 +1,6 @@
 """Contraction plans: every one is the materialised product, the choice, what a module keeps, and what runs store."""
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -271,6 +272,46 @@ def test_a_trial_draws_no_random_numbers_of_the_run():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def counting(monkeypatch, backend):
+    """The backend of timed plans, which counts its graphs; every plan is called twice, and no time passes."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    torch._dynamo.reset()
+    monkeypatch.setattr(timing, 'timings', lambda calls, *a: {name: len([call(), call()]) for name, call in calls.items()})
+    monkeypatch.setattr(timing, 'BACKEND', counter := CompileCounterWithBackend(backend))
+    return counter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('shape', [Shape(8, 8, 2, 2, 2), Shape(8, 8, 4, 1, 1), Shape(8, 8, 1, 4, 1)], ids=str)
+def test_compiled_every_candidate_is_timed_as_one_graph(shape, training, monkeypatch):
+    counter = counting(monkeypatch, 'aot_eager')
+    name, found = timing.fastest(shape, 16, torch.bfloat16, 'cpu', training, compiled=True)
+    assert set(found) == set(timing.candidates(shape, 16, 'cpu')) and name in found
+    assert counter.frame_count == len(found)
+
+
+def test_compiled_plans_are_timed_for_any_number_of_shapes(monkeypatch):
+    """Dynamo compiles 8 versions of a function, and then runs it eagerly in silence."""
+    counter = counting(monkeypatch, 'eager')
+    monkeypatch.setattr(timing, 'candidates', lambda shape, *a: ['a_rows'])
+    for n in range(2, 11):
+        timing.fastest(Shape(n, n, 2, 2, 1), 4, torch.float32, 'cpu', False, compiled=True)
+    assert counter.frame_count == 9
+    timing.fastest(Shape(n, n, 2, 2, 1), 4, torch.float32, 'cpu', False)
+    assert counter.frame_count == 9
+
+
+def test_compiled_plans_are_looked_at_once(monkeypatch):
+    sizes = []
+    clock(monkeypatch, dict.fromkeys(PLANS, 1.0))
+    monkeypatch.setattr(timing.Trial, '__init__', lambda self, shape, tokens, *a: (
+        sizes.append((tokens, a[-1])), setattr(self, 'factors', [1]))[0])
+    for compiled in (True, False):
+        timing.fastest(Shape(24, 24, 4, 1, 1), 10 ** 5, torch.float32, 'cpu', True, compiled=compiled)
+    assert sizes == [(8192, True), (512, False), (2048, False), (8192, False)]
+
+
 # ---------------------------------------------------------------------------------------------------
 # modules
 
@@ -432,6 +473,20 @@ def test_a_run_times_once_stores_and_resumes_to_the_same_bits(data, tmp_path, mo
     whole = run(data, tmp_path / 'b', f'--kron_plans={found!r}')
     assert not asked and resumed['config']['kron_plans'] == whole['config']['kron_plans'] == found
     assert all(torch.equal(t, whole['model'][name]) for name, t in resumed['model'].items())
+
+
+@pytest.mark.parametrize('setting, expected', [('True', True), ('False', False), ('None', False)])
+def test_plans_are_timed_as_the_run_is_compiled(setting, expected, data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(timing, 'fastest', lambda *a: (asked.append(a[-1]), ('a_rows', {}))[1])
+    known = {'128x32 by 8x8x2 train 64 float32 cpu': 'b_rows'}
+    config = configurator.load([*arguments(data, tmp_path), '--kron_plan=measure', f'--compile={setting}',
+                                f'--kron_plans={known!r}'])
+    job = parallel.start(config)
+    startup.choose_plans(config, job)
+    assert asked == [expected] * 3
+    assert config.kron_plans.items() > known.items()            # of whatever kind: a resumed run takes what it has
+    assert parallel.compiles(config, dataclasses.replace(job, device=torch.device('cuda'))) == (setting != 'False')
 
 
 def test_another_plan_rounds_otherwise_and_the_rule_takes_none(data, tmp_path, monkeypatch):
