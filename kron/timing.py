@@ -8,7 +8,7 @@ import time
 import torch
 
 from kron import lean
-from kron.plan import PLANS, assign, by_rule, entry, kronecker, order_flops, rule, shape_of, sizes_of
+from kron.plan import PLANS, assign, by_rule, column, entry, kronecker, order_flops, row, rule, shape_of, sizes_of
 
 NEAR = 1.6          # an order of contraction with that many times the FLOPs of the other is not timed
 LOOKS = {512: 2.0, 2048: 1.35}  # tokens of a first look: a plan that took that many times the best is not timed with more
@@ -21,15 +21,21 @@ TURN_S = 2e-3       # of one timing, s: so many calls
 HALF = (torch.bfloat16, torch.float16)
 CACHES = 2 ** 27    # bytes of weights that a timing with fewer than 512 tokens goes round, where the model has as many
 GAIN = 0.03         # share of time that another plan than the rule's must save
+BROADCAST = {('a_rows', 'a_planes', 'a_outer'): column, ('b_rows', 'b_planes', 'b_inner'): row}     # the same there
 BACKEND = 'inductor'                # of torch.compile, where plans are timed compiled: as parallel.wrap's
 
 
-def candidates(shape, tokens, device):
-    """Names of the plans that may be the fastest for a shape and so many tokens on a device."""
+def candidates(shape, tokens, device, compiled=False):
+    """Names of the plans that may be the fastest for a shape and so many tokens on a device.
+
+    Where a single column or row is broadcast (lean.broadcasts), of the plans that are then the same only the rule's.
+    """
     flops = dict(zip('AB', order_flops((shape.terms, shape.m, shape.n), (shape.terms, shape.p, shape.q))))
-    least = min(flops.values())
+    least, same = min(flops.values()), set()
+    if compiled or torch.device(device).type == 'cuda':
+        same = {name for names, fits in BROADCAST.items() if fits(shape) for name in names} - {rule(*sizes_of(shape))[0]}
     return [name for name, plan in PLANS.items() if plan.suits(shape) and tokens <= plan.most and plan.runs(device)
-            and flops.get(plan.order, least) <= NEAR * least]
+            and flops.get(plan.order, least) <= NEAR * least and name not in same]
 
 
 def layers(numel, tokens, most):
@@ -141,7 +147,7 @@ def fastest(shape, tokens, dtype, device, training, merged=False, half=False, co
     With many tokens only plans that were near the best in LOOKS are tried; compiled ones, whose compilation is what takes
     time, are looked at once. The rule's plan stays unless another saves GAIN. What was compiled before is dropped.
     """
-    device, names = torch.device(device), candidates(shape, tokens, device)
+    device, names = torch.device(device), candidates(shape, tokens, device, compiled)
     for size in [*(look for look in LOOKS if look < tokens and not compiled), min(tokens, MOST)]:
         trial = Trial(shape, size, dtype, device, training, merged, half, copies, compiled)
         found = timings({name: trial.call(name) for name in names}, device, len(trial.factors))
