@@ -456,8 +456,8 @@ def test_the_124m_config_takes_gpt2s_50257_rows_into_its_padded_vocabulary(tmp_p
     raw, state = gpt2.from_ours(source)
     save_file(state, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
     (tmp_path / 'config.json').write_text(json.dumps(raw))
-    config = configurator.load(['config/gpt2_kron_mlp.py', f'--init_from={tmp_path}', '--device=cpu', '--n_layer=1', '--n_embd=8',
-                                '--n_head=2', '--block_size=16', "--linear={'h.*.mlp.*': 'kron(8, 8)'}"])
+    config = configurator.load(['config/gpt2_kron_mlp.py', f'--init_from={tmp_path}', '--device=cpu', '--n_layer=1',
+                                '--n_embd=8', '--n_head=2', '--block_size=16', "--linear={'h.*.mlp.*': 'kron(8, 8)'}"])
     dataset = SimpleNamespace(folder='data', vocab_size=50257, tokenizer={'tokenizer': 'gpt2'})
     model = startup.build(config, dataset, None, parallel.start(config))
     rows = model.transformer.wte.weight
