@@ -35,11 +35,17 @@ class Context:
     first_latent: tuple | None = None                   # block 0, its latents, its W_UV: the same in mla's decoding
     losses: Losses = field(default_factory=lambda: Losses())  # of mixtures, for training; torch.compile wants the lambda
     measures: dict = field(default_factory=dict)        # (kind, module) -> tensor without graph, kept as GPT.measures
-    tables: dict = field(default_factory=dict)          # RoPE's, by size
+    shared: dict = field(default_factory=dict)          # what several layers need, see share
 
     @property
     def block_size(self):
         return self.config.block_size
+
+    def share(self, key, make):
+        """What make() gave to the first layer that asked for key in this call; a key holds no tensor."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     def rotate(self, x, positions=None):
         """RoPE of x (..., T, size) at this call's positions, or at others; x itself without rope."""
@@ -49,12 +55,10 @@ class Context:
 
     def turn(self, x, positions=None):
         """RoPE whether or not config.rope is set, for classes that need it (MLA)."""
-        key = (x.size(-1), x.dtype)
+        size, base, kind = x.size(-1), self.config.rope_base, x.dtype
         if positions is not None:
-            return rotate(x, rotation(positions, x.size(-1), self.config.rope_base, x.dtype))
-        if key not in self.tables:
-            self.tables[key] = rotation(self.positions, x.size(-1), self.config.rope_base, x.dtype)
-        return rotate(x, self.tables[key])
+            return rotate(x, rotation(positions, size, base, kind))
+        return rotate(x, self.share(('rope', size, kind), lambda: rotation(self.positions, size, base, kind)))
 
 
 class CausalSelfAttention(nn.Module):
@@ -189,7 +193,7 @@ def again(block, x, ctx):
     A compiled checkpoint may write into nothing that was there before it, so the block has a Context of its own.
     """
     def run(x, first_value):
-        own = replace(ctx, first_value=first_value, losses=Losses(), measures={}, tables={})
+        own = replace(ctx, first_value=first_value, losses=Losses(), measures={}, shared=dict(ctx.shared))
         return block(x, own), own.first_value, tuple(own.losses), own.measures
     x, ctx.first_value, losses, measures = checkpoint(run, x, ctx.first_value, use_reentrant=False)
     for loss in losses:
@@ -402,6 +406,9 @@ class GPT(nn.Module):
         if 'wpe' in self.transformer:
             x = x + self.transformer.wpe(ctx.positions)
         x = self.transformer.drop(x if self.s_z is None else unit(x))
+        for block in self.transformer.h if caches is None else ():
+            if hasattr(block.attn, 'prepare'):          # outside of checkpoint(), which may not write into ctx
+                block.attn.prepare(ctx)
         thrifty = self.config.recompute and torch.is_grad_enabled()
         for i, block in enumerate(self.transformer.h):
             ctx.cache = caches[i] if caches is not None else None

@@ -116,10 +116,14 @@ def shard(model, config, job):
     return model
 
 
+def compiles(config, job):
+    """Whether this run goes through torch.compile: as set, else on a GPU."""
+    return config.compile if config.compile is not None else job.device.type == 'cuda'
+
+
 def wrap(model, config, job):
     """(the model compiled or as it is, the same with gradients averaged over the ranks)."""
-    compiled = config.compile if config.compile is not None else job.device.type == 'cuda'
-    fast = torch.compile(model) if compiled else model
+    fast = torch.compile(model) if compiles(config, job) else model
     if job.world_size == 1 or isinstance(model, FSDPModule):
         return fast, fast
     return fast, DistributedDataParallel(fast, device_ids=[job.device] if job.device.type == 'cuda' else None)

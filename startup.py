@@ -92,16 +92,19 @@ def choose_plans(config, job, say=None):
         plan.check(config.kron_plans)
     except ValueError as error:
         raise UserError(f'kron_plans: {error}', 'kron_plans') from None
-    found = [None]
-    if job.main:
-        tokens = parallel.split_batch(config, job.world_size)[0] * config.block_size
-        found = [timing.measured(check_shapes(config), [tokens], job.dtype, job.device, config.kron_plans, job.half_weights)]
-        new = {call: name for call, name in found[0].items() if call not in config.kron_plans}
-        (say or job.say)(''.join(f'timed: {call}: {name}\n' for call, name in new.items()) +
-                         f'{len(new)} contraction plans timed')
-    if job.world_size > 1:
-        dist.broadcast_object_list(found, group=job.control)
-    config.kron_plans = found[0]
+
+    def choose(*call):
+        """Rank 0's choice, one at a time: compiled plans take seconds each, and no rank waits for all of them at once."""
+        found = [timing.fastest(*call)[0] if job.main else None]
+        if job.world_size > 1:
+            dist.broadcast_object_list(found, group=job.control)
+        return found[0]
+    tokens, known = parallel.split_batch(config, job.world_size)[0] * config.block_size, config.kron_plans
+    config.kron_plans = timing.measured(check_shapes(config), [tokens], job.dtype, job.device, known, job.half_weights,
+                                        compiled=parallel.compiles(config, job), choose=choose)
+    new = {call: name for call, name in config.kron_plans.items() if call not in known}
+    (say or job.say)(''.join(f'timed: {call}: {name}\n' for call, name in new.items()) +
+                     f'{len(new)} contraction plans timed')
 
 
 def use_plans(model, config, job):

@@ -1,7 +1,7 @@
 """Sliding-window attention: token t sees the tokens t - W + 1 .. t, token-exact, with W fixed or on a schedule.
 
 On a CUDA GPU FlexAttention computes it, with W as a tensor that the kernel reads, so that one graph serves all windows;
-elsewhere SDPA under a mask gives the same numbers.
+elsewhere SDPA under a mask gives the same numbers. Layers with the same arguments share one mask a call.
 """
 import functools
 import math
@@ -39,25 +39,38 @@ def visible(window, queries, keys, query_documents=None, key_documents=None):
     return mask & (query_documents[:, None, :, None] == key_documents[:, None, None, :])
 
 
-def flex(q, k, v, scale, window, positions, documents=None):
-    """softmax(scale q k^T + mask of visible()) v by FlexAttention; window a 0-d tensor. No float64 once compiled.
+def block_mask(window, positions, documents=None):
+    """FlexAttention's form of visible() for positions (T,) and documents (B, T) or None; window a 0-d tensor.
 
-    q (B, H, T, D), k and v (B, H_kv, T, D), positions (T,), documents (B, T) or None -> (B, H, T, D).
+    Keeps 4 lists of (B or 1, 1, T/128, T/128) blocks. They are counted from B T^2 booleans, which are never in memory once
+    this is compiled.
     """
     def mask(b, h, i, j):
         distance = positions[i] - positions[j]
         near = (distance >= 0) & (distance < window)
         return near if documents is None else near & (documents[b, i] == documents[b, j])
 
-    B, _, T, _ = q.shape
-    blocks = create_block_mask(mask, None if documents is None else B, None, T, T, device=q.device)
+    B, T = None if documents is None else documents.size(0), positions.size(0)
+    return create_block_mask(mask, B, None, T, T, device=positions.device)
+
+
+def flex(q, k, v, blocks, scale):
+    """softmax(scale q k^T + mask of visible()) v by FlexAttention, blocks of block_mask(). No float64 once compiled.
+
+    q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, H, T, D).
+    """
     return flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.size(1) != k.size(1))
 
 
 @functools.cache
-def compiled_flex():
-    """FlexAttention is a kernel only when it is compiled; here for models that are not compiled as a whole."""
-    return torch.compile(flex)
+def compiled(function):
+    """FlexAttention and its masks are kernels only when compiled; here for models that are not compiled as a whole."""
+    return torch.compile(function)
+
+
+def kernel(function):
+    """The function as part of what is being compiled, else compiled on its own."""
+    return function if torch.compiler.is_compiling() else compiled(function)
 
 
 def extend_ring(cache, size, **new):
@@ -124,25 +137,44 @@ class WindowAttention(nn.Module):
         y = self.attend(ctx.rotate(q), ctx.rotate(k), v, ctx)
         return self.resid_dropout(self.c_proj(merge_heads(y)))
 
+    def prepare(self, ctx):
+        """Make what layers with these arguments share in one call; GPT.forward asks before the first block runs."""
+        if ctx.cache is None:
+            self.mask(ctx)
+
+    def mask(self, ctx):
+        """What this call's tokens see of each other: block_mask() for FlexAttention, else visible(); once a call.
+
+        The key says which window it is without reading it: equal arguments, equal windows at any progress.
+        """
+        by_flex, positions, documents = self.flex_fits(ctx), ctx.positions, self.number_documents(ctx)
+
+        def make():
+            if by_flex:
+                return kernel(block_mask)(self.window, positions, documents)
+            return visible(self.window, positions, positions, documents, documents)
+        return ctx.share((type(self), self.size, self.schedule, self.short, self.eot, by_flex), make)
+
     def attend(self, q, k, v, ctx):
         """(B, H, T, D) of q, k, v at this call's positions, and of what the cache holds."""
-        positions, documents, scale = ctx.positions, self.number_documents(ctx), self.norm_qk.scale
-        dropout = self.dropout if self.training else 0.0
-        if ctx.cache is None and not dropout and self.flex_fits(q):
-            run = flex if torch.compiler.is_compiling() else compiled_flex()
-            return run(q, k, v, scale, self.window, positions, documents)
-        places, texts = positions, documents
-        if ctx.cache is not None:
+        scale = self.norm_qk.scale
+        if ctx.cache is None:
+            mask = self.mask(ctx)
+            if self.flex_fits(ctx):
+                return kernel(flex)(q, k, v, mask, scale)
+        else:
+            documents = self.number_documents(ctx)
             k, v, places, texts = self.remember(ctx, k, v, documents)
-        # one query on a ring sees all of it
-        mask = None if ctx.cache and q.size(2) == 1 and texts is None else visible(
-            self.window, positions, places, documents, texts)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale,
-                                              enable_gqa=self.n_head != self.n_kv_head)
+            # one query on a ring sees all of it
+            mask = None if q.size(2) == 1 and texts is None else visible(
+                self.window, ctx.positions, places, documents, texts)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
+                                              scale=scale, enable_gqa=self.n_head != self.n_kv_head)
 
-    def flex_fits(self, q):
-        """Whether FlexAttention has a kernel for q: on a CUDA GPU, not in float64, heads of 16 or more."""
-        return flex_attention is not None and q.is_cuda and q.dtype != torch.float64 and self.head_dim >= 16
+    def flex_fits(self, ctx):
+        """Whether FlexAttention has a kernel for the call: on a CUDA GPU, no dropout, not float64, heads of 16 or more."""
+        return (flex_attention is not None and ctx.positions.is_cuda and not (self.training and self.dropout)
+                and self.head_dim >= 16 and next(self.parameters()).dtype != torch.float64)
 
     def remember(self, ctx, k, v, documents):
         """k, v, positions (S,) and documents (B, S) or None: the ring's and this call's. The ring holds k rotated."""
@@ -158,7 +190,7 @@ class WindowAttention(nn.Module):
         """(B, T) the number of each token's document, so far counted; an end-of-text token belongs to the next one."""
         if self.eot is None:
             return None
-        found = (ctx.tokens == self.eot).cumsum(1)
+        found = ctx.share(('documents', self.eot), lambda: (ctx.tokens == self.eot).cumsum(1))
         if ctx.cache is not None:
             found = found + ctx.cache.get('documents', 0)
             ctx.cache['documents'] = found[:, -1:]

@@ -1,5 +1,6 @@
-"""GPT-2 124M with its MLPs as Kronecker products, 81,972,576 parameters, started from OpenAI's weights by Van Loan.
+"""GPT-2 124M with its MLPs as Kronecker products, started from OpenAI's weights by Van Loan.
 
+It has 82,008,672 parameters, 81,972,576 without the 47 rows that pad the vocabulary to a multiple of 64, which GPUs like.
 Every c_fc is A (768 x 768) (x) B (4 x 1), every c_proj its mirror image: a quarter of the MLP's parameters and of its
 FLOPs. The factors start as the nearest Kronecker product of the pretrained matrix with its norm restored, and train
 with everything else on OpenWebText (Krony-PT, arXiv 2412.12351, reaches wikitext103 perplexity 42.7 at this size).
@@ -19,13 +20,14 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 block_size = 1024
-vocab_size = 50257
+vocab_size = 50304                  # GPT-2's 50257, padded
 bias = True
 mlp = "gelu(approximate='tanh')"
 linear = {
     'h.*.mlp.c_fc': 'kron(768, 768)',
     'h.*.mlp.c_proj': 'kron(768, 768)',
 }
+kron_plan = 'measure'               # a minute or two of timing before the first step; kept on resume
 
 batch_size = 15
 gradient_accumulation_steps = 8     # of the whole job: 1 a GPU on 8 GPUs, 2 on 4

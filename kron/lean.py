@@ -19,6 +19,14 @@ def computed_in(x):
     return x.dtype
 
 
+def broadcasts(x):
+    """Whether a factor of one column or row is broadcast: on a GPU, and where torch.compile fuses that with its neighbours.
+
+    A product with an inner size of 1 wastes a GPU's tiles; on a CPU BLAS is faster than an elementwise product.
+    """
+    return x.is_cuda or torch.compiler.is_compiling()
+
+
 class Nothing:
     """The context of a forward pass that no backward pass follows."""
 
@@ -72,6 +80,7 @@ class BFirst(torch.autograd.Function):
     """z = X [B_1 .. B_r]^T, laid out so that y = z A' is one product; x, A and B are kept, and z is made again.
 
     g = 0: planes, z (p T, r n) -> y (p T, m). g > 0: rows, z (T p, n r) -> y (T p, m), with g rows at once in B's product.
+    With p = r = 1 both are z (T, n) -> y (T, m), and B may be broadcast.
     """
 
     @staticmethod
@@ -89,7 +98,11 @@ class BFirst(torch.autograd.Function):
             dA = laid_out(x, A, B, g).t() @ gradient                                        # (r n or n r, m)
             dA = dA.view(r, n, m).transpose(1, 2) if g == 0 else dA.view(n, r, m).permute(1, 2, 0)
         dz, rows = gradient @ second(A, g).t(), x.reshape(T * n, q)
-        if g == 0:
+        if p * r == 1 and broadcasts(x):
+            dz = dz.reshape(T * n, 1)
+            dx = (dz * B.view(q)).view(T, n * q) if ctx.needs_input_grad[0] else None
+            dB = (dz * rows).sum(0).view(1, 1, q)
+        elif g == 0:
             dz, thin = dz.view(p, T, r, n).transpose(1, 2).reshape(p * r, T * n), B.transpose(0, 1).reshape(p * r, q)
             dx = (dz.t() @ thin).view(T, n * q) if ctx.needs_input_grad[0] else None
             dB = (dz @ rows).view(p, r, q).transpose(0, 1)
@@ -104,6 +117,8 @@ def laid_out(x, A, B, g):
     """z of BFirst."""
     (r, _, n), (_, p, q), T = A.shape, B.shape, x.shape[0]
     rows = x.reshape(T * n, q)
+    if p * r == 1 and broadcasts(x):
+        return (rows * B.view(q)).sum(-1).view(T, n)
     if g == 0:
         z = B.transpose(0, 1).reshape(p * r, q) @ rows.t()                                  # (p r, T n)
         return z.view(p, r, T, n).transpose(1, 2).reshape(p * T, r * n)

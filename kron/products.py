@@ -7,7 +7,7 @@ in = n q, r = terms, T tokens. FLOPs a token: A-first 2 r m q (n + p), B-first 2
 """
 import torch
 
-from kron.lean import Materialised, computed_in, explicit, first_b, narrow, together
+from kron.lean import Materialised, broadcasts, computed_in, explicit, first_b, narrow, together
 
 # ---------------------------------------------------------------------------------------------------
 # rows: tokens and the other factor's axis outermost, the axis that is multiplied innermost
@@ -15,6 +15,8 @@ from kron.lean import Materialised, computed_in, explicit, first_b, narrow, toge
 def a_rows(x, A, B):
     """Y = sum_i (A_i X) B_i^T; largest intermediate T r m q."""
     (r, m, n), (_, p, q), T = A.shape, B.shape, x.shape[0]
+    if q * r == 1 and broadcasts(x):
+        return outer(x, A, B)
     v = x.view(T, n, q).transpose(1, 2).reshape(T * q, n) @ A.reshape(r * m, n).t()         # (T q, r m)
     v = v.view(T, q, r, m).permute(0, 3, 1, 2).reshape(T * m, q * r)
     return (v @ B.permute(2, 0, 1).reshape(q * r, p)).view(T, m * p)
@@ -37,6 +39,8 @@ def by_b_first(x, A, B, g):
 def a_planes(x, A, B):
     """a_rows with a plane of (T, m) for every column of B; y comes from its planes by one strided copy each."""
     (r, m, n), (_, p, q), T = A.shape, B.shape, x.shape[0]
+    if q * r == 1 and broadcasts(x):
+        return outer(x, A, B)
     v = x.view(T, n, q).permute(2, 0, 1).reshape(q * T, n) @ A.reshape(r * m, n).t()        # (q T, r m)
     v = v.view(q, T, r, m).transpose(1, 2).reshape(q * r, T * m)
     y = B.permute(1, 2, 0).reshape(p, q * r) @ v                                            # (p, T m)
@@ -45,7 +49,9 @@ def a_planes(x, A, B):
 
 def b_planes(x, A, B):
     """b_rows with a plane of (T, n) for every row of B."""
-    (_, m, _), (_, p, _), T = A.shape, B.shape, x.shape[0]
+    (r, m, _), (_, p, _), T = A.shape, B.shape, x.shape[0]
+    if p * r == 1 and broadcasts(x):
+        return first_b(x, A, B, 0)
     return interleaved(first_b(x, A, B, 0).view(p, T * m)).view(T, m * p)
 
 
@@ -90,21 +96,25 @@ def b_blocks(x, A, B):
 
 
 # ---------------------------------------------------------------------------------------------------
-# one term whose B is a single column or row: hardly any calls, which is what counts with few tokens
+# one term whose B is a single column or row: hardly any calls, which is what counts with few tokens; where lean.broadcasts
+# says so, rows and planes are these too
 
-def a_outer(x, A, B):
-    """y = (A x) b^T for B = b (p, 1); a_blocks for every other B."""
-    if B.shape[0] > 1 or B.shape[2] > 1:
-        return a_blocks(x, A, B)
+def outer(x, A, B):
+    """y = (A x) b^T for B = b (p, 1): a product and a broadcast."""
     v = x @ A[0].t()                                                                        # (T, m)
     return (v.unsqueeze(-1) * B.to(v.dtype).view(-1)).view(len(v), v.shape[1] * B.shape[1])
+
+
+def a_outer(x, A, B):
+    """outer; a_blocks for every other B."""
+    return a_blocks(x, A, B) if B.shape[0] > 1 or B.shape[2] > 1 else outer(x, A, B)
 
 
 def b_inner(x, A, B):
     """y = A (X b) for B = b^T (1, q); b_blocks for every other B."""
     if B.shape[0] > 1 or B.shape[1] > 1:
         return b_blocks(x, A, B)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or broadcasts(x):
         return b_rows(x, A, B)                          # keeps less for backward
     return (x.view(len(x), A.shape[2], B.shape[2]) @ B.view(-1)) @ A[0].t()                 # (T, n) @ (n, m)
 

@@ -8,7 +8,7 @@ import time
 import torch
 
 from kron import lean
-from kron.plan import PLANS, assign, by_rule, entry, kronecker, order_flops, rule, shape_of, sizes_of
+from kron.plan import PLANS, assign, by_rule, column, entry, kronecker, order_flops, row, rule, shape_of, sizes_of
 
 NEAR = 1.6          # an order of contraction with that many times the FLOPs of the other is not timed
 LOOKS = {512: 2.0, 2048: 1.35}  # tokens of a first look: a plan that took that many times the best is not timed with more
@@ -21,14 +21,21 @@ TURN_S = 2e-3       # of one timing, s: so many calls
 HALF = (torch.bfloat16, torch.float16)
 CACHES = 2 ** 27    # bytes of weights that a timing with fewer than 512 tokens goes round, where the model has as many
 GAIN = 0.03         # share of time that another plan than the rule's must save
+BROADCAST = {('a_rows', 'a_planes', 'a_outer'): column, ('b_rows', 'b_planes', 'b_inner'): row}     # the same there
+BACKEND = 'inductor'                # of torch.compile, where plans are timed compiled: as parallel.wrap's
 
 
-def candidates(shape, tokens, device):
-    """Names of the plans that may be the fastest for a shape and so many tokens on a device."""
+def candidates(shape, tokens, device, compiled=False):
+    """Names of the plans that may be the fastest for a shape and so many tokens on a device.
+
+    Where a single column or row is broadcast (lean.broadcasts), of the plans that are then the same only the rule's.
+    """
     flops = dict(zip('AB', order_flops((shape.terms, shape.m, shape.n), (shape.terms, shape.p, shape.q))))
-    least = min(flops.values())
+    least, same = min(flops.values()), set()
+    if compiled or torch.device(device).type == 'cuda':
+        same = {name for names, fits in BROADCAST.items() if fits(shape) for name in names} - {rule(*sizes_of(shape))[0]}
     return [name for name, plan in PLANS.items() if plan.suits(shape) and tokens <= plan.most and plan.runs(device)
-            and flops.get(plan.order, least) <= NEAR * least]
+            and flops.get(plan.order, least) <= NEAR * least and name not in same]
 
 
 def layers(numel, tokens, most):
@@ -40,12 +47,12 @@ class Trial:
     """Random factors and rows of one shape in which plans are timed; under autocast to dtype unless `half`.
 
     copies: layers that calls go round: a token that is decoded reads every weight of a model once, from memory where they
-    are many; merged: materialise has its W already.
+    are many; merged: materialise has its W already; compiled: every plan by torch.compile, seconds at its first call.
     """
 
-    def __init__(self, shape, tokens, dtype, device, training, merged=False, half=False, copies=1):
+    def __init__(self, shape, tokens, dtype, device, training, merged=False, half=False, copies=1, compiled=False):
         generator, self.device = torch.Generator().manual_seed(0), torch.device(device)
-        self.training, self.merged = training, merged
+        self.training, self.merged, self.compiled = training, merged, compiled
         self.autocast = torch.autocast(self.device.type, dtype) if not half and dtype in HALF else contextlib.nullcontext()
 
         def make(*size):
@@ -64,6 +71,8 @@ class Trial:
         apply, weights = PLANS[name].apply, itertools.cycle(self.factors)
         if self.merged and name == 'materialise':
             apply, weights = (lambda x, W: x @ W.t()), itertools.cycle((W,) for W in self.W)
+        if self.compiled:                               # dynamo counts versions by function, and every plan is its own
+            apply = torch.compile(apply, backend=BACKEND, dynamic=False)
 
         def forward():
             with torch.no_grad(), self.autocast:
@@ -132,33 +141,39 @@ def by_turns(calls, rounds, first, least, device, warm):
             spent += took
 
 
-def fastest(shape, tokens, dtype, device, training, merged=False, half=False, copies=1):
+def fastest(shape, tokens, dtype, device, training, merged=False, half=False, copies=1, compiled=False):
     """(name of the plan that takes least time here, {name: seconds a call}); arguments as Trial's.
 
-    With many tokens only plans that were near the best in LOOKS are tried. The rule's plan stays unless another saves GAIN.
+    With many tokens only plans that were near the best in LOOKS are tried; compiled ones, whose compilation is what takes
+    time, are looked at once. The rule's plan stays unless another saves GAIN. What was compiled before is dropped.
     """
-    device, names = torch.device(device), candidates(shape, tokens, device)
-    for size in [*(look for look in LOOKS if look < tokens), min(tokens, MOST)]:
-        trial = Trial(shape, size, dtype, device, training, merged, half, copies)
+    device, names = torch.device(device), candidates(shape, tokens, device, compiled)
+    for size in [*(look for look in LOOKS if look < tokens and not compiled), min(tokens, MOST)]:
+        trial = Trial(shape, size, dtype, device, training, merged, half, copies, compiled)
         found = timings({name: trial.call(name) for name in names}, device, len(trial.factors))
         names = [name for name in names if found[name] <= LOOKS.get(size, SLOW) * min(found.values())]
+    if compiled:
+        torch.compiler.reset()                          # after 8 versions of one function dynamo gives up
     best, plain = min(found, key=found.get), by_rule(rule(*sizes_of(shape)), tokens)
     return (plain if plain in found and found[best] > (1 - GAIN) * found[plain] else best), found
 
 
-def measured(model, tokens, dtype, device, known=None, half=False, phases=(True, False)):
+def measured(model, tokens, dtype, device, known=None, half=False, phases=(True, False), compiled=False,
+             choose=None):
     """`known` and what it lacks for the model's shapes: {entry: plan}, by timing each once.
 
     model: its shapes count, so that it may be on 'meta'; tokens: numbers of tokens of calls; phases: with gradients,
-    without.
+    without; compiled: as the model will run. An entry does not say so: what was chosen once stays chosen. choose: what
+    gives the name of a plan in the place of fastest.
     """
     found, modules = dict(known or {}), kronecker(model)
-    shapes, merged = {shape_of(module.A, module.B): 0 for module in modules}, any(module.merge for module in modules)
+    shapes = {shape_of(module.A, module.B): 0 for module in modules}
+    merged = any(module.merge for module in modules) and not compiled       # torch.compile forms W at each call
     for shape, count, training in itertools.product(shapes, sorted(set(tokens)), phases):
         key = entry(shape, training, count, dtype, device)
         if key not in found:
-            found[key] = fastest(shape, count, dtype, device, training, merged and not training, half,
-                                 len(modules))[0]
+            call = shape, count, dtype, device, training, merged and not training, half, len(modules), compiled
+            found[key] = choose(*call) if choose else fastest(*call)[0]
     return found
 
 

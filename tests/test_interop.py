@@ -4,13 +4,17 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import configurator
 import gpt2
 import interop
+import parallel
+import startup
 import variants
 from configurator import GPTConfig
 from layers import Linear
@@ -443,6 +447,24 @@ def test_a_padded_vocabulary_takes_no_probability():
     padding = ours.softmax(-1)[..., 97:].sum(-1)
     assert 0 < padding.max() <= 31 / 97
     assert torch.equal(model.transformer.wte.weight[97:], source.transformer.wte.weight.mean(0).expand(31, 64))
+
+
+def test_the_124m_config_takes_gpt2s_50257_rows_into_its_padded_vocabulary(tmp_path, monkeypatch):
+    """As train.py builds it, at a small width."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    source = random_model(vocab_size=50257, n_layer=1, n_embd=8, n_head=2, block_size=16)
+    raw, state = gpt2.from_ours(source)
+    save_file(state, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
+    (tmp_path / 'config.json').write_text(json.dumps(raw))
+    config = configurator.load(['config/gpt2_kron_mlp.py', f'--init_from={tmp_path}', '--device=cpu', '--n_layer=1',
+                                '--n_embd=8', '--n_head=2', '--block_size=16', "--linear={'h.*.mlp.*': 'kron(8, 8)'}"])
+    dataset = SimpleNamespace(folder='data', vocab_size=50257, tokenizer={'tokenizer': 'gpt2'})
+    model = startup.build(config, dataset, None, parallel.start(config))
+    rows = model.transformer.wte.weight
+    assert config.vocab_size == 50304 == len(rows) and model.lm_head.weight is rows
+    assert torch.equal(rows[:50257], source.transformer.wte.weight)
+    assert torch.equal(rows[50257:], source.transformer.wte.weight.mean(0).expand(47, 8))
+    assert model.sites()['h.0.mlp.c_fc'].spec == 'kron(8, 8)' and logits_of(model, length=16).isfinite().all()
 
 
 def test_a_cropped_context():

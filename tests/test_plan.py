@@ -1,5 +1,6 @@
 """Contraction plans: every one is the materialised product, the choice, what a module keeps, and what runs store."""
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import configurator
 import parallel
 import startup
 import train
-from kron import plan, products, timing
+from kron import lean, plan, products, timing
 from kron.linear import KroneckerLinear
 from kron.plan import PLANS, Shape, by_rule, rule, rule_flops
 from tests.tiny import arguments, make_data
@@ -105,6 +106,89 @@ def test_double_backward(name):
     assert torch.autograd.gradgradcheck(PLANS[name].apply, (x, A, B), fast_mode=True)
 
 
+# a single column or row, thin and thick, both at once, beside A of one row or column
+SINGLE = [(12, 12, 4, 1, 1), (12, 12, 1, 4, 1), (6, 9, 10, 1, 1), (9, 6, 1, 10, 1), (8, 4, 1, 1, 1), (1, 7, 5, 1, 1),
+          (7, 1, 1, 5, 1), (7, 1, 5, 1, 1), (1, 7, 1, 5, 1)]
+each_single = pytest.mark.parametrize('shape', SINGLE, ids=str)
+
+
+@pytest.fixture
+def broadcast(monkeypatch):
+    """Single columns and rows are broadcast, as on a GPU."""
+    for module in (lean, products):
+        monkeypatch.setattr(module, 'broadcasts', lambda x: True)
+
+
+@each_plan
+@each_single
+@each_count
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+def test_broadcast_too_a_plan_is_the_materialised_product(name, shape, tokens, dtype, broadcast):
+    expected = all_of(lambda x, A, B: x @ kron_sum(A, B).t(), *tensors(shape, tokens, torch.float64))
+    assert error(all_of(PLANS[name].apply, *tensors(shape, tokens, dtype)), expected) < TOLERANCE[dtype]
+    with torch.no_grad():
+        x, A, B, _ = tensors(shape, tokens, dtype)
+        assert error([PLANS[name].apply(x, A, B)], expected) < TOLERANCE[dtype]
+
+
+@each_plan
+@pytest.mark.parametrize('shape', SINGLE[:4], ids=str)
+def test_broadcast_under_autocast_and_twice_differentiated(name, shape, broadcast):
+    test_under_autocast_a_plan_is_as_near_as_dense(name, shape, 64)
+    x, A, B, _ = tensors((3, 2, *shape[2:]), 3, torch.float64)
+    assert torch.autograd.gradgradcheck(PLANS[name].apply, (x, A, B), fast_mode=True)
+
+
+class Inner(TorchDispatchMode):
+    """The inner sizes of all matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            self.sizes.append(args[0].shape[-1])
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('name, shape', [('a_planes', SINGLE[0]), ('a_rows', SINGLE[0]), ('a_rows', SINGLE[2]),
+                                         ('b_planes', SINGLE[1]), ('b_rows', SINGLE[1]), ('b_rows', SINGLE[3])], ids=str)
+def test_broadcast_no_product_has_an_inner_size_of_one(name, shape, request):
+    """A's products are left: forward, for x and for A, B-first's once more."""
+    found = []
+    for broadcast in (False, True):
+        if broadcast:
+            request.getfixturevalue('broadcast')
+        with Inner() as inner:
+            all_of(PLANS[name].apply, *tensors(shape, 9, torch.float64))
+        found.append(inner.sizes)
+    assert 1 in found[0] and 1 not in found[1] and len(found[1]) == 3
+
+
+@pytest.mark.parametrize('name, shape', [('a_planes', SINGLE[0]), ('a_rows', SINGLE[2]), ('b_planes', SINGLE[1]),
+                                         ('b_rows', SINGLE[3])], ids=str)
+def test_compiled_a_single_column_or_row_is_broadcast_and_right(name, shape, monkeypatch):
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    inner = []
+
+    def keep(graph, inputs):
+        inner.extend(node.args[0].meta['val'].shape[-1] for node in graph.graph.nodes
+                     if node.target is torch.ops.aten.mm.default)
+        return make_boxed_func(graph.forward)
+    expected = all_of(lambda x, A, B: x @ kron_sum(A, B).t(), *tensors(shape, 9, torch.float64))
+    for broadcast in (True, False):
+        if not broadcast:                               # negative control
+            for module in (lean, products):
+                monkeypatch.setattr(module, 'broadcasts', lambda x: False)
+        torch._dynamo.reset()
+        inner.clear()
+        compiled = torch.compile(PLANS[name].apply, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+        found = error(all_of(compiled, *tensors(shape, 9, torch.float64)), expected)
+        assert len(inner) >= 3 and (1 not in inner) == broadcast and (found < 1e-10 or not broadcast)
+
+
 @pytest.mark.parametrize('frozen', [(0,), (1, 2), (1,), (2,)], ids=str)
 def test_the_materialised_gradient_of_what_is_frozen_is_none(frozen):
     x, A, B, g = tensors((8, 4, 3, 3, 2), 9, torch.float64)
@@ -180,6 +264,20 @@ def test_candidates_leave_out_the_wrong_order_and_layouts_for_thin_factors():
     assert found == ['a_rows', 'a_planes', 'a_blocks', 'a_outer', 'materialise']
     assert 'a_dot' in timing.candidates(Shape(768, 768, 4, 1, 1), 1, 'cpu')
     assert timing.candidates(Shape(64, 32, 48, 24, 1), 1, 'cpu') == ['a_rows', 'b_rows', 'materialise']
+
+
+@pytest.mark.parametrize('shape, expected', [
+    ((768, 768, 4, 1, 1), ['a_planes', 'a_blocks']), ((768, 768, 1, 4, 1), ['b_planes', 'b_blocks']),
+    ((96, 768, 32, 1, 1), ['a_rows']), ((768, 96, 1, 32, 1), ['b_rows']),
+    ((8, 8, 1, 1, 1), ['b_planes', 'a_blocks', 'b_blocks'])], ids=str)
+def test_plans_that_are_the_same_compiled_are_timed_once(shape, expected):
+    """The rule's stays, which another must beat."""
+    shape = Shape(*shape)
+    found = timing.candidates(shape, 16, 'cpu', compiled=True)
+    assert sorted(name for name in found if name != 'materialise') == sorted(expected)
+    assert rule(*plan.sizes_of(shape))[0] in found
+    on_gpu = timing.candidates(shape, 16, 'cuda')
+    assert set(on_gpu) - {'a_fused', 'b_fused'} == set(found)
 
 
 def clock(monkeypatch, speeds):
@@ -269,6 +367,46 @@ def test_a_trial_draws_no_random_numbers_of_the_run():
     state = torch.get_rng_state()
     timing.fastest(Shape(4, 4, 2, 2, 1), 4, torch.float32, 'cpu', True)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def counting(monkeypatch, backend):
+    """The backend of timed plans, which counts its graphs; every plan is called twice, and no time passes."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    torch._dynamo.reset()
+    monkeypatch.setattr(timing, 'timings', lambda calls, *a: {name: len([call(), call()]) for name, call in calls.items()})
+    monkeypatch.setattr(timing, 'BACKEND', counter := CompileCounterWithBackend(backend))
+    return counter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('shape', [Shape(8, 8, 2, 2, 2), Shape(8, 8, 4, 1, 1), Shape(8, 8, 1, 4, 1)], ids=str)
+def test_compiled_every_candidate_is_timed_as_one_graph(shape, training, monkeypatch):
+    counter = counting(monkeypatch, 'aot_eager')
+    name, found = timing.fastest(shape, 16, torch.bfloat16, 'cpu', training, compiled=True)
+    assert set(found) == set(timing.candidates(shape, 16, 'cpu', compiled=True)) and name in found
+    assert counter.frame_count == len(found)
+
+
+def test_compiled_plans_are_timed_for_any_number_of_shapes(monkeypatch):
+    """Dynamo compiles 8 versions of a function, and then runs it eagerly in silence."""
+    counter = counting(monkeypatch, 'eager')
+    monkeypatch.setattr(timing, 'candidates', lambda shape, *a: ['a_rows'])
+    for n in range(2, 11):
+        timing.fastest(Shape(n, n, 2, 2, 1), 4, torch.float32, 'cpu', False, compiled=True)
+    assert counter.frame_count == 9
+    timing.fastest(Shape(n, n, 2, 2, 1), 4, torch.float32, 'cpu', False)
+    assert counter.frame_count == 9
+
+
+def test_compiled_plans_are_looked_at_once(monkeypatch):
+    sizes = []
+    clock(monkeypatch, dict.fromkeys(PLANS, 1.0))
+    monkeypatch.setattr(timing.Trial, '__init__', lambda self, shape, tokens, *a: (
+        sizes.append((tokens, a[-1])), setattr(self, 'factors', [1]))[0])
+    for compiled in (True, False):
+        timing.fastest(Shape(24, 24, 4, 1, 1), 10 ** 5, torch.float32, 'cpu', True, compiled=compiled)
+    assert sizes == [(8192, True), (512, False), (2048, False), (8192, False)]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -432,6 +570,20 @@ def test_a_run_times_once_stores_and_resumes_to_the_same_bits(data, tmp_path, mo
     whole = run(data, tmp_path / 'b', f'--kron_plans={found!r}')
     assert not asked and resumed['config']['kron_plans'] == whole['config']['kron_plans'] == found
     assert all(torch.equal(t, whole['model'][name]) for name, t in resumed['model'].items())
+
+
+@pytest.mark.parametrize('setting, expected', [('True', True), ('False', False), ('None', False)])
+def test_plans_are_timed_as_the_run_is_compiled(setting, expected, data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(timing, 'fastest', lambda *a: (asked.append(a[-1]), ('a_rows', {}))[1])
+    known = {'128x32 by 8x8x2 train 64 float32 cpu': 'b_rows'}
+    config = configurator.load([*arguments(data, tmp_path), '--kron_plan=measure', f'--compile={setting}',
+                                f'--kron_plans={known!r}'])
+    job = parallel.start(config)
+    startup.choose_plans(config, job)
+    assert asked == [expected] * 3
+    assert config.kron_plans.items() > known.items()            # of whatever kind: a resumed run takes what it has
+    assert parallel.compiles(config, dataclasses.replace(job, device=torch.device('cuda'))) == (setting != 'False')
 
 
 def test_another_plan_rounds_otherwise_and_the_rule_takes_none(data, tmp_path, monkeypatch):

@@ -347,9 +347,11 @@ def test_every_config_of_ours_builds(path, capsys, monkeypatch):
         assert 'without embeddings' in capsys.readouterr().out
 
 
-def test_dry_run_of_the_124m_config_prints_81_972_576(capsys):
-    train.main(configurator.load(['config/gpt2_kron_mlp.py', '--dry_run=True', '--device=cpu']))
-    assert '81,972,576 in all' in capsys.readouterr().out
+@pytest.mark.parametrize('vocab_size, total', [(50257, '81,972,576 in all'), (None, '82,008,672 in all')])
+def test_dry_run_of_the_124m_config_prints_its_parameters(vocab_size, total, capsys):
+    more = [f'--vocab_size={vocab_size}'] if vocab_size else []
+    train.main(configurator.load(['config/gpt2_kron_mlp.py', '--dry_run=True', '--device=cpu', *more]))
+    assert total in capsys.readouterr().out
 
 
 def test_debug_shows_the_traceback(data, tmp_path):

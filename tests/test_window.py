@@ -10,7 +10,7 @@ import interop
 import train
 from attention import window
 from attention.window import scheduled
-from model import GPT, GPTConfig
+from model import GPT, Context, GPTConfig
 from tests.tiny import arguments, make_data
 from variants import UserError
 
@@ -295,35 +295,128 @@ def test_w1_flex_on_a_cpu_equals_sdpa(T, kv_heads, eot, dtype, bound, monkeypatc
     model, idx = small(attention, dtype, block_size=160, n_kv_head=kv_heads, rope=True), tokens(2, T)
     idx[:, 9] = 3
     expected = logits_of(model, idx)
-    monkeypatch.setattr(window.WindowAttention, 'flex_fits', lambda self, q: True)
-    monkeypatch.setattr(window, 'compiled_flex', lambda: window.flex)
+    monkeypatch.setattr(window.WindowAttention, 'flex_fits', lambda self, ctx: True)
+    monkeypatch.setattr(window, 'compiled', lambda function: function)
     monkeypatch.setattr(F, 'scaled_dot_product_attention', None)
     assert difference(logits_of(model, idx), expected) < bound * max(1, expected.abs().max().item())
     model.transformer.h[0].attn.window.fill_(8)
     assert difference(logits_of(model, idx), expected) > 1e-4
 
 
-@pytest.mark.slow
 @needs_flex
 @torch.no_grad()
-def test_one_graph_serves_all_windows():
+def test_one_graph_serves_all_windows_and_documents(monkeypatch):
+    """FlexAttention and its masks compiled on their own, as for models that are not compiled as a whole."""
     from torch._dynamo.testing import CompileCounter
-    graphs = []
+    q, k, v = torch.randn(3, 2, 2, 160, 16)
+    places, found = torch.arange(160), []
     for kind in (torch.tensor, int):                    # a plain number would be compiled in: the negative control
         torch._dynamo.reset()
-        counter = CompileCounter()
-        compiled = torch.compile(window.flex, backend=counter, dynamic=False)
-        q, k, v = torch.randn(3, 1, 2, 32, 16)
-        for size in (3, 9):
-            compiled(q, k, v, 0.25, kind(size), torch.arange(32))
-        graphs.append(counter.frame_count)
-    assert graphs == [1, 2]
+        counters = {function: CompileCounter() for function in (window.block_mask, window.flex)}
+        mask, attend = (torch.compile(function, backend=count, dynamic=False) for function, count in counters.items())
+        for seed, size in enumerate((3, 90)):
+            texts = (tokens(2, 160, seed=seed) == 3).cumsum(1)
+            blocks = mask(kind(size), places, texts)
+            assert difference(attend(q, k, v, blocks, 0.25), F.scaled_dot_product_attention(
+                q, k, v, window.visible(size, places, places, texts, texts), scale=0.25)) < 1e-5
+        found.append([counter.frame_count for counter in counters.values()])
+    assert found == [[1, 1], [2, 2]]
+
+
+def builds(monkeypatch, model, idx, name):
+    """How often window.`name` is called in one call of the model."""
+    made, real = [], getattr(window, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(window, name, lambda *a, **k: made.append(1) or real(*a, **k))
+        model(idx, idx)
+    return len(made)
+
+
+TWELVE = dict(n_layer=12, block_size=160, n_embd=16, n_head=1)
+MIXED = {'h.0': 'window(256, schedule="linear", long=(0, 5), documents=3)', 'h.1': 'window(256, documents=3)',
+         'h.*': 'window(256, schedule="linear", long=(0, 5), documents=3)', 'h.7': 'causal'}
+
+
+@needs_flex
+@ignore_slow_flex
+@pytest.mark.parametrize('attention, expected', [('window(128)', 1), ('window(256, schedule="linear", long=(0, 5, 11))', 2),
+                                                 ('window(7, long=(), documents=3)', 1), (MIXED, 3)], ids=str)
+@pytest.mark.parametrize('name', ['create_block_mask', 'visible'])
+def test_every_window_is_made_once_a_call(name, attention, expected, monkeypatch):
+    """Twelve layers: a mask for every distinct window, two for the long and the short ones of a schedule."""
+    model, counts = small(attention, torch.float32, **TWELVE), []
+    monkeypatch.setattr(window.WindowAttention, 'flex_fits', lambda self, ctx: name == 'create_block_mask')
+    monkeypatch.setattr(window, 'compiled', lambda function: function)
+    cumsum, counted = torch.Tensor.cumsum, []
+    monkeypatch.setattr(torch.Tensor, 'cumsum', lambda *a: counted.append(1) or cumsum(*a))
+    with torch.no_grad():
+        for fraction in (0.3, 0.6):
+            model.set_progress(fraction)
+            counts.append(builds(monkeypatch, model, tokens(1, 130), name))
+    assert counts == [expected] * 2 and len(counted) == 2 * ('documents' in str(attention))
+
+
+def test_recompute_makes_no_mask_again(monkeypatch):
+    """Blocks that run again for backward find what was made before the first one ran."""
+    model = small('window(7, documents=3)', recompute=True, n_layer=3)
+    made, real = [], window.visible
+    monkeypatch.setattr(window, 'visible', lambda *a: made.append(1) or real(*a))
+    model(tokens(2, 24), tokens(2, 24))[1].backward()
+    assert made == [1]
+
+
+@needs_flex
+@pytest.mark.slow
+@pytest.mark.parametrize('recompute', [False, True])
+def test_compiled_as_a_whole_it_is_one_graph_with_the_gradients_of_sdpa(recompute, monkeypatch):
+    """FlexAttention refuses gradients on a CPU, where its formula does without the kernel."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    module = __import__('importlib').import_module('torch.nn.attention.flex_attention')
+    monkeypatch.setattr(module, '_validate_device', lambda *a: None)
+    torch._dynamo.reset()
+    model = small('window(400, schedule="linear", long=(0, 2), documents=3)', torch.float32, n_layer=4, block_size=300,
+                  recompute=recompute).train()
+    counter, losses = CompileCounterWithBackend('aot_eager'), []
+    compiled, idx = torch.compile(model, backend=counter, fullgraph=True), tokens(2, 300) % 60 + 4
+    idx[0, 250] = 3                                     # documents longer than windows
+    for fraction in (0.1, 0.6, 1.0):
+        model.set_progress(fraction)
+        found = []
+        for by_flex, run in ((True, compiled), (False, model)):
+            monkeypatch.setattr(window.WindowAttention, 'flex_fits', lambda self, ctx, by_flex=by_flex: by_flex)
+            model.zero_grad()
+            loss = run(idx, idx)[1]
+            loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        for mine, right in zip(*found):
+            assert difference(mine, right) < 1e-4 * max(1e-3, right.abs().max().item())
+        losses.append(found[0][0].item())
+    assert counter.frame_count == 1 and len(set(losses)) == 3
+
+
+@needs_flex
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize('documents', [False, True])
+def test_a_compiled_mask_has_no_tensor_of_all_pairs(documents):
+    """By the buffers of inductor's code: 16 x 4,096 x 4,096 booleans would be 268 MB."""
+    import re
+
+    from torch._inductor.utils import run_and_get_code
+    T, B = 1024, 4
+    texts = (tokens(B, T) == 3).cumsum(1) if documents else None
+    torch._dynamo.reset()
+    blocks, code = run_and_get_code(torch.compile(window.block_mask), torch.tensor(200), torch.arange(T), texts)
+    sizes = [math.prod(map(int, re.findall(r'\d+', size)))
+             for size in re.findall(r'empty_strided_cpu\((\([^)]*\))', ''.join(code))]
+    assert sizes and max(sizes) <= B * (T // 128) * (T // 128 + 1) < T * T
+    assert blocks.kv_num_blocks.shape == (B if documents else 1, 1, T // 128)
 
 
 @needs_flex
 def test_flex_is_for_cuda_only():
-    attn = small('window(4)').transformer.h[0].attn
-    assert not attn.flex_fits(torch.zeros(1))
+    model = small('window(4)')
+    assert not model.transformer.h[0].attn.flex_fits(Context(tokens(1, 4), torch.arange(4), model.config))
 
 
 @pytest.mark.gpu
@@ -340,7 +433,7 @@ def test_w1_flex_on_a_gpu_equals_sdpa(monkeypatch):
             for kernel in (True, False):
                 with monkeypatch.context() as patch:
                     if not kernel:
-                        patch.setattr(window.WindowAttention, 'flex_fits', lambda self, q: False)
+                        patch.setattr(window.WindowAttention, 'flex_fits', lambda self, ctx: False)
                     idx = tokens(2, 200).cuda()
                     model.zero_grad()
                     logits, loss = (run if kernel else model)(idx, idx)
