@@ -57,6 +57,10 @@ class KronMoE(nn.Module):
                 ctx.losses.append(loss)
                 ctx.measures[name, self.site] = loss.detach()
 
+    def static_step(self, rows):
+        """Whether so many tokens are a step of fixed shapes (decoding.py): with more, the busiest expert's load is one."""
+        return rows * self.top_k <= self.c_fc.experts
+
     def realise(self):
         """Every expert dense, in place: the same function."""
         self.c_fc.realise()
