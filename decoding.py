@@ -60,8 +60,8 @@ def wanted(model, idx, max_new_tokens, decode):
 
 
 def able(model, rows):
-    """Whether the model has a static step for so many sequences."""
-    return not model.training and all(
+    """Whether the model has a static step for so many sequences: not where FSDP2 has sharded the weights, either."""
+    return not model.training and not any(hasattr(p, 'full_tensor') for p in model.parameters()) and all(
         hasattr(block.attn, 'static_cache') and getattr(block.mlp, 'static_step', lambda rows: True)(rows)
         for block in model.transformer.h)
 
