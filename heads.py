@@ -89,10 +89,13 @@ def rotate(x, table):
 def extend_cache(ctx, **new):
     """Append tensors (B, H, T, ...) to this layer's cache, if there is one; return all so far, in the order given.
 
-    Buffers of block_size positions are made at the first call, so that a token costs no copy of the past.
+    Buffers of block_size positions are made at the first call, so that a token costs no copy of the past. In a static step
+    (see decoding.py) the whole buffers are returned, of which ctx.seen says what is filled.
     """
     if ctx.cache is None:
         return tuple(new.values())
+    if ctx.seen is not None:
+        return tuple(write(ctx.cache[name], ctx.positions, value) for name, value in new.items())
     start = ctx.cache.setdefault('length', 0)
     end = ctx.cache['length'] = start + next(iter(new.values())).size(2)
     for name, value in new.items():
@@ -100,6 +103,38 @@ def extend_cache(ctx, **new):
             ctx.cache[name] = value.new_empty(*value.shape[:2], ctx.block_size, *value.shape[3:])
         ctx.cache[name][:, :, start:end] = value
     return tuple(ctx.cache[name][:, :, :end] for name in new)
+
+
+def write(buffer, places, value, dim=2):
+    """value in place of what the buffer holds at these places (n,) of an axis, in its type; returns the buffer."""
+    return buffer.index_copy_(dim, places, value.to(buffer.dtype))
+
+
+def keep(ctx, **new):
+    """Put tensors that do not grow into this layer's cache, over those of the last call; in place in a static step."""
+    for name, value in new.items():
+        if ctx.seen is None:
+            ctx.cache[name] = value
+        else:
+            ctx.cache[name].copy_(value)
+
+
+def padded(cache, size, names, dim=2, value=0, filled=None):
+    """{name: tensor} of what a cache has of `names`, with `size` entries along an axis, the first `filled` of them kept.
+
+    What was never written becomes `value`: a buffer may hold NaN there, which no mask would stop.
+    """
+    found = {}
+    for name in names:
+        if name in cache:
+            t = cache[name].narrow(dim, 0, cache[name].size(dim) if filled is None else filled)
+            found[name] = F.pad(t, (*(0, 0) * (t.ndim - 1 - dim), 0, size - t.size(dim)), value=value)
+    return found
+
+
+def mask_of(ctx, queries, keys):
+    """causal_mask of this call's positions, or (1, block_size) in a static step."""
+    return causal_mask(queries, keys, ctx.positions.device) if ctx.seen is None else ctx.seen
 
 
 def causal_mask(queries, keys, device):
@@ -119,8 +154,8 @@ def attend_openly(q, k, v, scale):
     return torch.bmm(scores.softmax(-1).to(v.dtype), v).unflatten(0, (batch, heads))
 
 
-def attend(q, k, v, scale, dropout=0.0, softcap=0.0):
-    """Causal softmax(scale q k^T) v of the last T positions of S, by SDPA.
+def attend(q, k, v, scale, dropout=0.0, softcap=0.0, seen=None):
+    """Causal softmax(scale q k^T) v of the last T positions of S, by SDPA; of one position with a mask `seen` (1, S).
 
     q (B, H, T, D), k (B, H_kv, S, D), v (B, H_kv, S, D_v) -> (B, H, T, D_v). softcap > 0 bounds the scores by
     softcap tanh(score / softcap), computed in the open. SDPA's own is_causal aligns at the wrong corner for S > T.
@@ -129,11 +164,12 @@ def attend(q, k, v, scale, dropout=0.0, softcap=0.0):
     if softcap:
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
         scores = softcap * torch.tanh(scale * (q @ k.mT) / softcap)
-        scores = scores.masked_fill(~causal_mask(queries, keys, q.device), -torch.inf)
+        mask = causal_mask(queries, keys, q.device) if seen is None else seen
+        scores = scores.masked_fill(~mask, -torch.inf)
         return F.dropout(scores.softmax(-1), dropout) @ v
     if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.requires_grad and not dropout and queries == keys:
         return attend_openly(q, k, v, scale)
-    mask = {'is_causal': True} if queries == keys else {} if queries == 1 else {
+    mask = {'attn_mask': seen} if seen is not None else {'is_causal': True} if queries == keys else {} if queries == 1 else {
         'attn_mask': causal_mask(queries, keys, q.device)}
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, enable_gqa=q.size(1) != k.size(1),
                                           **mask)

@@ -7,58 +7,21 @@ way. Without rules it is GPT-2 exactly, with nanoGPT's names.
 Shapes: B batch, T tokens, C = n_embd, H heads, D = C / H.
 """
 import math
-from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import variants
 from configurator import GPTConfig
-from heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, rotate, rotation, split_heads
+from context import Context, again
+from decoding import Kept, stream
+from heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, padded, split_heads
 from layers import Learned, choose, hidden_scale, norm, tags_of, unit, zero_
-from losses import LOSSES, ChunkedCrossEntropy, Losses
+from losses import LOSSES, ChunkedCrossEntropy
 from variants import UserError
 
 __all__ = ['CausalSelfAttention', 'MLP', 'Block', 'GPT', 'GPTConfig', 'Context', 'UserError']
-
-
-@dataclass
-class Context:
-    """What one call of GPT.forward tells every layer; nothing else survives a call."""
-    tokens: torch.Tensor                                # (B, T) of this call
-    positions: torch.Tensor                             # (T,) theirs
-    config: GPTConfig
-    cache: dict | None = None                           # this layer's own, {} at first; None while training
-    first_value: torch.Tensor | None = None             # block 0's values, for the value residual
-    first_latent: tuple | None = None                   # block 0, its latents, its W_UV: the same in mla's decoding
-    losses: Losses = field(default_factory=lambda: Losses())  # of mixtures, for training; torch.compile wants the lambda
-    measures: dict = field(default_factory=dict)        # (kind, module) -> tensor without graph, kept as GPT.measures
-    shared: dict = field(default_factory=dict)          # what several layers need, see share
-
-    @property
-    def block_size(self):
-        return self.config.block_size
-
-    def share(self, key, make):
-        """What make() gave to the first layer that asked for key in this call; a key holds no tensor."""
-        if key not in self.shared:
-            self.shared[key] = make()
-        return self.shared[key]
-
-    def rotate(self, x, positions=None):
-        """RoPE of x (..., T, size) at this call's positions, or at others; x itself without rope."""
-        if not self.config.rope:
-            return x
-        return self.turn(x, positions)
-
-    def turn(self, x, positions=None):
-        """RoPE whether or not config.rope is set, for classes that need it (MLA)."""
-        size, base, kind = x.size(-1), self.config.rope_base, x.dtype
-        if positions is not None:
-            return rotate(x, rotation(positions, size, base, kind))
-        return rotate(x, self.share(('rope', size, kind), lambda: rotation(self.positions, size, base, kind)))
 
 
 class CausalSelfAttention(nn.Module):
@@ -89,10 +52,15 @@ class CausalSelfAttention(nn.Module):
         v = split_heads(self.mix_v(self.c_v(x), ctx), self.n_kv_head)
         q, k = self.norm_qk(q, k)
         k, v = extend_cache(ctx, k=ctx.rotate(k), v=v)
-        y = attend(ctx.rotate(q), k, v, self.norm_qk.scale, self.dropout if self.training else 0.0, self.softcap)
+        y = attend(ctx.rotate(q), k, v, self.norm_qk.scale, self.dropout if self.training else 0.0, self.softcap,
+                   ctx.seen)
         if self.gate is not None:
             y = y * self.gate(x)
         return self.resid_dropout(self.c_proj(merge_heads(y)))
+
+    def static_cache(self, cache, size):
+        """What a cache holds as tensors of one shape for `size` positions: decoding.py says what for."""
+        return padded(cache, size, ('k', 'v'), filled=cache['length'])
 
     def flops(self, context):
         """Forward FLOPs a token of q k^T and of the weighted sum, with `context` keys."""
@@ -187,27 +155,12 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x), ctx)
 
 
-def again(block, x, ctx):
-    """block(x, ctx), its activations made again in the backward pass; what it leaves in ctx comes out as results.
-
-    A compiled checkpoint may write into nothing that was there before it, so the block has a Context of its own.
-    """
-    def run(x, first_value):
-        own = replace(ctx, first_value=first_value, losses=Losses(), measures={}, shared=dict(ctx.shared))
-        return block(x, own), own.first_value, tuple(own.losses), own.measures
-    x, ctx.first_value, losses, measures = checkpoint(run, x, ctx.first_value, use_reentrant=False)
-    for loss in losses:
-        ctx.losses.append(loss)
-    ctx.measures.update(measures)
-    return x
-
-
 class GPT(nn.Module):
     """GPT-2 with swappable linears, attention and MLPs. Raises UserError for specs that do not fit."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.measures = config, {}         # measures: of the last call, see Context
+        self.config, self.measures, self.kept = config, {}, Kept()      # measures: of the last call, see Context
         self.transformer = nn.ModuleDict({
             'wte': nn.Embedding(config.vocab_size, config.n_embd),
             'drop': nn.Dropout(config.dropout),
@@ -396,12 +349,16 @@ class GPT(nn.Module):
 
         While training with loss_chunk > 0 there are no logits: None.
 
-        caches: one dict a layer, filled here; start: position of idx[:, 0] when caches hold the tokens before it.
+        caches: one dict a layer, filled here; start: position of idx[:, 0] when caches hold the tokens before it, or as a
+        tensor (1,) in a static step, see decoding.py.
         """
-        T = idx.size(1)
-        if start + T > self.config.block_size:
-            raise ValueError(f'{start + T} tokens do not fit block_size {self.config.block_size}')
-        ctx = Context(idx, torch.arange(start, start + T, device=idx.device), self.config)
+        T, size = idx.size(1), self.config.block_size
+        if torch.is_tensor(start):
+            ctx = Context(idx, start, self.config, seen=(torch.arange(size, device=idx.device) <= start)[None])
+        elif start + T > size:
+            raise ValueError(f'{start + T} tokens do not fit block_size {size}')
+        else:
+            ctx = Context(idx, torch.arange(start, start + T, device=idx.device), self.config)
         x = self.transformer.wte(idx)                   # (B, T, C)
         if 'wpe' in self.transformer:
             x = x + self.transformer.wpe(ctx.positions)
@@ -438,30 +395,21 @@ class GPT(nn.Module):
         weight = self.lm_head.weight if self.s_z is None else self.lm_head.weight * self.s_z()[:, None]
         return ChunkedCrossEntropy.apply(x, weight, targets, self.config.softcap, self.config.loss_chunk)
 
-    @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, generator=None,
-               n_tokens=None):
+               n_tokens=None, decode='auto', compile=False):
         """Yield one (B, 1) tensor a new token. temperature 0 is greedy; see generate.
 
-        n_tokens: the tokenizer's vocabulary size; rows beyond it are padding and never chosen.
-
-        Beyond block_size the last block_size tokens are read afresh for every token: learned positions shift.
+        n_tokens: the tokenizer's vocabulary size; rows beyond it are padding and never chosen. compile: of a static step.
         """
-        caches, seen = [{} for _ in self.transformer.h], 0
-        for _ in range(max_new_tokens):
-            if use_cache and idx.size(1) <= self.config.block_size:
-                logits, _ = self(idx[:, seen:], caches=caches, start=seen)
-                seen = idx.size(1)
-            else:
-                logits, _ = self(idx[:, -self.config.block_size:])
-            token = choose(logits[:, -1, :n_tokens], temperature, top_k, top_p, generator)
-            idx = torch.cat((idx, token), dim=1)
-            yield token
+        def pick(logits):
+            return choose(logits[:, -1, :n_tokens], temperature, top_k, top_p, generator)
+        return stream(self, idx, max_new_tokens, pick, use_cache, decode, compile)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, decode='auto'):
         """idx (B, T) -> (B, T + max_new_tokens), sampled one token at a time.
 
         temperature: divides the logits, 0 takes the likeliest; top_k: keep the k likeliest; top_p: keep the fewest
-        whose probabilities sum to top_p. The cache changes the speed and not the text.
+        whose probabilities sum to top_p. The cache changes the speed and not the text; nor does decode, see decoding.py.
         """
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, use_cache)), dim=1)
+        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, use_cache, decode=decode)
+        return torch.cat((idx, *new), dim=1)

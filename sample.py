@@ -36,7 +36,10 @@ class SampleConfig:
                      'float32 on a CPU', choices=('auto', 'float32', 'bfloat16', 'float16'))
     kron_plan: str = key('rule', "how Kronecker sums are contracted: by FLOPs, or 'measure': as is fastest here, for prompt "
                          'and single tokens', choices=('rule', 'measure'))
-    compile: bool = key(False, 'torch.compile: worth its minute for many tokens only')
+    decode: str = key('auto', "'eager' or 'static': a step of fixed shapes for every token after the prompt, which a GPU "
+                      "repeats as one captured graph; 'auto' = static on a GPU, for more than a few tokens",
+                      choices=('auto', 'eager', 'static'))
+    compile: bool = key(False, 'torch.compile, with a static step of that step alone: worth its minute for many tokens only')
     dataset: str = key('', "data set whose tokenizer is meant, for checkpoints that do not say (nanoGPT's)")
     data_dir: str = key('data', 'folder that holds the data set folders')
     debug: bool = key(False, 'tracebacks for mistakes too')
@@ -160,6 +163,7 @@ def sample(config, prompt):
     """Load, then print num_samples continuations of the prompt."""
     import torch
 
+    import decoding
     import hardware
     from kron import timing
     device = hardware.device(config.device)
@@ -172,17 +176,19 @@ def sample(config, prompt):
     if len(tokens) > model.config.block_size:
         note(f'the prompt has {len(tokens)} tokens, of which the model sees the last {model.config.block_size}')
     model.eval().to(device)
+    idx = torch.tensor([tokens], device=device)                                     # (1, T)
+    static = config.use_cache and decoding.wanted(model, idx, config.max_new_tokens, config.decode)
     if config.kron_plan == 'measure':
-        timing.prepare(model, [1, min(len(tokens), model.config.block_size)], dtype, device, keep=not config.compile)
-    if config.compile:
+        timing.prepare(model, [1, min(len(tokens), model.config.block_size)], dtype, device,
+                       keep=static or not config.compile)
+    if config.compile and not static:
         model.compile(dynamic=True)
     generator = torch.Generator(device).manual_seed(config.seed)
-    idx = torch.tensor([tokens], device=device)                                     # (1, T)
     for _ in range(config.num_samples):
         write(prompt)
         with hardware.autocast(device, dtype):
             stream = model.stream(idx, config.max_new_tokens, config.temperature, config.top_k or None, config.top_p,
-                                  config.use_cache, generator, tokenizer.vocab_size)
+                                  config.use_cache, generator, tokenizer.vocab_size, config.decode, config.compile)
             for text in decode((token.item() for token in stream), tokenizer):
                 write(text)
         write('\n---------------\n')

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import variants
-from heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, split_heads
+from heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, padded, split_heads
 from layers import RMSNorm, unit
 
 PAD_FROM = 256                                          # queries; measured on a CPU
@@ -33,7 +33,7 @@ class TwoMaps:
         q1, k1, q2, k2 = widen(self.lambdas)
         return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
 
-    def outputs(self, q, k, v, scale):
+    def outputs(self, q, k, v, scale, seen=None):
         """The maps' outputs, (B, P, T, D_v) each, by SDPA: q (B, 2, P, T, D), k (B, 2 or 1, G, S, D), v (B, G, S, D_v).
 
         Kernels that make no T x S map want one size for q, k and v: long calls are padded with zeros to get them (short
@@ -42,7 +42,7 @@ class TwoMaps:
         if q.size(-2) >= PAD_FROM and v.size(-1) > q.size(-1):
             q, k = (F.pad(t, (0, v.size(-1) - t.size(-1))) for t in (q, k))
         dropout = self.dropout if self.training else 0.0
-        return tuple(attend(q[:, i], k[:, i % k.size(1)], v, scale, dropout) for i in (0, 1))
+        return tuple(attend(q[:, i], k[:, i % k.size(1)], v, scale, dropout, seen=seen) for i in (0, 1))
 
     def finish(self, y):
         """The norm and factor a head."""
@@ -108,6 +108,9 @@ class DifferentialAttention(TwoMaps, nn.Module):
         k, v = extend_cache(ctx, k=ctx.rotate(k).flatten(1, 2), v=v)
         return ctx.rotate(q), k.unflatten(1, (self.key_maps, self.groups)), v
 
+    def static_cache(self, cache, size):
+        return padded(cache, size, ('k', 'v'), filled=cache['length'])
+
     def lam(self, x):
         """lam in fp32 at least: of the layer, (), or in version 2 of each token and head, (B, P, T, 1)."""
         if self.version == 1:
@@ -117,7 +120,7 @@ class DifferentialAttention(TwoMaps, nn.Module):
 
     def mix(self, q, k, v, lam, ctx):
         """The heads' outputs before their norm, (B, P, T, D_v), in fp32 at least."""
-        first, second = self.outputs(q, k, v, self.norm_qk.scale)
+        first, second = self.outputs(q, k, v, self.norm_qk.scale, ctx.seen)
         return widen(first) - lam * widen(second)
 
     def finish(self, y):

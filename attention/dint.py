@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import variants
 from attention.diff import DifferentialAttention, widen
-from heads import causal_mask
+from heads import keep, mask_of, padded, write
 
 VERSIONS, LEAKING = (1, 2), ('published', 'visible')
 
@@ -47,15 +47,20 @@ class DINTAttention(DifferentialAttention):
         T, S = q.size(-2), k.size(-2)
         mask = None
         if self.form != 1 or self.eot is not None:
-            mask = causal_mask(T, S, q.device) & (True if self.eot is None else self.same_document(ctx))
+            mask = mask_of(ctx, T, S) & (True if self.eot is None else self.same_document(ctx))
         if self.form != 1:
             return self.mix_by_maps(q, k, v, lam, mask, ctx)
-        first, second = self.outputs(q, k, v, self.norm_qk.scale) if mask is None else self.masked(q, k, v, mask)
+        first, second = (self.outputs(q, k, v, self.norm_qk.scale, ctx.seen) if mask is None else
+                         self.masked(q, k, v, mask))
         return integrate(first, second, lam, S - T, ctx, mask)
 
     def same_document(self, ctx):
         """(B, 1, T, S), True where a key's document is the query's; a document begins with its end-of-text token."""
         document = (ctx.tokens == self.eot).cumsum(1)                             # (B, T)
+        if ctx.seen is not None:
+            past = ctx.cache['document']                # (B, block_size)
+            document = past.index_select(1, ctx.positions - 1) + document
+            return (document[:, :, None] == write(past, ctx.positions, document, 1)[:, None]).unsqueeze(1)
         if ctx.cache is not None:
             if 'document' in ctx.cache:
                 past = ctx.cache['document']
@@ -88,10 +93,14 @@ class DINTAttention(DifferentialAttention):
         columns = first.cumsum(-2)                      # over the queries so far
         if ctx.cache is not None:
             if 'columns' in ctx.cache:
-                columns = columns + F.pad(ctx.cache['columns'], (0, T)).unsqueeze(-2)
-            ctx.cache['columns'] = columns[..., -1, :]  # (B, P, S)
-        means = columns / (keys[S - T:, None] - keys + 1).clamp(min=1) * mask
+                columns = columns + F.pad(ctx.cache['columns'], (0, T if ctx.seen is None else 0)).unsqueeze(-2)
+            keep(ctx, columns=columns[..., -1, :])      # (B, P, S)
+        means = columns / (ctx.positions[:, None] - keys + 1).clamp(min=1) * mask
         return means / means.sum(-1, keepdim=True)
+
+    def static_cache(self, cache, size):
+        grow = {**padded(cache, size, ('document',), dim=1), **padded(cache, size, ('columns',))}
+        return {**super().static_cache(cache, size), **grow, **{n: cache[n] for n in ('mean',) if n in cache}}
 
     def flops(self, context):
         """As diff, and the mean; with maps, one weighted sum for both."""
@@ -108,9 +117,13 @@ def integrate(first, second, lam, start, ctx, mask=None):
     """
     first, second = widen(first), widen(second)
     past = None if ctx.cache is None else ctx.cache.get('mean')
-    mean = running_mean(first, start, past) if mask is None else document_mean(first, mask, past)
+    if ctx.seen is not None:
+        count = ctx.positions + 1 if mask is None else mask.sum(-1, keepdim=True)
+        mean = (first + past * (count - 1)) / count
+    else:
+        mean = running_mean(first, start, past) if mask is None else document_mean(first, mask, past)
     if ctx.cache is not None:
-        ctx.cache['mean'] = mean[:, :, -1:]
+        keep(ctx, mean=mean[:, :, -1:])
     return first + lam * (mean - second)
 
 

@@ -60,5 +60,8 @@ class LatentDINTAttention(LatentDifferentialAttention):
     def mix(self, first, second, start, ctx):
         return integrate(first, second, self.lam(None), start, ctx)
 
+    def static_cache(self, cache, size):
+        return {**super().static_cache(cache, size), 'mean': cache['mean']}
+
     def flops(self, context):
         return super().flops(context) + self.n_head * self.value

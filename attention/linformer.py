@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import variants
-from heads import QueryKeyNorm, ValueMix, merge_heads, split_heads
+from heads import QueryKeyNorm, ValueMix, merge_heads, padded, split_heads, write
 from layers import RMSNorm
 
 
@@ -60,6 +60,8 @@ class LinformerAttention(nn.Module):
                'v': split_heads(self.mix_v(self.c_v(x), ctx), self.n_kv_head)}
         if self.dynamic:
             raw['p'] = split_heads(F.linear(x, self.W_p), self.n_kv_head)       # (B, H, T, r)
+        if ctx.seen is not None:
+            return self.resid_dropout(self.c_proj(merge_heads(self.static_step(q, raw, ctx))))
         raw = self.reopen(ctx, raw)                                     # (B, H, L, .), L >= T, from a chunk's border on
         L = raw['k'].size(2)
         places = None if L == q.size(2) else ctx.positions[-1] - L + 1 + torch.arange(L, device=x.device)
@@ -75,6 +77,28 @@ class LinformerAttention(nn.Module):
         else:
             y = self.attend(q, k, v, slot_k, slot_v, before)
         return self.resid_dropout(self.c_proj(merge_heads(y)))
+
+    def static_step(self, q, raw, ctx):
+        """The outputs (B, H, 1, D) of one token: buffers hold a whole chunk and the slots of all chunks of block_size.
+
+        The open chunk is mixed at every token, into slots that nobody sees before its last token has made them right.
+        """
+        c, r, groups = self.chunk, self.slots, self.n_head // self.n_kv_head
+        number, place = ctx.positions // c, ctx.positions % c           # (1,) of the chunk, and in it
+        chunk, slot = torch.arange(c, device=q.device), torch.arange(ctx.cache['slot_k'].size(2), device=q.device)
+        opened = {name: write(ctx.cache[name], place, value) for name, value in raw.items()}        # (B, H, c, .)
+        new = self.compress(opened, number * c + chunk, ctx)
+        slot_k, slot_v = (write(ctx.cache[name], number * r + slot[:r], value)
+                          for name, value in zip(('slot_k', 'slot_v'), new))
+        q, k = self.norm_qk(q, opened['k'])
+        k, v = torch.cat((slot_k, ctx.rotate(k, number * c + chunk)), 2), torch.cat((slot_v, opened['v']), 2)
+        seen = torch.cat((slot < number * r, chunk <= place))[None]
+        return F.scaled_dot_product_attention(ctx.rotate(q), k, v, attn_mask=seen, dropout_p=self.drop,
+                                              scale=self.norm_qk.scale, enable_gqa=groups > 1)
+
+    def static_cache(self, cache, size):
+        slots = -(-size // self.chunk) * self.slots
+        return {**padded(cache, self.chunk, ('k', 'v', 'p')), **padded(cache, slots, ('slot_k', 'slot_v'))}
 
     @property
     def drop(self):

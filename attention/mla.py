@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import variants
-from heads import ValueMix, attend, causal_mask, extend_cache, merge_heads, split_heads
+from heads import ValueMix, attend, extend_cache, mask_of, merge_heads, padded, split_heads
 from layers import Learned, RMSNorm, UnitNorm, unit
 
 
@@ -158,6 +158,9 @@ class LatentAttention(nn.Module):
         latent, *norms = extend_cache(ctx, **new)
         return latent[:, 0], norms[0].unflatten(1, inverse.shape[1:-1]) if norms else None
 
+    def static_cache(self, cache, size):
+        return padded(cache, size, ('latent', 'inverse'), filled=cache['length'])
+
     def up(self):
         """W_UKV as (H, d_n, d_c) for keys, or with the axis for maps before H, and (H, d_v, d_c) for values."""
         keys, values = self.c_kv_b.dense_weight().unflatten(0, (self.n_head, -1)).split(self.halves, 1)
@@ -174,7 +177,7 @@ class LatentAttention(nn.Module):
         scores = self.scale.scale * (q.flatten(1, -2) @ latent.mT).unflatten(1, q.shape[1:-1])
         wide = torch.promote_types(scores.dtype, torch.float32)
         scores = scores.to(wide) if inverse is None else scores.to(wide) * inverse.unsqueeze(-2)
-        mask = causal_mask(q.size(-2), latent.size(1), latent.device)
+        mask = mask_of(ctx, q.size(-2), latent.size(1))
         weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(latent.dtype)
         weights = F.dropout(weights, self.dropout, self.training)
         latents = latent[..., :self.rank]

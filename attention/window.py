@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import variants
-from heads import QueryKeyNorm, ValueMix, merge_heads, split_heads
+from heads import QueryKeyNorm, ValueMix, keep, merge_heads, padded, split_heads, write
 
 try:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -165,8 +165,8 @@ class WindowAttention(nn.Module):
         else:
             documents = self.number_documents(ctx)
             k, v, places, texts = self.remember(ctx, k, v, documents)
-            # one query on a ring sees all of it
-            mask = None if q.size(2) == 1 and texts is None else visible(
+            # one query on a ring sees all of it, but what a static step has not filled yet
+            mask = None if ctx.seen is None and q.size(2) == 1 and texts is None else visible(
                 self.window, ctx.positions, places, documents, texts)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
                                               scale=scale, enable_gqa=self.n_head != self.n_kv_head)
@@ -178,12 +178,16 @@ class WindowAttention(nn.Module):
 
     def remember(self, ctx, k, v, documents):
         """k, v, positions (S,) and documents (B, S) or None: the ring's and this call's. The ring holds k rotated."""
-        if 'size' not in ctx.cache:                     # reading the window waits for a GPU, so once a text
+        if ctx.seen is None and 'size' not in ctx.cache:        # reading the window waits for a GPU, so once a text
             ctx.cache['size'] = min(int(self.window), ctx.block_size)
         new = {'k': k, 'v': v, 'position': ctx.positions[None, None]}
         if documents is not None:
             new['document'] = documents[:, None]
-        k, v, places, *texts = extend_ring(ctx.cache, ctx.cache['size'], **new)
+        if ctx.seen is None:
+            k, v, places, *texts = extend_ring(ctx.cache, ctx.cache['size'], **new)
+        else:
+            slot = ctx.positions % ctx.cache['k'].size(2)
+            k, v, places, *texts = (write(ctx.cache[name], slot, value) for name, value in new.items())
         return k, v, places[0, 0], texts[0][:, 0] if texts else None
 
     def number_documents(self, ctx):
@@ -193,8 +197,15 @@ class WindowAttention(nn.Module):
         found = ctx.share(('documents', self.eot), lambda: (ctx.tokens == self.eot).cumsum(1))
         if ctx.cache is not None:
             found = found + ctx.cache.get('documents', 0)
-            ctx.cache['documents'] = found[:, -1:]
+            keep(ctx, documents=found[:, -1:])
         return found
+
+    def static_cache(self, cache, size):
+        """The rings, with the entries that no token has taken at a position that none sees, `size`."""
+        entries, filled = cache['size'], min(cache['length'], cache['size'])
+        return {**padded(cache, entries, ('k', 'v', 'document'), filled=filled),
+                **padded(cache, entries, ('position',), value=size, filled=filled),
+                **{name: cache[name] for name in ('documents',) if name in cache}}
 
     def flops(self, context):
         """Forward FLOPs a token of q k^T and of the weighted sum: the keys of the final window, at most `context`."""

@@ -26,7 +26,8 @@ class KroneckerLinear(Structured):
     plans: two tuples of (tokens, plan), without and with gradients, as plan.assign sets them; where they are empty the plan
     is the rule's, by FLOPs. No (out, in) matrix is formed, forward or backward, unless the plan says so.
     merge: without gradients, a plan that forms W keeps it until the factors change or `train()`; off at first. A change
-    through `.data` is not seen, so only programs that never train switch it on. torch.compile forms W at each call.
+    through `.data` is not seen, so only programs that never train switch it on. A compiled call takes the W that the last
+    eager one kept, as it is (decoding.py makes one first), and forms W each time where there is none.
     Raises ValueError for sizes that do not divide or are not positive.
     Source: Krony-PT (arXiv 2412.12351) for the model; it forms W, which this class does not.
     """
@@ -104,11 +105,14 @@ class KroneckerLinear(Structured):
 
     def keeps(self):
         """Whether a W that is formed here and now stays for the next call."""
-        return self.merge and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return self.merge and not torch.is_grad_enabled() and (self.merged is not None
+                                                               or not torch.compiler.is_compiling())
 
     @torch.no_grad()
     def merged_weight(self, dtype):
         """W in that type, made once a version of the factors. The factors are held, so that no other has their address."""
+        if torch.compiler.is_compiling():           # which cannot ask for addresses
+            return self.merged[1].to(dtype)
         parameters = [p for p in self.sources() if p is not None]
         version = [dtype, *((p.data_ptr(), p._version) for p in parameters)]
         if self.merged is None or self.merged[0] != version:

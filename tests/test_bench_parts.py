@@ -274,7 +274,9 @@ def test_the_peak_of_matrix_products_is_no_dream():
 def test_sampling_as_json(measured):
     found = measured('sample', f'--config={CHAR}', *SMALL, '--prompt=4', '--new_tokens=100', '--rounds=1', '--vocab_size=50')
     assert found['new_tokens'] == 12 and found['same_tokens'] == 1.0 and set(found['gain']) == SPREAD
-    assert found['tokens_per_s'] > 0 and found['tokens_per_s_without'] > 0
+    assert found['tokens_per_s'] > 0 and found['tokens_per_s_without'] > 0 and 'static_gain' not in found
+    both = measured('sample', f'--config={CHAR}', *SMALL, '--prompt=4', '--static=True', '--rounds=1', '--vocab_size=50')
+    assert both['same_tokens_static'] == 1.0 and set(both['static_gain']) == SPREAD and both['tokens_per_s_static'] > 0
 
 
 def test_optim_and_loader(run, tmp_path):

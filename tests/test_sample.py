@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 import configurator
+import decoding
 import sample
 from data import tokenizer
 from model import GPT, GPTConfig
@@ -75,6 +76,15 @@ def test_greedy_text_is_the_model_s(tmp_path, run):
     code, out, _ = run(f'--out_dir={tmp_path}', '--num_samples=1', '--max_new_tokens=40', '--start=ab',
                        '--temperature=0')
     assert code == 0 and out == tokenizer.load(META).decode(tokens) + LINE
+
+
+def test_static_steps_print_the_same_text(tmp_path, run, monkeypatch):
+    save(tmp_path)
+    steps, plain = [], decoding.Step.record
+    monkeypatch.setattr(decoding.Step, 'record', lambda *more: steps.append(plain(*more)))
+    texts = [run(f'--out_dir={tmp_path}', '--num_samples=2', '--max_new_tokens=30', f'--decode={decode}')
+             for decode in ('auto', 'eager', 'static')]
+    assert texts[0][0] == 0 and texts[0] == texts[1] == texts[2] and len(steps) == 1
 
 
 def test_the_seed_decides(tmp_path, run):

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import configurator
+import decoding
 import heads
 import model as model_module
 import variants
@@ -366,6 +368,29 @@ def test_cached_greedy_text_equals_uncached_text_past_block_size(case):
     assert len(set(texts[0].flatten().tolist())) > 3, 'one token over and over says little'
 
 
+@each_case
+@torch.no_grad()
+def test_static_steps_give_the_logits_of_the_whole(case):
+    """After prompts that end inside and at the border of a chunk of 4, before and after a window of 5 is full."""
+    model, idx = case.model(), tokens(2, 16)
+    full = logits_of(model, idx)
+    for start in (1, 4, 7):
+        caches = [{} for _ in model.transformer.h]
+        model(idx[:, :start], caches=caches)
+        step = decoding.prepared(model, caches, idx[:, :1], start, compile=False)
+        for t in range(start, 16):
+            assert difference(step(idx[:, t:t + 1], t)[:, 0], full[:, t]) < 1e-10, (start, t)
+
+
+@each_case
+@torch.no_grad()
+def test_static_text_equals_eager_text_past_block_size(case):
+    model, idx = case.model(), tokens(2, 5)
+    assert decoding.able(model, 2), 'its static step is not there: see decoding.py'
+    texts = [model.generate(idx, 15, temperature=0, decode=decode) for decode in ('static', 'eager')]
+    assert torch.equal(*texts)
+
+
 # ---------------------------------------------------------------------------------------------------
 # batch, lengths, parameters, gradients, start
 
@@ -645,6 +670,20 @@ def test_compiled_decoding_equals_eager(name):
     compiled = compiled_again(model, backend='eager', dynamic=True)
     found = [in_pieces(run, idx, [5] + [1] * 7) for run in (compiled, model)]
     assert difference(*found) < 1e-5 * max(1, found[1].abs().max().item())
+
+
+@pytest.mark.slow
+@each_spec
+def test_a_static_step_is_one_graph_for_fifty_tokens(case):
+    """No graph break and no position that is baked in, by the compiler's front half; the texts are the eager ones."""
+    case.model()
+    torch._dynamo.reset()
+    model, idx = build(case.spec, case.label, dtype=torch.float32, block_size=64), tokens(2, 5)
+    counter, texts = CompileCounterWithBackend('aot_eager'), []
+    for more in ({}, dict(decode='static', compile=counter)):
+        stream = model.stream(idx, 50, generator=torch.Generator().manual_seed(0), **more)
+        texts.append(torch.cat(list(stream), 1))
+    assert torch.equal(*texts) and counter.frame_count == 1
 
 
 @pytest.mark.parametrize('name', list(ATTENTIONS))
