@@ -76,4 +76,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return dx * gradient, dw * gradient, None, None, None
 
 
+def likeliest(x, targets, head, loss, chunk):
+    """(likeliest tokens (B, T), mean loss) of x (B, T, C), for evaluation: `chunk` tokens' logits at a time, 0 = all.
+
+    head: (n, C) -> logits (n, V); loss: one of LOSSES; targets (B, T), -1 ignored. Memory chunk x V without gradients.
+    """
+    rows, wanted = x.flatten(0, 1), targets.flatten()
+    if not 0 < chunk < len(rows):
+        logits = head(rows)
+        return logits.argmax(-1).view_as(targets), loss(logits, wanted)
+    guesses, total = [], 0.0
+    for piece, target in zip(rows.split(chunk), wanted.split(chunk)):
+        logits = head(piece)
+        guesses.append(logits.argmax(-1))
+        total = total + loss(logits, target, 'sum')
+    return torch.cat(guesses).view_as(targets), total / (wanted != -1).sum()
+
+
 LOSSES = {'cross_entropy': cross_entropy, 'stablemax': stablemax}
