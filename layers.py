@@ -73,6 +73,11 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, features, bias, eps=1e-5):
         super().__init__(features, eps, bias=bias)
 
+    def forward(self, x):
+        wide = torch.promote_types(self.weight.dtype, x.dtype)          # FSDP2 may have gathered the weight in bf16
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(wide), bias, self.eps)
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in fp32 at least (Zhang & Sennrich 2019)."""

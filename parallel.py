@@ -133,7 +133,7 @@ def wrap(model, config, job):
     """
     compiled = config.compile if config.compile is not None else job.device.type == 'cuda'
     fast = torch.compile(model) if compiled else model
-    if job.world_size == 1 or isinstance(model, FSDPModule):
+    if job.world_size == 1 or isinstance(model, FSDPModule) or job.half_weights:        # see mean_gradients
         return fast, fast
     return fast, DistributedDataParallel(fast, device_ids=[job.device] if job.device.type == 'cuda' else None,
                                          broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -146,6 +146,21 @@ def sync_gradients(net, wanted):
         inner.set_requires_gradient_sync(wanted)
     elif isinstance(net, DistributedDataParallel):
         net.require_backward_grad_sync = wanted
+
+
+def mean_gradients(model, job):
+    """With half-precision weights: gradients, widened to fp32, averaged over the ranks in one call, without DDP.
+
+    precision.widened changes the type of every weight and back, at which autograd drops the node that DDP's hooks hang on:
+    from the second step on DDP would average nothing, and say nothing.
+    """
+    if job.world_size == 1 or not job.half_weights:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    row = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(row)
+    parts = (row / job.world_size).split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
 
 
 def whole(tensor):

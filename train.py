@@ -104,6 +104,7 @@ def train_step(run, batches, step):
             optimizer.zero_grad(set_to_none=True)
             return None
     with run.log.part('optimizer'), precision.widened(optimizer, job.half_weights, config.master_weights):
+        parallel.mean_gradients(run.model, job)
         scaler.unscale_(optimizer)
         norm = parallel.whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
         loss, apart, norm = arrived(sums, norm, per_rank, job)
@@ -360,6 +361,9 @@ def main(config):
             raise
         configurator.say_mistake('train.py', configurator.placed(config, error))
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if 'have a deterministic implementation' in str(error) and not config.debug:
+            configurator.say_mistake('train.py', f'deterministic=True: {str(error).partition(" does not")[0]} has no '
+                                     'deterministic form here; set deterministic=False')
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         print(f'train.py: out of memory; lower batch_size ({config.batch_size}) or block_size ({config.block_size}), '

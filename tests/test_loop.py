@@ -217,6 +217,16 @@ def test_deterministic_changes_no_bit_on_a_cpu(data, tmp_path, sort):
     assert torch.are_deterministic_algorithms_enabled()
 
 
+def test_an_operation_without_such_an_algorithm_is_said_in_one_line(data, tmp_path, monkeypatch, capsys):
+    def raises(*args):
+        torch.zeros(4).put_(torch.tensor([0]), torch.ones(1))
+    monkeypatch.setattr(train, 'train_step', raises)
+    with pytest.raises(SystemExit) as leave:
+        run(data, tmp_path, '--deterministic=True')
+    err = capsys.readouterr().err
+    assert leave.value.code == 2 and 'put_' in err and 'set deterministic=False' in err and err.count('\n') == 1
+
+
 @pytest.mark.parametrize('sort', SORTS)
 def test_no_memory_is_read_before_it_is_written(data, tmp_path, monkeypatch, sort):
     """With NaN in all fresh memory the numbers are the same, so that a deterministic run need not fill it."""
@@ -233,9 +243,11 @@ def test_no_memory_is_read_before_it_is_written(data, tmp_path, monkeypatch, sor
 
 def test_the_environment_is_set_before_a_device_is_looked_for(data, tmp_path, monkeypatch):
     monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG', raising=False)
-    monkeypatch.setattr(hardware, 'device', lambda *args: seen.append(
-        (os.environ.get('CUBLAS_WORKSPACE_CONFIG'), torch.are_deterministic_algorithms_enabled(),
-         torch.backends.cuda.cudnn_sdp_enabled(), torch.utils.deterministic.fill_uninitialized_memory)) or torch.device('cpu'))
+    def look(*args):
+        seen.append((os.environ.get('CUBLAS_WORKSPACE_CONFIG'), torch.are_deterministic_algorithms_enabled(),
+                     torch.backends.cuda.cudnn_sdp_enabled(), torch.utils.deterministic.fill_uninitialized_memory))
+        return torch.device('cpu')
+    monkeypatch.setattr(hardware, 'device', look)
     for wanted, expected in ((True, (':4096:8', True, False, False)), (False, (':4096:8', False, True, True))):
         seen = []
         train.parallel.start(configurator.load([f'--deterministic={wanted}']))
@@ -252,8 +264,8 @@ def test_a_resumed_run_stays_deterministic(data, tmp_path):
 # ---- the residual stream ----
 
 STREAMS = {'gpt2': {}, 'bias': dict(bias=True), 'llama': dict(rope=True, norm='rmsnorm', mlp='swiglu', qk_norm='standard'),
-           'ngpt': dict(ngpt='full', rope=True, tie_weights=False), 'dint': dict(attention='dint', value_residual=True),
-           'mixture': dict(mlp='kron_moe(4, top_k=2)'), 'latent': dict(mlp='latent(16)'),
+           'ngpt': dict(ngpt='full', rope=True, tie_weights=False),
+           'dint': dict(attention='dint', value_residual=True), 'mixture': dict(mlp='kron_moe(4, top_k=2)'), 'latent': dict(mlp='latent(16)'),
            'structured': {'linear': {'*.attn.*': 'lowrank(4)', '*.c_fc': 'kron(8, 8, terms=2)', '*.mlp.c_proj': 'abba(2, 2)'}},
            'mla': dict(attention='mla(8, qk_rope_head_dim=4)'), 'linformer': dict(attention='linformer(4, chunk=8)')}
 
