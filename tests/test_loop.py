@@ -264,9 +264,9 @@ def test_a_resumed_run_stays_deterministic(data, tmp_path):
 # ---- the residual stream ----
 
 STREAMS = {'gpt2': {}, 'bias': dict(bias=True), 'llama': dict(rope=True, norm='rmsnorm', mlp='swiglu', qk_norm='standard'),
-           'ngpt': dict(ngpt='full', rope=True, tie_weights=False),
-           'dint': dict(attention='dint', value_residual=True), 'mixture': dict(mlp='kron_moe(4, top_k=2)'), 'latent': dict(mlp='latent(16)'),
-           'structured': {'linear': {'*.attn.*': 'lowrank(4)', '*.c_fc': 'kron(8, 8, terms=2)', '*.mlp.c_proj': 'abba(2, 2)'}},
+           'ngpt': dict(ngpt='full', rope=True, tie_weights=False), 'mixture': dict(mlp='kron_moe(4, top_k=2)'),
+           'dint': dict(attention='dint', value_residual=True), 'latent': dict(mlp='latent(16)'),
+           'structured': dict(linear={'*.attn.*': 'lowrank(4)', '*.c_fc': 'kron(8, 8, terms=2)', '*.c_proj': 'abba(2, 2)'}),
            'mla': dict(attention='mla(8, qk_rope_head_dim=4)'), 'linformer': dict(attention='linformer(4, chunk=8)')}
 
 

@@ -36,7 +36,7 @@ def gradients(name, residual, mesh=None, dtype=torch.bfloat16):
             job = parallel.Job(0, 2, torch.device('cpu'), dtype)
             model = parallel.shard(model, SimpleNamespace(parallel='fsdp'), job)
     block = model.transformer.h[1]
-    block.register_forward_pre_hook(lambda module, args: seen.append((args[0].dtype, {p.dtype for p in module.parameters()})))
+    block.register_forward_pre_hook(lambda own, args: seen.append((args[0].dtype, {p.dtype for p in own.parameters()})))
     x = torch.randint(61, (3, 16))
     with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
         loss = model(x, x.roll(-1, 1))[1]
