@@ -51,6 +51,8 @@ class GPTConfig:
     zero_init: bool = key(False, 'branches start at 0: c_proj (one factor of it, where it is a product)')
     loss_chunk: int = key(0, 'tokens whose logits exist at a time while training; 0 = all', low=0)
     recompute: bool = key(False, 'keep only the inputs of blocks for the backward pass, and compute the rest again')
+    residual: str = key('float32', "the residual stream under bf16 autocast: 'bfloat16' halves its traffic, fp32 is finer",
+                        choices=('float32', 'bfloat16'))
     ngpt: str = key('none', 'normalised GPT: unit vectors everywhere, weights normalised after every step',
                     choices=('none', 'simple', 'full'))
     ngpt_sz_init: float = key(1.0, "nGPT's first logit scale; about 10 lets short runs move", low=0)
@@ -123,6 +125,7 @@ class Config(GPTConfig):
     kron_plan: str = key('rule', "how Kronecker sums are contracted: by FLOPs, or by timing every way once, on rank 0, into "
                          'kron_plans', choices=('rule', 'measure'))
     kron_plans: dict = key({}, 'what was timed, and is kept on resume: {shape and call: plan}, see docs/kronecker.md')
+    deterministic: bool = key(False, 'the same bits every time on a GPU too (on a CPU they are): slower algorithms there')
     parallel: str = key('ddp', "several ranks: 'ddp' copies the model, 'fsdp' shards it (FSDP2)", choices=('ddp', 'fsdp'))
     sharded_checkpoints: bool = key(False, "with parallel='fsdp': every rank saves its own part (docs/distributed.md)")
     prefetch: int | None = key(None, 'micro-batches that a thread makes ahead; None = 2 on a GPU, 0 elsewhere', low=0)

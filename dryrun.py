@@ -60,10 +60,13 @@ def fit_memory(config, model, job):
 def memory_estimate(model, config, itemsize):
     """Bytes: 16 a parameter (weight, gradient, two moments), activations, logits twice in fp32.
 
-    Activations: about 17 C a token and block, or C where they are recomputed, and one block's; a chunk of logits where
-    the loss is chunked.
+    Activations: about 17 C a token and block, or C where they are recomputed, and one block's; the residual stream in
+    fp32 beside half precision; a chunk of logits where the loss is chunked.
     """
     tokens = config.batch_size * config.block_size
     blocks = config.n_layer / 17 + 1 if config.recompute else config.n_layer
     rows = min(tokens, config.loss_chunk) if config.loss_chunk else tokens
-    return int(16 * model.num_params() + 17 * config.n_embd * tokens * blocks * itemsize + 2 * 4 * rows * config.vocab_size)
+    kept = 17 * config.n_embd * tokens * blocks * itemsize
+    if itemsize == 2 and config.weights == config.residual == 'float32':       # the stream that norms keep, two a block
+        kept += 2 * config.n_embd * tokens * (1 if config.recompute else 2) * config.n_layer
+    return int(16 * model.num_params() + kept + 2 * 4 * rows * config.vocab_size)

@@ -215,11 +215,11 @@ def score(model, source, window, stride, rows, device, dtype):
         for x, y in batches(source, window, stride, rows):
             x, y, count = x.to(device), y.to(device), int((y >= 0).sum())
             with hardware.autocast(device, dtype):
-                logits, loss = model(x, y)
+                found, loss = model(x, y, guess=centres is None)       # guesses, or all logits
             total[0] += loss.double() * count
-            total[1] += (logits.argmax(-1) == y).sum()
+            total[1] += ((found if centres is None else found.argmax(-1)) == y).sum()
             if centres is not None:
-                total[2] += forecast_error(logits, y, centres)
+                total[2] += forecast_error(found, y, centres)
             scored += count
             bar.update(count)
     nats, right, error = total.tolist()

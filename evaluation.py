@@ -30,18 +30,18 @@ def mean_loss(model, fast, batches, job):
     for x, y, counts in dealt(batches, model, job):
         shape = shape or x.shape
         with job.autocast():
-            logits, loss = (fast if counts and x.shape == shape else model)(x.to(job.device), y.to(job.device))
+            guesses, loss = (fast if counts and x.shape == shape else model)(x.to(job.device), y.to(job.device), guess=True)
         if not counts:
             continue
-        right = (logits.argmax(-1) == y.to(job.device)).sum()
+        right = (guesses == y.to(job.device)).sum()
         total += torch.stack((loss.double() * y.numel(), right.double()))
         count += y.numel()
         for (_, site), load in model.measures.items():  # in evaluation there is no other kind
             loads[site] = loads.get(site, 0) + load
         if job.world_size == 1 and job.stop.get('signal'):
             return None
-    sums = [job.agree(value, dist.ReduceOp.SUM) for value in (*total.tolist(), count)]
-    loads = [[job.agree(n, dist.ReduceOp.SUM) for n in load.tolist()] for load in loads.values()]
+    sums = job.agree([*total.tolist(), count], dist.ReduceOp.SUM)
+    loads = [job.agree(load.tolist(), dist.ReduceOp.SUM) for load in loads.values()]
     return sums[0] / sums[2], sums[1] / sums[2], [max(load) * len(load) / sum(load) for load in loads]
 
 
@@ -54,8 +54,6 @@ def evaluate(model, fast, loaders, config, job):
     model.eval()
     tokens = 1024 if job.device.type == 'cpu' else 4096            # small windows: fewer, larger batches, but within caches
     losses, rows = {}, max(config.batch_size, tokens // config.block_size)
-    if config.loss_chunk:                               # evaluation makes all logits of a batch
-        rows = max(1, config.loss_chunk // config.block_size)
     for split in ('train', 'val'):
         whole = split == 'val' and config.eval_iters == 0
         batches = (loaders[split].sequential(rows, rank=job.rank, world_size=job.world_size) if whole else

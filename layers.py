@@ -66,18 +66,17 @@ def zero_(module):
         module.get_parameter(name).zero_()
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(nn.LayerNorm):
     """LayerNorm with an optional bias, (x - mean) / sqrt(var + eps) * weight + bias over the last axis."""
     tags = {'weight': 'vector', 'bias': 'vector'}
 
     def __init__(self, features, bias, eps=1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
-        self.eps = eps
+        super().__init__(features, eps, bias=bias)
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        wide = torch.promote_types(self.weight.dtype, x.dtype)          # FSDP2 may have gathered the weight in bf16
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(wide), bias, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -90,19 +89,25 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return rms(x, self.eps) * self.weight
+        return rms(x, self.eps) * self.weight       # within F.rms_norm it rounds elsewhere in half precision: other bits
 
 
 def rms(x, eps=1e-6):
     """x / sqrt(mean(x^2) + eps) over the last axis, computed in fp32 at least; zeros stay zeros."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], None, eps).to(x.dtype)       # no autocast may widen it
 
 
 def unit(x):
     """x / ||x|| over the last axis in fp32 at least; zeros stay zeros."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     return F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype)
+
+
+def as_stream(x, kind):
+    """x as the residual stream keeps it: in bfloat16 where config.residual asks for that and autocast computes in it."""
+    device = x.device.type
+    half = kind == 'bfloat16' and device != 'meta' and torch.is_autocast_enabled(device)
+    return x.bfloat16() if half and torch.get_autocast_dtype(device) == torch.bfloat16 else x
 
 
 NORMS = {'layernorm': lambda config: LayerNorm(config.n_embd, config.bias, config.norm_eps),

@@ -51,6 +51,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         count = (targets != -1).sum().clamp(min=1).to(wide)
         loss = torch.zeros((), dtype=wide, device=x.device)
         dx, dw = (torch.zeros_like(t, dtype=wide) if wanted else None for t in (x, weight))
+        classes = torch.arange(weight.size(0), device=x.device)
         for start in range(0, x.size(0), chunk):
             piece, target = x[start:start + chunk], targets[start:start + chunk]
             logits = (piece @ weight.T).to(wide)
@@ -61,7 +62,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss = loss + cross_entropy(logits, target, 'sum')
             if not wanted:
                 continue
-            d = logits.softmax(-1) - F.one_hot(target.clamp(min=0), weight.size(0)).to(wide)
+            d = logits.softmax(-1) - (classes == target[:, None]).to(wide)     # one_hot makes 8 bytes a logit
             d = d * ((target != -1) / count)[:, None]
             d = (d if slope is None else d * slope).to(piece.dtype)
             dx[start:start + chunk] = d @ weight.to(d.dtype)
@@ -74,6 +75,23 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, gradient):
         dx, dw = ctx.saved_tensors
         return dx * gradient, dw * gradient, None, None, None
+
+
+def likeliest(x, targets, head, loss, chunk):
+    """(likeliest tokens (B, T), mean loss) of x (B, T, C), for evaluation: `chunk` tokens' logits at a time, 0 = all.
+
+    head: (n, C) -> logits (n, V); loss: one of LOSSES; targets (B, T), -1 ignored. Memory chunk x V without gradients.
+    """
+    rows, wanted = x.flatten(0, 1), targets.flatten()
+    if not 0 < chunk < len(rows):
+        logits = head(rows)
+        return logits.argmax(-1).view_as(targets), loss(logits, wanted)
+    guesses, total = [], 0.0
+    for piece, target in zip(rows.split(chunk), wanted.split(chunk)):
+        logits = head(piece)
+        guesses.append(logits.argmax(-1))
+        total = total + loss(logits, target, 'sum')
+    return torch.cat(guesses).view_as(targets), total / (wanted != -1).sum()
 
 
 LOSSES = {'cross_entropy': cross_entropy, 'stablemax': stablemax}

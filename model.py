@@ -17,8 +17,8 @@ from configurator import GPTConfig
 from context import Context, again
 from decoding import Kept, stream
 from heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, padded, split_heads
-from layers import Learned, choose, hidden_scale, norm, tags_of, unit, zero_
-from losses import LOSSES, ChunkedCrossEntropy
+from layers import Learned, as_stream, choose, hidden_scale, norm, tags_of, unit, zero_
+from losses import LOSSES, ChunkedCrossEntropy, likeliest
 from variants import UserError
 
 __all__ = ['CausalSelfAttention', 'MLP', 'Block', 'GPT', 'GPTConfig', 'Context', 'UserError']
@@ -149,10 +149,10 @@ class Block(nn.Module):
 
     def forward(self, x, ctx):
         if self.ngpt:
-            x = unit(x + self.a_attn().abs() * (unit(self.attn(x, ctx)) - x))
-            return unit(x + self.a_mlp().abs() * (unit(self.mlp(x, ctx)) - x))
-        x = x + self.attn(self.ln_1(x), ctx)
-        return x + self.mlp(self.ln_2(x), ctx)
+            x = unit(x + self.a_attn().abs() * (unit(self.attn(x, ctx)) - x)).to(x.dtype)
+            return unit(x + self.a_mlp().abs() * (unit(self.mlp(x, ctx)) - x)).to(x.dtype)
+        x = (x + self.attn(self.ln_1(x), ctx)).to(x.dtype)
+        return (x + self.mlp(self.ln_2(x), ctx)).to(x.dtype)
 
 
 class GPT(nn.Module):
@@ -344,10 +344,11 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------------------------------------
     # forward and generation
 
-    def forward(self, idx, targets=None, caches=None, start=0):
+    def forward(self, idx, targets=None, caches=None, start=0, guess=False):
         """idx (B, T) -> (logits, loss): all logits with targets (-1 is ignored), the last position's without.
 
-        While training with loss_chunk > 0 there are no logits: None.
+        While training with loss_chunk > 0 there are no logits: None. guess: the likeliest tokens (B, T) in their place, for
+        evaluation, which makes loss_chunk tokens' logits at a time.
 
         caches: one dict a layer, filled here; start: position of idx[:, 0] when caches hold the tokens before it, or as a
         tensor (1,) in a static step, see decoding.py.
@@ -362,7 +363,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)                   # (B, T, C)
         if 'wpe' in self.transformer:
             x = x + self.transformer.wpe(ctx.positions)
-        x = self.transformer.drop(x if self.s_z is None else unit(x))
+        x = self.transformer.drop(as_stream(x if self.s_z is None else unit(x), self.config.residual))
         for block in self.transformer.h if caches is None else ():
             if hasattr(block.attn, 'prepare'):          # outside of checkpoint(), which may not write into ctx
                 block.attn.prepare(ctx)
@@ -373,6 +374,8 @@ class GPT(nn.Module):
         x, self.measures = self.transformer.ln_f(x), ctx.measures
         if targets is None:
             return self.head(x[:, -1:]), None
+        if guess:
+            return likeliest(x, targets, self.head, LOSSES[self.config.loss], self.config.loss_chunk)
         if self.training and self.config.loss_chunk:
             logits, loss = None, self.chunked_loss(x.flatten(0, 1), targets.flatten())
         else:

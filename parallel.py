@@ -7,10 +7,11 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import hardware
+import precision
 from variants import UserError
 
 
@@ -34,12 +35,12 @@ class Job:
         return hardware.autocast(self.device, torch.float32 if self.half_weights else self.dtype)
 
     def agree(self, value, op=dist.ReduceOp.MAX):
-        """The same number on every rank: the largest (or the sum) of all."""
+        """The same number, or list of numbers, on every rank: the largest (or the sum) of all."""
         if self.world_size == 1:
             return value
-        tensor = torch.tensor(float(value), dtype=torch.float64)
+        tensor = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(tensor, op, group=self.control)
-        return tensor.item()
+        return tensor.tolist()
 
     def say(self, text):
         if self.main:
@@ -52,6 +53,7 @@ def start(config):
     if rank == 0 and os.environ.get('NANOKRON_FIRST_NODE'):         # run.sh asks on which node this is
         with open(os.environ['NANOKRON_FIRST_NODE'], 'w') as mark:
             mark.write('rank 0\n')
+    precision.deterministic(config.deterministic)       # before CUDA and NCCL read the environment
     device = hardware.device(config.device, int(os.environ.get('LOCAL_RANK', 0)))
     half = config.weights != 'float32'
     job = Job(rank, world_size, device, hardware.dtype(config.weights if half else config.dtype, device), half)
@@ -103,6 +105,9 @@ def split_batch(config, world_size):
 def shard(model, config, job):
     """With parallel='fsdp': every block's parameters, and the rest, split over the ranks on dim 0 (FSDP2); in place.
 
+    Under bf16 autocast a block's parameters are gathered in bf16, its vectors too; embeddings and head, which autocast
+    reads in fp32 or which are the same tensor, in fp32.
+
     Raises UserError for weights in half precision, whose fp32 masters do not know shards (precision.widened).
     """
     if job.world_size > 1 and config.parallel == 'fsdp':
@@ -110,8 +115,11 @@ def shard(model, config, job):
             raise UserError(f"weights={config.weights!r} does not go with parallel='fsdp'; take weights='float32' with "
                             f"dtype={config.weights!r}, or parallel='ddp'", 'weights')
         mesh = dist.device_mesh.init_device_mesh(job.device.type, (job.world_size,))
+        policy = MixedPrecisionPolicy()
+        if job.dtype == torch.bfloat16:                 # what autocast computes in; masters and sums of gradients are fp32
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for block in model.transformer.h:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)
     return model
 
@@ -122,11 +130,16 @@ def compiles(config, job):
 
 
 def wrap(model, config, job):
-    """(the model compiled or as it is, the same with gradients averaged over the ranks)."""
+    """(the model compiled or as it is, the same with gradients averaged over the ranks).
+
+    Buffers are not broadcast: every rank sets them to the same values. No static_graph: it saves the search for unused
+    parameters, which is off, and its first step takes no micro-steps without a sync.
+    """
     fast = torch.compile(model) if compiles(config, job) else model
-    if job.world_size == 1 or isinstance(model, FSDPModule):
+    if job.world_size == 1 or isinstance(model, FSDPModule) or job.half_weights:        # see mean_gradients
         return fast, fast
-    return fast, DistributedDataParallel(fast, device_ids=[job.device] if job.device.type == 'cuda' else None)
+    return fast, DistributedDataParallel(fast, device_ids=[job.device] if job.device.type == 'cuda' else None,
+                                         broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def sync_gradients(net, wanted):
@@ -136,6 +149,21 @@ def sync_gradients(net, wanted):
         inner.set_requires_gradient_sync(wanted)
     elif isinstance(net, DistributedDataParallel):
         net.require_backward_grad_sync = wanted
+
+
+def mean_gradients(model, job):
+    """With half-precision weights: gradients, widened to fp32, averaged over the ranks in one call, without DDP.
+
+    precision.widened changes the type of every weight and back, at which autograd drops the node that DDP's hooks hang on:
+    from the second step on DDP would average nothing, and say nothing.
+    """
+    if job.world_size == 1 or not job.half_weights:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    row = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(row)
+    parts = (row / job.world_size).split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
 
 
 def whole(tensor):

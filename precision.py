@@ -1,7 +1,41 @@
 """Which numbers a run keeps: fp32 weights with or without autocast, or weights that are in half precision themselves."""
 import contextlib
+import os
 
 import torch
+
+from variants import UserError
+
+
+def deterministic(wanted):
+    """Turn torch's deterministic algorithms on or off; call it before anything is computed on a GPU.
+
+    What torch does then: an operation without such an algorithm raises RuntimeError; sums by atomics (gradients of
+    embeddings, index_add, scatter_add, the backward passes of flash and memory-efficient attention) take ordered ones;
+    inductor times no kernels, whose choice could differ from run to run; NCCL leaves out NVLS. What is left to us: cuBLAS
+    wants a fixed workspace in the environment, cuDNN no timing, and its attention is switched off, since its backward pass
+    has no promise. FlexAttention's Triton kernels have no atomics. Freshly allocated memory is not filled with NaN, which
+    costs a pass over it: nothing of ours reads any, as a test with the filling shows.
+    """
+    if wanted:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    if wanted != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(wanted)
+        torch.utils.deterministic.fill_uninitialized_memory = not wanted
+        torch.backends.cudnn.deterministic = wanted
+        torch.backends.cuda.enable_cudnn_sdp(not wanted)
+    if wanted:
+        torch.backends.cudnn.benchmark = False
+
+
+def check(config, job):
+    """Refuse a residual stream in bf16 where nothing is computed in bf16; say it where the device chose so."""
+    if config.residual == 'float32' or job.dtype == torch.bfloat16 and not job.half_weights:
+        return
+    if job.half_weights or config.dtype != 'auto':
+        raise UserError(f"residual={config.residual!r} is for dtype='bfloat16' with weights='float32', got "
+                        f"dtype={config.dtype!r} and weights={config.weights!r}; set residual='float32'", 'residual')
+    job.say(f'residual={config.residual!r} waits for a GPU with bf16: here all is computed in {job.dtype}')
 
 
 def scaler(config, job):

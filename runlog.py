@@ -68,7 +68,7 @@ class RunLog:
 
     def __init__(self, config, model, progress, job):
         self.config, self.job, self.progress, self.started = config, job, progress, None
-        self.spent, self.seconds = {}, 0.0
+        self.parts, self.late, self.seconds = [], [], 0.0           # (name, begin, end) of this line and of the next
         self.flops, self.tokens = model.flops_per_token(), progress['tokens']
         self.peak = peak_flops(job.device, job.dtype) if job.main else 1.0
         self.sheet = hardware.data_sheet_flops(job.device, job.dtype)
@@ -143,18 +143,36 @@ class RunLog:
     def part(self, name):
         """Time spent inside counts for `name` in the next line: data, forward_backward, optimizer, eval, save.
 
-        On a GPU work is queued, and the device is waited for here only in steps that are logged.
+        On a GPU work is queued, and nothing waits for it here: two events in the queue take the time. A step waits for its
+        losses before it moves the weights, so that its optimizer is not over when its line is written: the next line has it.
         """
-        begin = time.perf_counter()
+        begin = self.mark()
         yield
-        if self.job.device.type == 'cuda' and self.progress['step'] % self.config.log_interval == 0:
-            torch.cuda.synchronize(self.job.device)
-        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - begin
+        late = name == 'optimizer' and self.job.device.type == 'cuda'
+        (self.late if late else self.parts).append((name, begin, self.mark()))
+
+    def mark(self):
+        """Now: seconds, or on a GPU an event behind the work that is queued."""
+        if self.job.device.type != 'cuda':
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def spent(self):
+        """{part_ms: milliseconds} of the parts that this line is about, which are forgotten."""
+        found = {}
+        for name, begin, end in self.parts:
+            took = 1e3 * (end - begin) if isinstance(end, float) else begin.elapsed_time(end)
+            found[f'{name}_ms'] = found.get(f'{name}_ms', 0.0) + took
+        self.parts = []
+        return found
 
     def begin(self):
         """A step begins: what lies between two steps, evaluation and saving, counts for neither."""
         self.then, self.cpu_then = time.perf_counter(), time.process_time()
-        self.spent = {name: self.spent[name] for name in ('eval', 'save') if name in self.spent}
+        self.parts = [part for part in self.parts if part[0] in ('eval', 'save')] + self.late
+        self.late = []
 
     def step(self, step, result):
         """A training line: step, loss, lr, grad_norm, tokens, ms, cpu_ms, tokens_per_s, mfu, peak_memory, and parts.
@@ -177,8 +195,7 @@ class RunLog:
         line.update(result['auxiliary'])                    # balance_loss, z_loss: not in loss
         if self.sheet:
             line['mfu_data_sheet'] = line['mfu'] * self.peak / self.sheet
-        line.update({f'{name}_ms': 1e3 * spent for name, spent in self.spent.items()})
-        self.spent = {}
+        line.update(self.spent())
         if not result['applied']:
             line['skipped'] = True
         self.write(line)

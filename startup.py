@@ -19,7 +19,7 @@ from kron import plan, timing
 from model import GPT
 from variants import UserError
 
-FREE = ('dropout', 'zero_init', 'loss_chunk', 'recompute')          # model settings that no checkpoint depends on
+FREE = ('dropout', 'zero_init', 'loss_chunk', 'recompute', 'residual')     # model settings that no checkpoint depends on
 
 
 def resumed(config, state):

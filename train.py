@@ -88,7 +88,7 @@ class Run:
 def train_step(run, batches, step):
     """One optimizer step: {'loss', 'grad_norm', 'applied'}, or None when a signal came in between (nothing is changed)."""
     config, job, optimizer, scaler = run.config, run.job, run.optimizer, run.scaler
-    per_rank, length, total, apart = run.rounds.count(step), schedules.block_size(step, config), 0.0, {}
+    per_rank, length, sums = run.rounds.count(step), schedules.block_size(step, config), {}
     for micro in range(per_rank):
         with run.log.part('data'):
             x, y = (t.view(-1, length).to(job.device, non_blocking=True)
@@ -99,33 +99,44 @@ def train_step(run, batches, step):
             with job.autocast():
                 _, loss = run.net(x, y)
             scaler.scale(loss / per_rank).backward()
-            total = total + loss.detach().double()
-            add_auxiliary(apart, run.model.measures)
+            add_losses(sums, loss, run.model.measures)
         if micro < per_rank - 1 and job.agree(bool(STOP['signal'])):
             optimizer.zero_grad(set_to_none=True)
             return None
-    loss = job.agree(total.item() / per_rank, dist.ReduceOp.SUM) / job.world_size
     with run.log.part('optimizer'), precision.widened(optimizer, job.half_weights, config.master_weights):
+        parallel.mean_gradients(run.model, job)
         scaler.unscale_(optimizer)
-        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)).item()
-        finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
-        outlier = finite and math.isfinite(norm) and run.outliers.check(loss=loss, grad_norm=norm)
-        if finite and not outlier:
-            scaler.step(optimizer)                      # skips by itself where half precision overflowed
-            scaler.update()
+        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
+        loss, apart, norm = arrived(sums, norm, per_rank, job)
+        sound = math.isfinite(loss) and math.isfinite(norm)
+        applied = sound and not run.outliers.check(loss=loss, grad_norm=norm)
+        if applied:
+            optimizer.step()                            # what unscale_ left infinite has no finite norm
             run.model.normalise_weights()
             run.average.update(step)
+        scaler.update()                                 # after every unscale_: halves after an overflow, else counts a step
     optimizer.zero_grad(set_to_none=True)
-    apart = {name: job.agree(value.item() / per_rank, dist.ReduceOp.SUM) / job.world_size for name, value in apart.items()}
-    return {'loss': loss - sum(apart.values()), 'grad_norm': norm, 'applied': finite and not outlier, 'finite': finite,
+    overflow = scaler.is_enabled() and math.isfinite(loss)          # the scaler's business: no reason to stop the run
+    return {'loss': loss - sum(apart.values()), 'grad_norm': norm, 'applied': applied, 'finite': sound or overflow,
             'auxiliary': apart}
 
 
-def add_auxiliary(sums, measures):
-    """Add the auxiliary losses of one micro-step to {name: sum over blocks}; they are part of the training loss."""
-    for (kind, _), value in measures.items():
-        if kind.endswith('_loss'):
-            sums[kind] = sums.get(kind, 0.0) + value.double()
+def add_losses(sums, loss, measures):
+    """Add one micro-step's loss to sums['loss'], and the auxiliary losses that are part of it to {name: sum over blocks}."""
+    losses = [('loss', loss.detach())] + [(kind, value) for (kind, _), value in measures.items() if kind.endswith('_loss')]
+    for name, value in losses:
+        sums[name] = sums.get(name, 0.0) + value.double()
+
+
+def arrived(sums, norm, per_rank, job):
+    """(loss, {auxiliary loss: value}, gradient norm) as numbers, losses averaged over micro-steps and ranks.
+
+    The one place of a step where the device is waited for: one transfer, and one sum over the ranks, of all of them.
+    """
+    *totals, norm = torch.stack((*sums.values(), norm.double())).tolist()
+    means = job.agree([total / per_rank for total in totals], dist.ReduceOp.SUM)
+    loss, *others = (mean / job.world_size for mean in means)
+    return loss, dict(zip(list(sums)[1:], others)), norm
 
 
 def state_of(run, parts=False):
@@ -183,6 +194,8 @@ def train(config, job):
     """Everything of a run but its set-up: data, model, the loop."""
     state = restart.state(config, job)
     config = resumed(config, state) if state else config
+    precision.deterministic(config.deterministic)       # a checkpoint's
+    precision.check(config, job)
     if state:                                           # what older checkpoints lack
         state = {'average': {}, 'outliers': optim.Outliers(0).state, 'seconds': 0.0, 'flops': 0, **state}
         state['built'] = state.get('built') or growth.begin(config)
@@ -348,6 +361,9 @@ def main(config):
             raise
         configurator.say_mistake('train.py', configurator.placed(config, error))
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if 'have a deterministic implementation' in str(error) and not config.debug:
+            configurator.say_mistake('train.py', f'deterministic=True: {str(error).partition(" does not")[0]} has no '
+                                     'deterministic form here; set deterministic=False')
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         print(f'train.py: out of memory; lower batch_size ({config.batch_size}) or block_size ({config.block_size}), '

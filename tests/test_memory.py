@@ -2,9 +2,12 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluation
 from losses import ChunkedCrossEntropy, cross_entropy
 from model import GPT, GPTConfig, UserError
+from parallel import Job
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61)
 BLOCKS = {'gpt2': {}, 'llama': dict(rope=True, norm='rmsnorm', mlp='swiglu', tie_weights=False, softcap=15.0),
@@ -70,6 +73,43 @@ def test_evaluation_still_gives_logits():
     model, x = GPT(GPTConfig(**SMALL, loss_chunk=4)).eval(), torch.randint(61, (3, 16))
     logits, loss = model(x, x)
     assert logits.shape == (3, 16, 61) and loss.isfinite()
+
+
+class Sizes(TorchDispatchMode):
+    """The largest number of elements of a tensor that an operation makes."""
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.most = max(self.most, tensor.numel())
+        return out
+
+
+def scored(chunk, name='gpt2'):
+    """(mean_loss of evaluation.py on two batches, one with targets that do not count, largest tensor made)."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, 'vocab_size': 997, **BLOCKS[name]}, loss_chunk=chunk)).eval()
+    x = torch.randint(997, (3, 6, 16))
+    y = x.roll(-1, 2)
+    y[2, :, :9] = -1
+    job = Job(0, 1, torch.device('cpu'), torch.float32)
+    with Sizes() as sizes:
+        found = evaluation.mean_loss(model, model, zip(x[:2], y[:2]), job)
+        with torch.no_grad():
+            found = (*found[:2], model(x[2], y[2], guess=True)[1].item())
+    return found, sizes.most
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'ngpt'])
+def test_evaluation_makes_a_chunk_of_logits_at_a_time(name):
+    """As many logits as the weights of the head are always there; 96 tokens have three times as many."""
+    whole, most = scored(0, name)
+    assert most == 96 * 997
+    for chunk in (32, 7):
+        pieces, less = scored(chunk, name)
+        assert less <= 32 * 997 and pieces == pytest.approx(whole, rel=1e-6) and pieces[1] == whole[1]
 
 
 def test_stablemax_has_no_chunks():

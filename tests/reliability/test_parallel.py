@@ -5,13 +5,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import checkpoint
 from tests.reliability.test_processes import fingerprint, finish, start
 from tests.tiny import ROOT, arguments, make_data
 
 SAME = ['--max_iters=20', '--lr_decay_iters=20', '--dropout=0.1', '--eval_interval=20']
-WAYS = {'ddp': [], 'ddp muon': ['--optimizer=muon'], 'fsdp': ['--parallel=fsdp'],
+WAYS = {'ddp': [], 'ddp muon': ['--optimizer=muon'],
+        'ddp grows': ['--grow_from=1', '--grow_every=7', '--linear=h.0.*=dense', '--orthograd=True'],
+        'ddp guides': ['--self_guided=0.5', '--skip_zscore=4'], 'fsdp': ['--parallel=fsdp'],
         'fsdp muon': ['--parallel=fsdp', '--optimizer=muon'],
         'fsdp average': ['--parallel=fsdp', '--ema_decay=0.9', '--value_residual=True', '--recompute=True',
                          '--loss_chunk=16']}
@@ -40,6 +43,28 @@ def test_two_ranks_equal_accumulation_on_one(data, tmp_path, way):
     if one['average']:
         assert distance(one, two, 'average') < 1e-6
     assert one['optimizer'].keys() == two['optimizer'].keys()
+
+
+@pytest.mark.parametrize('more', [['--weights=bfloat16'], ['--weights=float16', '--master_weights=False'],
+                                  ['--dtype=float16', '--ema_decay=0.9']], ids=str)
+def test_two_ranks_train_in_half_precision_as_one_does(data, tmp_path, more):
+    """Sums over two ranks are rounded otherwise. Where gradients are not averaged the losses are 2e-2 apart."""
+    more = [*more, '--learning_rate=1e-3']
+    one, two = run(data, tmp_path / 'one', *more), run(data, tmp_path / 'two', *more, ranks=2)
+    assert abs(one['best_val_loss'] - two['best_val_loss']) < 5e-3 and one['scaler'] == two['scaler']
+    assert {n: t.dtype for n, t in one['model'].items()} == {n: t.dtype for n, t in two['model'].items()}
+
+
+def test_shards_gathered_in_bfloat16_train_as_copies_do(data, tmp_path):
+    """Under autocast products read bf16 anyway; norms are rounded to it on the way. Masters and checkpoints stay fp32."""
+    more = ['--dtype=bfloat16', '--learning_rate=1e-3', '--bias=True', '--softcap=15.0', '--qk_norm=standard']
+    copies = run(data, tmp_path / 'ddp', *more, ranks=2)
+    shards = run(data, tmp_path / 'fsdp', *more, '--parallel=fsdp', ranks=2)
+    assert abs(copies['best_val_loss'] - shards['best_val_loss']) < 5e-3
+    assert 0 < distance(copies, shards) < 2 * 20 * 1e-3 + 1e-6            # AdamW moves a weight by lr a step at most
+    assert all(t.dtype == torch.float32 for t in shards['model'].values() if t.is_floating_point())
+    narrow = run(data, tmp_path / 'narrow', *more, '--parallel=fsdp', '--residual=bfloat16', '--recompute=True', ranks=2)
+    assert abs(copies['best_val_loss'] - narrow['best_val_loss']) < 1e-2
 
 
 def test_another_seed_is_far_away(data, tmp_path):
