@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hardware
 import optim
-from bench.check import DDP_LIMIT, LIMIT, STEPS, cases
+from bench.cases import DDP_LIMIT, LIMIT, STEPS, cases
 from configurator import Config
 from model import GPT, GPTConfig
 
@@ -64,7 +64,7 @@ def graphs():
 
 
 def compare(name, case, settings, device):
-    """The row of a case as bench.check.cases has it. `recompiled` counts the graphs beyond those of the first call."""
+    """The row of a case as bench.cases has it. `recompiled` counts the graphs beyond those of the first call."""
     torch._dynamo.reset()
     counters.clear()
     kind, changes = case

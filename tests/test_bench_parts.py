@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import configurator
-from bench import aims, check, checks, compiled, gpu, ladder, parent, processes, ranks, recipe, rung, scaling, step, training
+from bench import (aims, cases, check, checks, compiled, gpu, ladder, parent, processes, ranks, recipe, rung, scaling, step,
+                   training)
 from bench.steps import Steps
 from model import GPT, CausalSelfAttention, GPTConfig
 from parallel import start
@@ -455,7 +456,7 @@ TINY_CHECK = [word for word in gpu.TINY_CHECK if word != '--device=cpu']
 
 def test_a_compiler_that_is_right_passes_and_a_crooked_one_does_not():
     settings = settings_of(check, *TINY_CHECK)
-    case = check.cases(settings)['train_gpt']
+    case = cases.cases(settings)['train_gpt']
     row = compiled.compare('train_gpt', case, settings, CPU)
     assert row['passed'] and row['wrong'] == 0 and row['gradients'] == 20 and row['same_bits'] and row['recompiled'] == 0
 

@@ -15,7 +15,7 @@ import optim
 import train
 import variants
 from attention import window
-from bench import check, compiled, modules
+from bench import cases, check, compiled, modules
 from kron.plan import PLANS, Shape
 from kron.timing import candidates
 from tests.tiny import arguments, make_data
@@ -44,9 +44,9 @@ def run(data, out, *more):
 # ----------------------------------------------------------------------------------------------------
 # compiled models
 
-@pytest.mark.parametrize('name', check.cases(SETTINGS))
+@pytest.mark.parametrize('name', cases.cases(SETTINGS))
 def test_compiled_gradients_are_the_eager_ones(name):
-    row = compiled.compare(name, check.cases(SETTINGS)[name], SETTINGS, DEVICE)
+    row = compiled.compare(name, cases.cases(SETTINGS)[name], SETTINGS, DEVICE)
     assert row['passed'], row
     assert row['recompiled'] == 0, row
 
@@ -68,7 +68,7 @@ def test_compiled_gradients_of_every_entry_of_the_tables(words):
     assert row['passed'], row
 
 
-@pytest.mark.parametrize('name', check.RANKED)
+@pytest.mark.parametrize('name', cases.RANKED)
 def test_ddp_of_one_rank_trains_as_without(name):
     row = compiled.one_rank(name, SETTINGS, DEVICE)
     assert row['passed'], row
@@ -122,7 +122,7 @@ def test_a_model_larger_than_memory_is_said_in_one_line(data, tmp_path, capsys):
 @gpu_only
 def test_windows_by_flex_attention_are_those_of_the_mask_in_bf16(monkeypatch):
     """Gradients, with windows that move: no further from the mask's than twice its rounding."""
-    name, changes = 'windows', check.cases(SETTINGS)['windows'][1]
+    name, changes = 'windows', cases.cases(SETTINGS)['windows'][1]
     model, x, y = compiled.make(SETTINGS, DEVICE, **changes)
     net = torch.compile(model, backend=BACKEND)
     for size in (SETTINGS.block_size // 3, 7, SETTINGS.block_size):

@@ -161,7 +161,7 @@ def test_a_cpu_has_no_data_sheet(gpu):
 def test_mfu_sheet_of_bench_step_is_of_the_dtype_that_is_computed_in(gpu, monkeypatch, name, dtype, flops):
     """The steps are measured on the CPU; only what names the speed is told of a GPU."""
     job = SimpleNamespace(device=gpu(name), dtype=dtype)
-    settings = SimpleNamespace(config='x.py', progress=0, rounds=1)
+    settings = SimpleNamespace(config='x.py', progress=0, rounds=1, json='')
     ran = SimpleNamespace(measure=lambda rounds: {'ms': 10.0}, memory=lambda: 1, tokens=1000, compiled=False, accumulation=1,
                           forward_shares=lambda rounds: {},
                           model=SimpleNamespace(flops_per_token=lambda: 5e9, num_params=lambda: 1))
