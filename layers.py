@@ -5,8 +5,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from structured import (Structured, loudest, no_autocast, options_numel, pivoted, silenced,  # noqa: F401 - handed on
-                        with_others)
+from structured import Structured, loudest, no_autocast, options_numel, pivoted, silenced, with_others  # noqa: F401 - handed on
 
 
 class Linear(nn.Linear):

@@ -42,7 +42,7 @@ def rewind(path, step, evaluated):
 
 def draw(folder):
     """loss.png from log.jsonl: training loss a step, training and validation loss at evaluations."""
-    from matplotlib.figure import Figure                # without pyplot, which takes longer to import
+    from matplotlib.figure import Figure  # without pyplot, which takes longer to import
     lines = read_log(os.path.join(folder, 'log.jsonl'))
     steps = [line for line in lines if 'loss' in line]
     evals = [line for line in lines if 'val_loss' in line]

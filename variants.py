@@ -6,8 +6,7 @@ The language that names them is in specs.py, whose names are handed on.
 import importlib
 import inspect
 
-from specs import (Spec, UserError, as_rules, did_you_mean, idle_rules, match, parse_rules, parse_spec,  # noqa: F401
-                   spec_of, summands)
+from specs import Spec, UserError, as_rules, did_you_mean, idle_rules, match, parse_rules, parse_spec, spec_of, summands  # noqa: F401
 
 
 class Table(dict):

@@ -14,6 +14,7 @@ from bench.cases import RANKED, cases
 from configurator import key
 from variants import UserError, did_you_mean
 
+
 @dataclass
 class Settings(Output):
     """Which cases, where, and how large."""

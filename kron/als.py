@@ -19,8 +19,17 @@ G is never formed. The other half-step, of the shorter rows, may still be direct
 """
 import torch
 
-from kron.solve import by_products, conjugate_gradients, dense, factorise, gram_cost, normal_matrix, rows
-from kron.solve import separable_inverse, unrows
+from kron.solve import (
+    by_products,
+    conjugate_gradients,
+    dense,
+    factorise,
+    gram_cost,
+    normal_matrix,
+    rows,
+    separable_inverse,
+    unrows,
+)
 from kron.van_loan import canonical, nearest_in_outputs, nearest_kronecker_sum, rearrange
 
 RIDGE = 0.01            # of C's typical diagonal entry; 0.003 to 0.03 do equally well, 0.3 is too much

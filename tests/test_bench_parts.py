@@ -11,8 +11,23 @@ import pytest
 import torch
 
 import configurator
-from bench import (aims, cases, check, checks, compiled, gpu, ladder, parent, processes, ranks, recipe, rung, scaling, step,
-                   training)
+from bench import (
+    aims,
+    cases,
+    check,
+    checks,
+    compiled,
+    gpu,
+    ladder,
+    parent,
+    processes,
+    ranks,
+    recipe,
+    rung,
+    scaling,
+    step,
+    training,
+)
 from bench.steps import Steps
 from model import GPT, CausalSelfAttention, GPTConfig
 from parallel import start
