@@ -19,17 +19,8 @@ G is never formed. The other half-step, of the shorter rows, may still be direct
 """
 import torch
 
-from kron.solve import (
-    by_products,
-    conjugate_gradients,
-    dense,
-    factorise,
-    gram_cost,
-    normal_matrix,
-    rows,
-    separable_inverse,
-    unrows,
-)
+from kron import solve
+from kron.solve import by_products, conjugate_gradients, dense, normal_matrix, rows, unrows
 from kron.van_loan import canonical, nearest_in_outputs, nearest_kronecker_sum, rearrange
 
 RIDGE = 0.01            # of C's typical diagonal entry; 0.003 to 0.03 do equally well, 0.3 is too much
@@ -186,7 +177,7 @@ class Problem:
         """Whether a half-step forms its normal matrix: it is small, and so is what it takes to form it."""
         (r, _, width), (_, height, inner) = moving.shape, fixed.shape
         steps = self.steps * self.RT.numel() * len(self.C)                        # multiply-adds of the other way
-        return r * width <= DIRECT and (r * inner <= DIRECT or gram_cost(r, height, inner, width) <= steps)
+        return r * width <= DIRECT and (r * inner <= DIRECT or solve.gram_cost(r, height, inner, width) <= steps)
 
     def objective(self, A, B):
         """The objective at a sum: constant - 2 <RT, R(What)> + tr(H What C What^T)."""
@@ -220,11 +211,11 @@ class Problem:
     def half_step(self, fixed, moving, left):
         """The best moving factors with the others fixed (with H or a large G: better ones)."""
         if not self.direct(moving, fixed):
-            inverse = separable_inverse(fixed, self.RC if left else self.RC.t(), PROXIMAL)
+            inverse = solve.separable_inverse(fixed, self.RC if left else self.RC.t(), PROXIMAL)
             rhs = self.right_hand_side(fixed, moving, left)
             return unrows(self.conjugate_gradients(fixed, moving, left, rhs, inverse), moving.shape)
         rhs, X = self.right_hand_side(fixed, moving, left), rows(moving)
-        factor, eps = factorise(self.normal_matrix(fixed, left), PROXIMAL)
+        factor, eps = solve.factorise(self.normal_matrix(fixed, left), PROXIMAL)
         if self.H is None:
             X = torch.cholesky_solve((rhs + eps * X).t(), factor).t()
         else:
@@ -244,7 +235,7 @@ class Problem:
             height = moving.shape[1]
             H = self.H.view(height, -1, height, len(self.H) // height) if left else (
                 self.H.view(-1, height, len(self.H) // height, height).permute(1, 0, 3, 2))
-            partial, _ = factorise(H.diagonal(dim1=1, dim2=3).mean(-1), PROXIMAL)
+            partial, _ = solve.factorise(H.diagonal(dim1=1, dim2=3).mean(-1), PROXIMAL)
 
             def precondition(residual):
                 return torch.cholesky_solve(inverse(residual), partial)
