@@ -62,7 +62,7 @@ def write(result, path):
     if path == '-':
         print(json.dumps(result, indent=1, allow_nan=False))
         return
-    from durable import DISK, write_whole
+    from checkpoints.durable import DISK, write_whole
     try:
         write_whole(Path(path), json.dumps(result, indent=1, allow_nan=False).encode(), DISK)
     except OSError as error:

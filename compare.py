@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import configurator
 from configurator import key
-from runlog import read_log, write_json
+from training.runlog import read_log, write_json
 from variants import UserError
 
 ROOT = os.path.dirname(os.path.abspath(__file__))

@@ -60,7 +60,7 @@ def chosen(study):
 
 def results(folder):
     """{signature, variant, budget, source, seed as one key: {'zero': line, 'healed': line or None}}, failures left out."""
-    from runlog import read_log
+    from training.runlog import read_log
     found = {}
     for line in read_log(os.path.join(folder, RESULTS)):
         key = key_of(line)
@@ -215,10 +215,10 @@ def stop_on_signals():
 
 def listing(study, todo):
     """What --dry_run prints: the trials with their parameters, where no weights are needed to know them."""
-    import interop
     from compression import sizes
     from compression.study import settings_of
-    config, lines = interop.source_config(study.source) if study.source else None, []
+    from decomposition import initialise
+    config, lines = initialise.source_config(study.source) if study.source else None, []
     for trial in todo:
         words = ''
         if trial.variant != DENSE and config:
@@ -239,10 +239,10 @@ def main_run(arguments):
         return
     import torch
 
-    import hardware
+    from checkpoints.durable import Lock
     from data.dataset import open_dataset
-    from durable import Lock
-    from runlog import write_json
+    from training import hardware
+    from training.runlog import write_json
     torch.set_num_threads(study.threads)
     dataset = open_dataset(os.path.join(study.data_dir, study.dataset))
     lock = Lock(study.out_dir)
@@ -297,7 +297,7 @@ def report(folder):
 def write_record(study, text, options):
     """records/<date>_NAME with the table, the plot, the study, the results and the machine."""
     import compare
-    from runlog import read_log
+    from training.runlog import read_log
     folder = os.path.join(ROOT, 'records', f'{datetime.date.today()}_{options.record}')
     run = {'folder': os.path.basename(os.path.normpath(study.out_dir)), 'config': configurator.as_dict(study),
            'env': compare.read_json(os.path.join(study.out_dir, 'env.json')),

@@ -11,9 +11,9 @@ import sys
 import typing
 from dataclasses import dataclass, field
 
-import schedules
 import variants
 from configfile import number, read_file
+from training import schedules
 from variants import UserError, did_you_mean
 
 

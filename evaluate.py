@@ -90,13 +90,13 @@ def named(argument):
 # ---- the model and the tokens ----
 
 def load_model(config):
-    """(model on the CPU, info of interop.read_folder)."""
-    import gpt2
-    import interop
+    """(model on the CPU, info of initialise.read_folder)."""
+    from decomposition import initialise
+    from pretrained import gpt2
     published = config.out_dir in gpt2.PUBLISHED and not os.path.isdir(config.out_dir)
-    read = interop.read_source if published else interop.read_folder
+    read = initialise.read_source if published else initialise.read_folder
     settings, state, info = read(config.out_dir, config.which)
-    return interop.build(settings, settings, state), info
+    return initialise.build(settings, settings, state), info
 
 
 @dataclass
@@ -206,7 +206,7 @@ def score(model, source, window, stride, rows, device, dtype):
     import torch
     from tqdm import tqdm
 
-    import hardware
+    from training import hardware
     centres = forecast_centres(model, source.tokenizer, device)
     total = torch.zeros(3, dtype=torch.float64, device=device)
     scored = 0
@@ -298,7 +298,7 @@ def figures(loss, accuracy, source):
 
 def evaluate(config):
     """Load, score, and return what `--json` prints."""
-    import hardware
+    from training import hardware
     device = hardware.device(config.device)
     dtype = hardware.dtype(config.dtype, device)
     model, info = load_model(config)

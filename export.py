@@ -38,13 +38,14 @@ def check(config):
 
 
 def contents(source):
-    """(config.json, state dict, a line that says what they are) of a source of interop.read_folder."""
-    import interop
+    """(config.json, state dict, a line that says what they are) of a source of initialise.read_folder."""
     from data import tokenizer
+    from decomposition import initialise
+    from pretrained import sources
     config, state, info = source
-    model = interop.build(config, config, state)
+    model = initialise.build(config, config, state)
     kind = 'llama' if config.rope else 'gpt2'
-    layout, name = interop.LAYOUTS[kind], {'llama': 'Llama', 'gpt2': 'GPT-2'}[kind]
+    layout, name = sources.LAYOUTS[kind], {'llama': 'Llama', 'gpt2': 'GPT-2'}[kind]
     odd = layout.difference(model)
     if odd:
         raw = {'model_type': 'nanokron', 'config': configurator.as_dict(config), 'step': info['step'],
@@ -99,8 +100,8 @@ def main():
     config = configurator.run_program('export.py', ExportConfig)
     try:
         check(config)
-        import interop
-        source = interop.read_folder(config.out_dir, config.which)
+        from decomposition import initialise
+        source = initialise.read_folder(config.out_dir, config.which)
         raw, tensors, line = contents(source)
         write(config.to, raw, tensors, tokenizer_files(source[2]['data'], raw))
     except UserError as error:

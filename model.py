@@ -13,12 +13,12 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import variants
+from attention.context import Context, again
+from attention.decoding import Kept, stream
+from attention.heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, padded, split_heads
 from configurator import GPTConfig
-from context import Context, again
-from decoding import Kept, stream
-from heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, padded, split_heads
-from layers import Learned, as_stream, choose, hidden_scale, norm, tags_of, unit, zero_
-from losses import LOSSES, ChunkedCrossEntropy, likeliest
+from layers.basic import Learned, as_stream, choose, hidden_scale, norm, tags_of, unit, zero_
+from layers.losses import LOSSES, ChunkedCrossEntropy, likeliest
 from variants import UserError
 
 __all__ = ['CausalSelfAttention', 'MLP', 'Block', 'GPT', 'GPTConfig', 'Context', 'UserError']
@@ -59,7 +59,7 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(merge_heads(y)))
 
     def static_cache(self, cache, size):
-        """What a cache holds as tensors of one shape for `size` positions: decoding.py says what for."""
+        """What a cache holds as tensors of one shape for `size` positions: attention/decoding.py says what for."""
         return padded(cache, size, ('k', 'v'), filled=cache['length'])
 
     def flops(self, context):
@@ -338,8 +338,8 @@ class GPT(nn.Module):
         override_args: GPTConfig fields to change (dropout, block_size to crop, linear rules ...). Raises UserError
         when the weights cannot be had or do not fit.
         """
-        import interop
-        return interop.pretrained_gpt(name_or_folder, override_args or {})
+        from decomposition import initialise
+        return initialise.pretrained_gpt(name_or_folder, override_args or {})
 
     # ------------------------------------------------------------------------------------------------
     # forward and generation
@@ -351,7 +351,7 @@ class GPT(nn.Module):
         evaluation, which makes loss_chunk tokens' logits at a time.
 
         caches: one dict a layer, filled here; start: position of idx[:, 0] when caches hold the tokens before it, or as a
-        tensor (1,) in a static step, see decoding.py.
+        tensor (1,) in a static step, see attention/decoding.py.
         """
         T, size = idx.size(1), self.config.block_size
         if torch.is_tensor(start):

@@ -89,16 +89,16 @@ def load_model(config):
     """(model on the CPU, meta of its tokenizer or None)."""
     import torch
 
-    import interop
+    from decomposition import initialise
     from model import GPT
     if config.init_from == 'scratch':
         torch.manual_seed(config.seed)
         return GPT(configurator.GPTConfig()), None
     if config.init_from == 'resume':
-        source = interop.read_folder(config.out_dir, config.which)
+        source = initialise.read_folder(config.out_dir, config.which)
     else:
-        source = interop.read_source(config.init_from, config.which)
-    return interop.build(source[0], *source[:2]), source[2]['data']
+        source = initialise.read_source(config.init_from, config.which)
+    return initialise.build(source[0], *source[:2]), source[2]['data']
 
 
 def load_tokenizer(config, meta, vocab_size):
@@ -163,9 +163,9 @@ def sample(config, prompt):
     """Load, then print num_samples continuations of the prompt."""
     import torch
 
-    import decoding
-    import hardware
+    from attention import decoding
     from kron import timing
+    from training import hardware
     device = hardware.device(config.device)
     dtype = hardware.dtype(config.dtype, device)
     model, meta = load_model(config)

@@ -17,7 +17,7 @@ case ${1:-} in
         shift ;;
     --oldest)
         marks=''
-        files=(tests/test_compile.py tests/test_plan.py tests/test_window.py tests/test_fused.py)
+        files=(tests/training/test_compile.py tests/kron/test_plan.py tests/attention/test_window.py tests/kron/test_fused.py)
         use_venv .venv-oldest "$(oldest_torch)"
         shift ;;
 esac

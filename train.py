@@ -39,22 +39,16 @@ import math
 import torch
 import torch.distributed as dist
 
-import checkpoint
-import dropin
-import growth
-import guided
-import optim
-import parallel
-import precision
-import recovery
-import restart
-import schedules
+from checkpoints import checkpoint
 from data.loader import Loader, Prefetcher, open_dataset
-from dryrun import dry_run, fit_memory
-from evaluation import evaluate
-from parallel import split_batch
-from runlog import RunLog
-from startup import build, check_shapes, choose_plans, choose_sizes, decomposition, padded, resumed, use_plans
+from growth import changes, dropin, guided, recovery
+from optimizers import optim
+from training import parallel, precision, restart, schedules
+from training.dryrun import dry_run, fit_memory
+from training.evaluation import evaluate
+from training.parallel import split_batch
+from training.runlog import RunLog
+from training.startup import build, check_shapes, choose_plans, choose_sizes, decomposition, padded, resumed, use_plans
 from variants import UserError
 
 
@@ -80,7 +74,7 @@ class Run:
     outliers: optim.Outliers
     rounds: schedules.Rounds
     progress: dict
-    built: dict                                         # what growth.py made of the model
+    built: dict                                         # what growth/changes.py made of the model
     flops: int                                          # of training, a token
     log: RunLog = None
 
@@ -198,7 +192,7 @@ def train(config, job):
     precision.check(config, job)
     if state:                                           # what older checkpoints lack
         state = {'average': {}, 'outliers': optim.Outliers(0).state, 'seconds': 0.0, 'flops': 0, **state}
-        state['built'] = state.get('built') or growth.begin(config)
+        state['built'] = state.get('built') or changes.begin(config)
         state['built'].setdefault('drop', copy.deepcopy(dropin.IDLE))
     dataset = open_data(config, job)
     if state and state['data_digest'] != dataset.digest:
@@ -230,8 +224,8 @@ def assemble(config, model, dataset, state, job):
     loaders = {split: Loader(dataset, split, config.block_size, batch_size, job.world_size, job.world_size, config.seed)
                for split in ('train', 'val')}
     if state:
-        growth.freeze(model, config, state['built'])
-    flops = growth.training_flops(model)
+        changes.freeze(model, config, state['built'])
+    flops = changes.training_flops(model)
     use_plans(model, config, job)
     model = parallel.shard(model, config, job)
     optimizer = optim.build(model, config, job.device.type, dist.group.WORLD if job.world_size > 1 else None)
@@ -241,7 +235,7 @@ def assemble(config, model, dataset, state, job):
     run = Run(config, job, dataset, loaders, model, fast, net, optimizer, precision.scaler(config, job),
               optim.Average(model, config.ema_decay, state and state['average']), optim.Outliers(config.skip_zscore),
               schedules.Rounds(config, accumulation, job.world_size), progress,
-              copy.deepcopy(state['built']) if state else growth.begin(config), flops)
+              copy.deepcopy(state['built']) if state else changes.begin(config), flops)
     if state:
         optim.load_state_by_name(optimizer, model, state['optimizer'])
         run.scaler.load_state_dict(state['scaler'])
@@ -295,12 +289,12 @@ def loop(run):
             words = check_in(run)
             if words is not None:
                 return finish(run, words)
-            action = growth.due(config, run.built, step)
+            action = changes.due(config, run.built, step)
             if action:
                 run = changed(run, action)
                 progress = run.progress
             dropin.watch(run, step)
-            rate = schedules.learning_rate(step, config) * growth.warmth(config, run.built, step)
+            rate = schedules.learning_rate(step, config) * changes.warmth(config, run.built, step)
             optim.set_learning_rate(run.optimizer, rate)
             run.log.begin()
             result = train_step(run, batches, step)
@@ -322,7 +316,7 @@ def changed(run, action):
     state, job, best = state_of(run), run.job, run.progress['best_step']
     torch.manual_seed(run.config.seed + state['step'])
     model = build(run.config, run.dataset, state, job)
-    words, line = growth.change(action, model, run, state, decomposition(run.config, run.dataset, job))
+    words, line = changes.change(action, model, run, state, decomposition(run.config, run.dataset, job))
     run.log.show(f'step {state["step"]}: {words}, {model.num_params():,} parameters')
     if run.fast is not run.model:
         torch.compiler.reset()                          # dynamo counts the versions of one forward, and gives up at 8

@@ -21,13 +21,13 @@ class Table(dict):
 
 
 LINEARS = Table({
-    'dense': 'layers:Linear',
+    'dense': 'layers.basic:Linear',
     'kron': 'kron.linear:KroneckerLinear',
     'kron_pivot': 'kron.pivot:KroneckerPivot',
     'lowrank': 'lowrank.linear:LowRankLinear',
     'pivot': 'lowrank.pivot:PivotLinear',
     'abba': 'lowrank.abba:ABBALinear',
-    'sum': 'sums:SumLinear',
+    'sum': 'layers.sums:SumLinear',
 })
 
 ATTENTIONS = Table({

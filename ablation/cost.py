@@ -6,9 +6,9 @@ import os
 import torch
 
 import configurator
-import growth
+from growth import changes
 from model import GPT
-from startup import padded
+from training.startup import padded
 from variants import UserError
 
 STEPS = ('max_iters', 'lr_decay_iters', 'warmup_iters', 'eval_interval', 'save_interval', 'grow_every', 'grow_rewarm')
@@ -41,24 +41,24 @@ def model_cost(config):
 
 
 def stages(config, evaluations=()):
-    """[(steps, GPTConfig, numbers of frozen blocks)] of a run as growth.py will change its model.
+    """[(steps, GPTConfig, numbers of frozen blocks)] of a run as growth/changes.py will change its model.
 
     evaluations: log lines of it, which decide when grow_on_plateau is set.
     """
     losses = {line['step']: line['val_loss'] for line in evaluations}
-    built, found, first = growth.begin(config), [], 0
+    built, found, first = changes.begin(config), [], 0
 
     def stage(until):
-        found.append((until - first, growth.model_config(config, built), growth.frozen(config, built)))
+        found.append((until - first, changes.model_config(config, built), changes.frozen(config, built)))
     for step in range(config.max_iters):
         if step in losses:
             built['losses'] = [*built['losses'], losses[step]][-4:]
-        action = growth.due(config, built, step)
+        action = changes.due(config, built, step)
         if action:
             stage(step)
             first, built['dense'] = step, built['dense'] or action == 'dense'
             built.update(changed=step, losses=[], layers=built['layers'] + (action == 'grow'))
-            built['model'] = growth.fields(config, built['layers'], built['dense'])
+            built['model'] = changes.fields(config, built['layers'], built['dense'])
     stage(config.max_iters)
     return found
 

@@ -7,8 +7,8 @@ import sys
 import threading
 import time
 
-from durable import Lock
-from runlog import read_log, write_json
+from checkpoints.durable import Lock
+from training.runlog import read_log, write_json
 from variants import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -16,7 +16,7 @@ import warnings
 from ablation import axes
 from ablation.grid import Run
 from ablation.runner import STOP, say, state_of
-from durable import Lock
+from checkpoints.durable import Lock
 from variants import UserError
 
 JOURNAL = 'study.jsonl'

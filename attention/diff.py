@@ -10,8 +10,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import variants
-from heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, padded, split_heads
-from layers import RMSNorm, unit
+from attention.heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, padded, split_heads
+from layers.basic import RMSNorm, unit
 
 PAD_FROM = 256                                          # queries; measured on a CPU
 

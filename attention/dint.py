@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import variants
 from attention.diff import DifferentialAttention, widen
-from heads import keep, mask_of, padded, write
+from attention.heads import keep, mask_of, padded, write
 
 VERSIONS, LEAKING = (1, 2), ('published', 'visible')
 

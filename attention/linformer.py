@@ -9,8 +9,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import variants
-from heads import QueryKeyNorm, ValueMix, merge_heads, padded, split_heads, write
-from layers import RMSNorm
+from attention.heads import QueryKeyNorm, ValueMix, merge_heads, padded, split_heads, write
+from layers.basic import RMSNorm
 
 
 def block_average(slots, chunk):

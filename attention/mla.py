@@ -8,8 +8,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import variants
-from heads import ValueMix, attend, extend_cache, mask_of, merge_heads, padded, split_heads
-from layers import Learned, RMSNorm, UnitNorm, unit
+from attention.heads import ValueMix, attend, extend_cache, mask_of, merge_heads, padded, split_heads
+from layers.basic import Learned, RMSNorm, UnitNorm, unit
 
 
 def latent_norm(config, features):

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import variants
-from heads import QueryKeyNorm, ValueMix, keep, merge_heads, padded, split_heads, write
+from attention.heads import QueryKeyNorm, ValueMix, keep, merge_heads, padded, split_heads, write
 
 try:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention

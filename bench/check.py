@@ -50,10 +50,10 @@ def run(settings, part):
     """All cases, each with its own error if it has one."""
     import torch
 
-    import parallel
     from bench.modules import machine
     from bench.processes import keep
     from configurator import Config
+    from training import parallel
     torch.set_num_threads(settings.threads)
     device = parallel.start(Config(device=settings.device)).device
     result = {'part': 'check', 'backend': settings.backend, 'rows': [], 'machine': machine(device)}

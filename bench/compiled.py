@@ -1,4 +1,4 @@
-"""Compiled models beside eager ones, as bench/check.py asks for them and tests/test_gpu.py too."""
+"""Compiled models beside eager ones, as bench/check.py asks for them and tests/training/test_gpu.py too."""
 import math
 
 import torch
@@ -6,11 +6,11 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
-import hardware
-import optim
 from bench.cases import DDP_LIMIT, LIMIT, STEPS, cases
 from configurator import Config
 from model import GPT, GPTConfig
+from optimizers import optim
+from training import hardware
 
 SCALE = 2.0 ** 10                                       # of the loss in float16, so that small gradients are not 0
 

@@ -147,8 +147,8 @@ def run(settings, part):
     if settings.list:
         return {'part': 'gpu', 'plan': [{'job': job.name, 'part': job.part, 'group': job.group, 'seconds': job.seconds}
                                         for job in wanted(settings)]}
-    import hardware
     from bench.modules import machine
+    from training import hardware
     try:
         device = hardware.device(settings.device)
     except UserError:

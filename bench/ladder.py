@@ -95,12 +95,12 @@ def run(settings, part):
     """Build the rungs one after the other, time them by turns, and make the checks."""
     import torch
 
-    import hardware
     from bench.checks import notes_checks
     from bench.modules import machine
     from bench.processes import keep
     from bench.rung import Rung
     from bench.training import by_turns, shakespeare
+    from training import hardware
     device = hardware.device(settings.device)
     settings, began = filled(settings, device.type), time.monotonic()
     torch.set_num_threads(settings.threads)

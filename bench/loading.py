@@ -30,9 +30,9 @@ def run(settings, part):
     """bench.loader.measure, with the machine."""
     import torch
 
-    import hardware
     from bench import loader
     from bench.modules import machine
+    from training import hardware
     torch.set_num_threads(settings.threads)
     device = hardware.device(settings.device)
     found = loader.measure(settings.data or None, settings.block_size, settings.batch_size, settings.seconds, device.type)

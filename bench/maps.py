@@ -16,7 +16,7 @@ import textwrap
 import torch
 
 import variants
-from heads import ValueMix, merge_heads, split_heads
+from attention.heads import ValueMix, merge_heads, split_heads
 from variants import UserError
 
 LABELLED, DPI = 64, 130                 # tokens that can still be read on an axis; dots an inch
@@ -169,8 +169,8 @@ def colour_bar(figure, scale, grid, bound, signed):
 
 def run(settings):
     """Draw the maps of the checkpoint in out_dir for the first block_size tokens of a text into settings.maps."""
-    import hardware
     import sample
+    from training import hardware
     wanted = sample.SampleConfig(out_dir=settings.out_dir, which=settings.which, dataset=settings.dataset,
                                  data_dir=settings.data_dir)
     prompt = sample.read_prompt(f'FILE:{settings.text}')

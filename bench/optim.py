@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from muon import ADJUST_LR, Muon, newton_schulz
+from optimizers.muon import ADJUST_LR, Muon, newton_schulz
 
 # name -> (layers, width) of a GPT's matrices, or (layers, width, terms) where all are kron(8, 8, terms)
 SIZES = {'char': (4, 128), '6x384': (6, 384), '6x384 kron': (6, 384, 4), '124M': (12, 768)}

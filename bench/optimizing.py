@@ -40,9 +40,9 @@ def run(settings, part):
     """bench.optim.measure, with the machine."""
     import torch
 
-    import hardware
     from bench import optim
     from bench.modules import machine
+    from training import hardware
     torch.set_num_threads(settings.threads)
     device = hardware.device(settings.device)
     kind = None if settings.dtype == 'auto' else getattr(torch, settings.dtype)

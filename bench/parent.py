@@ -42,9 +42,9 @@ def run(settings, part):
     """Time both by turns."""
     import torch
 
-    import parallel
     from bench.steps import Steps
     from data.loader import open_dataset
+    from training import parallel
     torch.set_num_threads(settings.threads)
     config = chosen(settings)
     job = parallel.start(config)
@@ -58,7 +58,7 @@ def parent_step(settings, ours):
     """-> one optimizer step of nanoGPT's model after some micro-steps, as a call."""
     import torch
 
-    import precision
+    from training import precision
     config, job, theirs = ours.config, ours.job, load(settings.baseline)
     sizes = {name: getattr(config, name) for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout',
                                                       'bias')}

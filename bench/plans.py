@@ -98,7 +98,7 @@ class Layer:
         from kron.linear import KroneckerLinear
         from kron.plan import shape_of
         from kron.timing import layers
-        from layers import Linear
+        from layers.basic import Linear
         torch.manual_seed(settings.seed)
         (self.name, self.out, self.inputs, *sizes), self.device, self.dtype = row, device, dtype
         dense, kron = Linear(self.inputs, self.out, False).to(device), KroneckerLinear(self.inputs, self.out, False, *sizes)
@@ -111,7 +111,7 @@ class Layer:
         """-> a call of the plan, 'dense' for the dense matrix: forward without gradients, or forward + backward."""
         import torch
 
-        import hardware
+        from training import hardware
         x = torch.randn(tokens, self.inputs, generator=torch.Generator().manual_seed(0)).to(self.device)
         some = self.dense if plan == 'dense' else self.sums
         for module in some[:len(self.dense)] if plan == 'materialise' and not training else ():
@@ -192,11 +192,11 @@ def run(settings, part):
 
     import torch
 
-    import hardware
     from bench.modules import machine
     from bench.processes import keep
     from bench.verdicts import clauses
     from kron.timing import clock
+    from training import hardware
     torch.set_num_threads(settings.threads)
     device = hardware.device(settings.device)
     dtype, begin, cells = hardware.dtype(settings.dtype, device), time.monotonic(), []

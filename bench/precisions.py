@@ -66,10 +66,10 @@ def run(settings, part):
     """Every model in every precision."""
     import torch
 
-    import hardware
     from bench.modules import machine
     from bench.processes import keep
     from data.loader import open_dataset
+    from training import hardware
     device = hardware.device(settings.device)
     torch.set_num_threads(settings.threads)
     rows, length = (given or default for given, default in
@@ -101,10 +101,10 @@ def measure(size, rows, length, settings, dataset, device):
 
 def make(size, rows, length, settings, kind, dataset, device):
     """The train step of one model in one precision, run once."""
-    import parallel
     from bench.steps import Steps
     from configurator import Config
     from data.loader import Prefetcher
+    from training import parallel
     n_layer, n_head, n_embd = size
     config = Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=length, batch_size=rows, dropout=0.0,
                     gradient_accumulation_steps=1, device=str(device), compile=settings.compile, **kind)

@@ -59,7 +59,7 @@ def last_line(done):
 def keep(result, path):
     """Write what there is so far into the file of --json; bench.py writes the whole at the end."""
     if path not in ('', '-'):
-        from durable import DISK, write_whole
+        from checkpoints.durable import DISK, write_whole
         write_whole(Path(path), json.dumps(result, indent=1, allow_nan=False).encode(), DISK)
 
 

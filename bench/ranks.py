@@ -47,9 +47,9 @@ def check(settings, part):
 
 def run(settings, part):
     """The three runs."""
-    import hardware
     from bench.modules import machine
     from bench.processes import keep
+    from training import hardware
     result = {'part': 'ranks', 'config': settings.config, 'ranks': settings.ranks, 'rows': [],
               'machine': machine(hardware.device(settings.device))}
     with tempfile.TemporaryDirectory() as folder:

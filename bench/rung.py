@@ -4,13 +4,13 @@ import time
 import torch
 from torch.nn import functional as F
 
-import hardware
-import optim
+from attention.heads import causal_mask, merge_heads, split_heads
 from bench.training import batch, step_memory, train_step
 from configurator import Config, GPTConfig, check, model_config
-from heads import causal_mask, merge_heads, split_heads
 from model import GPT, CausalSelfAttention
-from startup import padded
+from optimizers import optim
+from training import hardware
+from training.startup import padded
 from variants import UserError
 
 

@@ -3,7 +3,7 @@
     python bench.py sample --config=config/kron_mlp.py --new_tokens=128
 
 Random weights: the speed does not depend on them. Greedy, so that all ways must give the same text, which is checked. Static
-steps (decoding.py) are captured on a GPU; on a CPU they are timed with --static=True only.
+steps (attention/decoding.py) are captured on a GPU; on a CPU they are timed with --static=True only.
 Every model setting may be given and stands above the config's.
 """
 from dataclasses import dataclass
@@ -40,11 +40,11 @@ def run(settings, part):
     """Time all by turns."""
     import torch
 
-    import decoding
-    import hardware
+    from attention import decoding
     from bench.modules import machine
     from bench.training import by_turns, spread
     from model import GPT
+    from training import hardware
     config = chosen(settings)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(config.seed)

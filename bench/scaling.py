@@ -55,9 +55,9 @@ def run(settings, part):
     """Run train.py for every kind and number of ranks."""
     import torch
 
-    import hardware
     from bench.modules import machine
     from bench.processes import keep
+    from training import hardware
     device = hardware.device(settings.device)
     most = settings.max_ranks or (torch.cuda.device_count() if device.type == 'cuda' else os.cpu_count())
     result = {'part': 'scaling', 'config': settings.config, 'rows': [], 'machine': machine(device)}

@@ -72,8 +72,8 @@ def run(settings, part):
 
     import torch
 
-    import parallel
     from data.loader import open_dataset
+    from training import parallel
     config = chosen(settings)
     torch.set_num_threads(settings.threads)
     job = parallel.start(config)
@@ -90,11 +90,11 @@ def run(settings, part):
 
 def measure(settings, config, job, dataset, source):
     """The result, from a data set that is open."""
-    import hardware
     from bench.modules import machine
     from bench.processes import keep
     from bench.steps import Steps
     from bench.training import matmul_peak
+    from training import hardware
     steps = Steps(config, job, dataset, settings.progress)
     times, flops = steps.measure(settings.rounds), 3 * steps.model.flops_per_token()
     rate = steps.tokens / times['ms'] * 1e3

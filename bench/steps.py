@@ -4,12 +4,11 @@ import statistics
 
 import torch
 
-import optim
-import parallel
-import precision
 from bench.training import step_memory, stopwatch
 from data.loader import Loader, Prefetcher
-from startup import build, check_shapes, choose_plans, padded, use_plans
+from optimizers import optim
+from training import parallel, precision
+from training.startup import build, check_shapes, choose_plans, padded, use_plans
 
 PARTS = ('data', 'forward', 'backward', 'optimizer')
 

@@ -4,11 +4,11 @@ import dataclasses
 import torch
 
 import configurator
-import hardware
 import variants
 from bench.measure import filled, peak_memory
-from layers import unit
+from layers.basic import unit
 from model import Context
+from training import hardware
 
 
 def build_linear(config, settings):

@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import calibrate
-from calibrate import Stats
+from decomposition import calibrate
+from decomposition.calibrate import Stats
 
 
 class Watched(list):

@@ -4,8 +4,8 @@ import fnmatch
 
 import torch
 
-import allocate
 import lowrank.svd
+from decomposition import allocate
 from model import GPT
 from variants import UserError
 

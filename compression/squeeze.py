@@ -9,20 +9,19 @@ import time
 
 import torch
 
-import calibrate
-import checkpoint
 import configurator
 import evaluate
-import hardware
-import interop
 from ablation import runner
 from ablation.grid import SEEDS, argument
+from checkpoints import checkpoint
 from compression import sizes
 from compression.calibration import Calibration
 from compression.study import DENSE, heal_settings, settings_of, slice_of
-from decompose import Decomposition, runnable
-from initialise import initialise
+from decomposition import calibrate
+from decomposition.initialise import build, initialise, read_folder, read_source
+from decomposition.sites import Decomposition, runnable
 from model import GPT
+from training import hardware
 from variants import UserError
 
 CHILD = threading.Event()               # while train.py runs: a signal is handed on to it
@@ -34,7 +33,7 @@ class Source:
     def __init__(self, study, place, dataset):
         self.study, self.place, self.dataset = study, place, dataset
         self.device = hardware.device(study.device)
-        config, self.state, info = interop.read_source(place)
+        config, self.state, info = read_source(place)
         length = study.block_size or config.block_size
         if length > config.block_size:
             raise UserError(f'block_size can be at most {config.block_size}, that of {place}, got {length}', 'block_size')
@@ -169,8 +168,8 @@ def heal(source, trial, model, rules):
         return {}
     if state != 'done':
         raise UserError(f'healing failed: {words}')
-    config, weights, _ = interop.read_folder(run)
-    healed = interop.build(config, config, weights)
+    config, weights, _ = read_folder(run)
+    healed = build(config, config, weights)
     losses = perplexities(healed.to(source.device), source)
     for name in [start, *(os.path.join(run, n) for n in os.listdir(run) if n.startswith('ckpt_'))]:
         shutil.rmtree(name) if os.path.isdir(name) else os.remove(name)         # large, and everything of them is told

@@ -7,7 +7,7 @@ after each replacement, and as it recovers.
 Launch: bash run.sh config/dense_mlp.py && bash run.sh config/kron_drop_in.py
 Control, all eight matrices at once and the same tokens, then one table and plot of both (in out/drop_in/):
   bash run.sh config/kron_drop_in.py --drop_in=all --out_dir=out/kron_drop_in_all
-  python recovery.py out/kron_drop_in out/kron_drop_in_all
+  python compare.py recovery out/kron_drop_in out/kron_drop_in_all
 Takes 2 minutes on one CPU core. Validation loss 1.800 +- 0.004 over three seeds (dense twins 1.765 to 1.784), worst spike
 0.35 nats at h.0.mlp.c_fc, the last one; in depth order (--drop_in=sequential) 1.761 and 0.33, all at once 1.744 and 0.61
 (records/2026-11-21_drop_in).

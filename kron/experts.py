@@ -11,7 +11,8 @@ import torch.nn as nn
 
 from kron.linear import CALIBRATED, METHODS, KroneckerLinear
 from kron.van_loan import nearest_kronecker_sum
-from layers import Linear, no_autocast
+from layers.basic import Linear
+from layers.structured import no_autocast
 
 __all__ = ['CALIBRATED', 'METHODS', 'ExpertLinear']
 

@@ -12,7 +12,7 @@ import torch.nn as nn
 from kron.lean import computed_in
 from kron.methods import CALIBRATED, METHODS, bias_shift, centred, fit_beside, moved
 from kron.plan import PLANS, by_rule, cheaper_is_a_first, rule, rule_flops, taken
-from layers import Structured, loudest, no_autocast, options_numel
+from layers.structured import Structured, loudest, no_autocast, options_numel
 from variants import did_you_mean
 
 
@@ -27,7 +27,7 @@ class KroneckerLinear(Structured):
     is the rule's, by FLOPs. No (out, in) matrix is formed, forward or backward, unless the plan says so.
     merge: without gradients, a plan that forms W keeps it until the factors change or `train()`; off at first. A change
     through `.data` is not seen, so only programs that never train switch it on. A compiled call takes the W that the last
-    eager one kept, as it is (decoding.py makes one first), and forms W each time where there is none.
+    eager one kept, as it is (attention/decoding.py makes one first), and forms W each time where there is none.
     Raises ValueError for sizes that do not divide or are not positive.
     Source: Krony-PT (arXiv 2412.12351) for the model; it forms W, which this class does not.
     """

@@ -5,7 +5,7 @@ import torch
 
 from kron.als import FITTED, dense, moment, seen, shifted
 from kron.van_loan import nearest_kronecker_sum, pruned_sum
-from layers import silenced
+from layers.structured import silenced
 
 
 def van_loan(weight, stats, m, n, terms):

@@ -4,7 +4,7 @@ import torch.nn as nn
 
 from kron.linear import CALIBRATED, METHODS, KroneckerLinear  # noqa: F401 - METHODS and CALIBRATED: as every structure
 from kron.plan import rule
-from layers import pivoted, with_others
+from layers.structured import pivoted, with_others
 
 
 class KroneckerPivot(KroneckerLinear):

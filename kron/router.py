@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from layers import no_autocast
+from layers.structured import no_autocast
 
 
 class Router(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from layers import Structured, no_autocast, options_numel
+from layers.structured import Structured, no_autocast, options_numel
 from lowrank.hadamard import nearest_hadamard
 from lowrank.svd import seen
 

@@ -3,7 +3,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import variants
-from layers import RMSNorm, UnitNorm, hidden_scale
+from layers.basic import RMSNorm, UnitNorm, hidden_scale
 
 
 class LatentMLP(nn.Module):

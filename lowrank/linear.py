@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from layers import Structured, loudest, no_autocast, options_numel, silenced
+from layers.structured import Structured, loudest, no_autocast, options_numel, silenced
 from lowrank.svd import moved, seen, truncated_svd, two_sided_svd, whitened_svd
 
 

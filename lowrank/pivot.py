@@ -3,7 +3,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from layers import no_autocast, pivoted, with_others
+from layers.structured import no_autocast, pivoted, with_others
 from lowrank.linear import CALIBRATED, METHODS, LowRankLinear  # noqa: F401 - METHODS and CALIBRATED: as every structure
 
 

@@ -1,5 +1,5 @@
 """The model under torch.compile: graphs, recompilations and gradients, counted. `python -m tests.compiled [config|entries]`
-prints the tables that tests/test_compile.py asserts; `--backend=inductor` takes the compiler proper.
+prints the tables that tests/training/test_compile.py asserts; `--backend=inductor` takes the compiler proper.
 
 Models are small, or lie on the meta device at their full width, where tracing costs no memory.
 """
@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 
 import configurator
-import growth
-import schedules
+from growth import changes
 from model import GPT, GPTConfig
-from startup import adopt
 from tests.contract.test_attention import EXAMPLES as ATTENTION
 from tests.contract.test_mlps import EXAMPLES as MLP
 from tests.tiny import ROOT
+from training import schedules
+from training.startup import adopt
 from variants import ATTENTIONS, LINEARS, MLPS, UserError
 
 SMALL = dict(n_layer=2, n_head=8, n_embd=32, block_size=16, vocab_size=65)
@@ -109,7 +109,7 @@ def of_config(path, **changes):
 
 def on_meta(config):
     """The model that training begins with, two blocks of it where its rules allow, on the meta device."""
-    whole = growth.model_config(config, growth.begin(config))
+    whole = changes.model_config(config, changes.begin(config))
     with torch.device('meta'):
         try:
             return GPT(replace(whole, n_layer=min(2, whole.n_layer)))

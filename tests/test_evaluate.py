@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
 import configurator
 import evaluate
 import train
+from checkpoints import checkpoint
 from data import prepare_text, tokenizer
 from model import GPT, GPTConfig
 from tests.tiny import arguments, make_data

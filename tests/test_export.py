@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-import checkpoint
 import configurator
 import export
-import interop
+from checkpoints import checkpoint
+from decomposition import initialise
 from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=True,
@@ -103,7 +103,7 @@ def test_best_and_last(tmp_path, run):
     last = save(tmp_path / 'run', step=2)
     for which, model in (('best', first), ('last', last)):
         assert run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/{which}', f'--which={which}')[0] == 0
-        wte = interop.read_folder(str(tmp_path / which))[1]['transformer.wte.weight']
+        wte = initialise.read_folder(str(tmp_path / which))[1]['transformer.wte.weight']
         assert torch.equal(wte, model.transformer.wte.weight[:50])
 
 
@@ -112,9 +112,9 @@ def test_what_is_no_gpt2_keeps_our_layout(tie, tmp_path, run):
     model = save(tmp_path / 'run', mlp={'h.0': 'gelu', 'h.1': "gelu(approximate='tanh')"}, tie_weights=tie)
     code, out, _ = run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new')
     assert code == 0 and "nanokron's own layout" in out and 'mlp=' in out
-    config, state, info = interop.read_folder(str(tmp_path / 'new'))
+    config, state, info = initialise.read_folder(str(tmp_path / 'new'))
     assert config == model.config and info['data'] == {k: v for k, v in BYTES.items() if k != 'splits'}
-    assert torch.equal(logits_of(interop.build(config, config, state).eval()), logits_of(model))
+    assert torch.equal(logits_of(initialise.build(config, config, state).eval()), logits_of(model))
 
 
 def refusal(result):

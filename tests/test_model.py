@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import optim
-from layers import tags_of
+from layers.basic import tags_of
 from model import GPT, GPTConfig, choose
+from optimizers import optim
 from variants import UserError
 
 GPT2 = dict(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768, bias=True)
@@ -276,7 +276,7 @@ def test_overfits_one_batch_in_50_steps():
 @pytest.mark.parametrize('heads, groups', [(2, 2), (4, 2)])
 def test_attention_in_the_open_is_sdpa(heads, groups):
     """What training in bf16 on a CPU takes, in float64 against SDPA, gradients too; and that it is taken there alone."""
-    import heads as module
+    from attention import heads as module
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, h, 50, 16, dtype=torch.float64, generator=draw).requires_grad_()
                for h in (heads, groups, groups))

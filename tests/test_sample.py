@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import checkpoint
 import configurator
-import decoding
 import sample
+from attention import decoding
+from checkpoints import checkpoint
 from data import tokenizer
 from model import GPT, GPTConfig
 

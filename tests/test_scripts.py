@@ -98,7 +98,7 @@ class Clone:
     def __init__(self, folder, run_program, start_program):
         self.folder, self.run_program, self.start_program = folder, run_program, start_program
         for name in ('run.sh', 'test.sh', 'venv.sh', 'pyproject.toml', 'configurator.py', 'configfile.py',
-                     'schedules.py', 'variants.py', 'specs.py'):
+                     'training/schedules.py', 'variants.py', 'specs.py'):
             folder.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, folder)
         for name, text in {**STUBS, 'calls.txt': ''}.items():

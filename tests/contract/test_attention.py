@@ -21,11 +21,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import configurator
-import decoding
-import heads
 import model as model_module
 import variants
-from layers import tags_of
+from attention import decoding, heads
+from layers.basic import tags_of
 from model import GPT, GPTConfig
 from variants import ATTENTIONS, UserError
 

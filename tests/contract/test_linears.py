@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers import tags_of
+from layers.basic import tags_of
 from variants import LINEARS
 
 # name -> spec arguments that save parameters, each fit for 48 -> 96 and 96 -> 48 (`saving`: one test a line),

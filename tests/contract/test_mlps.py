@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from layers import tags_of
+from layers.basic import tags_of
 from model import GPT, GPTConfig
 from variants import MLPS
 

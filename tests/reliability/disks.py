@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 
-from durable import FileOps
+from checkpoints.durable import FileOps
 
 
 def in_child(action, *arguments):

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import torchfile
-from checkpoint import Lock, best, load, newest, save, set_aside, set_best, steps
+from checkpoints import checkpoint, torchfile
+from checkpoints.checkpoint import Lock, best, load, newest, save, set_aside, set_best, steps
 from tests.reliability.disks import Counting, Full, Hasty, Journal, Killed, in_child
 from tests.reliability.hostile import HOSTILE, container, pickled, shell, stream, tensor, text
 from variants import UserError
@@ -675,7 +674,7 @@ def test_r17_a_newer_schema_is_named(tmp_path):
 # ----------------------------------------------------------------------------------------------------
 # R19: neighbours
 
-HOLDER = 'import sys; from durable import Lock; lock = Lock(sys.argv[1]); print("held", flush=True); sys.stdin.read()'
+HOLDER = 'import sys; from checkpoints.durable import Lock; lock = Lock(sys.argv[1]); print("held", flush=True); sys.stdin.read()'
 
 
 def test_r19_a_second_trainer_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-import checkpoint
+from checkpoints import checkpoint
 from tests.reliability.test_processes import fingerprint, finish, start
 from tests.tiny import ROOT, arguments, make_data
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-import checkpoint
+from checkpoints import checkpoint
 from tests.tiny import ROOT, arguments, make_data
 
 STEPS = 150

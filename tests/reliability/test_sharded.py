@@ -12,17 +12,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import Shard, distribute_tensor
 
-import checkpoint
 import configurator
-import interop
-import restart
-import sharded
-import torchfile
+from checkpoints import checkpoint, sharded, torchfile
+from decomposition import initialise
 from tests.reliability.disks import Full, Hasty, Killed, in_child
 from tests.reliability.ranks import CONTEXT, free_port, grouped, together, trained
 from tests.reliability.test_parallel import distance
 from tests.reliability.test_processes import catch_a_save, fingerprint, finish, wait_for
 from tests.tiny import ROOT, arguments, make_data
+from training import restart
 from variants import UserError
 
 FSDP = ['--parallel=fsdp', '--sharded_checkpoints=True']
@@ -89,8 +87,8 @@ def test_every_rank_writes_its_part_and_the_manifest_covers_all(saved):
 
 
 def test_other_programs_read_it(saved):
-    config, state, info = interop.read_folder(saved[0])
-    model = interop.build(config, config, state)
+    config, state, info = initialise.read_folder(saved[0])
+    model = initialise.build(config, config, state)
     averaged = saved[1]['average']['transformer.wte.weight']
     assert info['step'] == 12 and model.lm_head.weight.equal(averaged) and model.transformer.wte.weight.equal(averaged)
 
@@ -154,7 +152,7 @@ def test_a_damaged_folder_costs_one_line_and_the_older_one_is_taken(copy, capsys
 
 def vouch(folder):
     """A manifest for whatever lies in the folder, as an attacker would write it."""
-    import manifest
+    from checkpoints import manifest
     sha256, size = manifest.measure(folder)
     folder.with_suffix('.json').write_text(json.dumps({'sha256': sha256, 'size': size, 'step': 12, 'schema': 1}))
 
@@ -340,7 +338,7 @@ def meet(rank, count, port, delay, fixed):
     """A rank as torchrun's agent starts it after `count` restarts; it meets the other, and dies without a goodbye."""
     import time
 
-    import parallel
+    from training import parallel
     os.environ.update(TORCHELASTIC_RESTART_COUNT=str(count), TORCHELASTIC_USE_AGENT_STORE='True', RANK=str(rank),
                       LOCAL_WORLD_SIZE='2' if fixed else '1', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     if rank:

@@ -1,0 +1,62 @@
+"""What one call of GPT.forward tells every layer, and blocks whose activations are made again in the backward pass."""
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from attention.heads import rotate, rotation
+from configurator import GPTConfig
+from layers.losses import Losses
+
+
+@dataclass
+class Context:
+    """What one call of GPT.forward tells every layer; nothing else survives a call."""
+    tokens: torch.Tensor                                # (B, T) of this call
+    positions: torch.Tensor                             # (T,) theirs
+    config: GPTConfig
+    cache: dict | None = None                           # this layer's own, {} at first; None while training
+    first_value: torch.Tensor | None = None             # block 0's values, for the value residual
+    first_latent: tuple | None = None                   # block 0, its latents, its W_UV: the same in mla's decoding
+    losses: Losses = field(default_factory=lambda: Losses())  # of mixtures, for training; torch.compile wants the lambda
+    measures: dict = field(default_factory=dict)        # (kind, module) -> tensor without graph, kept as GPT.measures
+    shared: dict = field(default_factory=dict)          # what several layers need, see share
+    seen: torch.Tensor | None = None                    # in a static step, see decoding.py: (1, block_size), True so far
+
+    @property
+    def block_size(self):
+        return self.config.block_size
+
+    def share(self, key, make):
+        """What make() gave to the first layer that asked for key in this call; a key holds no tensor."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def rotate(self, x, positions=None):
+        """RoPE of x (..., T, size) at this call's positions, or at others; x itself without rope."""
+        if not self.config.rope:
+            return x
+        return self.turn(x, positions)
+
+    def turn(self, x, positions=None):
+        """RoPE whether or not config.rope is set, for classes that need it (MLA)."""
+        size, base, kind = x.size(-1), self.config.rope_base, x.dtype
+        if positions is not None:
+            return rotate(x, rotation(positions, size, base, kind))
+        return rotate(x, self.share(('rope', size, kind), lambda: rotation(self.positions, size, base, kind)))
+
+
+def again(block, x, ctx):
+    """block(x, ctx), its activations made again in the backward pass; what it leaves in ctx comes out as results.
+
+    A compiled checkpoint may write into nothing that was there before it, so the block has a Context of its own.
+    """
+    def run(x, first_value):
+        own = replace(ctx, first_value=first_value, losses=Losses(), measures={}, shared=dict(ctx.shared))
+        return block(x, own), own.first_value, tuple(own.losses), own.measures
+    x, ctx.first_value, losses, measures = checkpoint(run, x, ctx.first_value, use_reentrant=False)
+    for loss in losses:
+        ctx.losses.append(loss)
+    ctx.measures.update(measures)
+    return x

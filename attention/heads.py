@@ -1,0 +1,175 @@
+"""What attention classes share: norms of queries and keys, value residual, RoPE, the cache, SDPA.
+
+Shapes: B batch, T tokens of this call, S tokens so far, C = n_embd, H heads, D head size.
+"""
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from layers.basic import Learned, rms, unit
+
+
+def split_heads(x, heads):
+    """(B, T, H D) -> (B, H, T, D)"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x):
+    """(B, H, T, D) -> (B, T, H D)"""
+    return x.transpose(1, 2).flatten(2)
+
+
+class QueryKeyNorm(nn.Module):
+    """Norms and scales q and k before RoPE; `scale` multiplies q . k.
+
+    qk_norm='standard' or 'split': RMS norm over the head size D, no gain, scale 1/sqrt(D) (so |logit| <= sqrt(D)).
+    ngpt='full': L2 norm, a learned s_qk (H, D) shared by q and k, scale sqrt(D); 'simple': no norm, one s_qk a head,
+    scale C/sqrt(D), so that logits start with std 1 (C = n_embd). Source: Loshchilov et al. 2024 (nGPT).
+    """
+
+    def __init__(self, config, heads, head_dim):
+        super().__init__()
+        self.kind = config.ngpt if config.ngpt != 'none' else config.qk_norm
+        self.scale, width = head_dim ** -0.5, config.n_embd
+        if config.ngpt != 'none':
+            shape = (heads, 1, head_dim) if config.ngpt == 'full' else (heads, 1, 1)
+            self.s_qk = Learned(shape, 1.0, width ** -0.5)
+            self.scale = head_dim ** 0.5 if config.ngpt == 'full' else width * head_dim ** -0.5
+
+    def forward(self, q, k):
+        """q (B, H, T, D), k (B, H_kv, T, D) -> the same shapes."""
+        if self.kind in ('standard', 'split'):
+            return rms(q), rms(k)
+        if self.kind == 'full':
+            q, k = unit(q), unit(k)
+        if self.kind in ('full', 'simple'):
+            s = self.s_qk().to(q.dtype)
+            q, k = q * s, k * s
+        return q, k
+
+
+class ValueMix(nn.Module):
+    """Value residual: v <- (1 - lam) v + lam v_0 with block 0's raw values, one learned lam a block, 0.5 at first.
+
+    Block 0 keeps its v in ctx.first_value and has no lam. Source: Zhou et al. 2024, arXiv 2410.17897.
+    """
+    tags = {'lam': 'vector'}
+
+    def __init__(self, config, site):
+        super().__init__()
+        self.used, self.first = config.value_residual, site.startswith('h.0.')
+        if self.used and not self.first:
+            self.lam = nn.Parameter(torch.full((1,), 0.5))           # FSDP2 shards no scalars
+
+    def forward(self, v, ctx):
+        """v (B, T, features of all value heads) of the tokens of this call."""
+        if not self.used:
+            return v
+        if self.first:
+            ctx.first_value = v
+            return v
+        return torch.lerp(v, ctx.first_value.to(v.dtype), self.lam.to(v.dtype))
+
+
+def rotation(positions, size, base, dtype):
+    """cos, sin (T, size/2) of the angles position * base^(-2i/size), in fp32 at least."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    frequencies = base ** (-torch.arange(0, size, 2, device=positions.device, dtype=dtype) / size)
+    angles = positions.to(dtype)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, table):
+    """RoPE (Su et al. 2021): turn each adjacent pair (2i, 2i+1) of the last axis by its angle. x (..., T, size)."""
+    cos, sin = table
+    even, odd = x.unflatten(-1, (-1, 2)).to(cos.dtype).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+def extend_cache(ctx, **new):
+    """Append tensors (B, H, T, ...) to this layer's cache, if there is one; return all so far, in the order given.
+
+    Buffers of block_size positions are made at the first call, so that a token costs no copy of the past. In a static step
+    (see decoding.py) the whole buffers are returned, of which ctx.seen says what is filled.
+    """
+    if ctx.cache is None:
+        return tuple(new.values())
+    if ctx.seen is not None:
+        return tuple(write(ctx.cache[name], ctx.positions, value) for name, value in new.items())
+    start = ctx.cache.setdefault('length', 0)
+    end = ctx.cache['length'] = start + next(iter(new.values())).size(2)
+    for name, value in new.items():
+        if name not in ctx.cache:
+            ctx.cache[name] = value.new_empty(*value.shape[:2], ctx.block_size, *value.shape[3:])
+        ctx.cache[name][:, :, start:end] = value
+    return tuple(ctx.cache[name][:, :, :end] for name in new)
+
+
+def write(buffer, places, value, dim=2):
+    """value in place of what the buffer holds at these places (n,) of an axis, in its type; returns the buffer."""
+    return buffer.index_copy_(dim, places, value.to(buffer.dtype))
+
+
+def keep(ctx, **new):
+    """Put tensors that do not grow into this layer's cache, over those of the last call; in place in a static step."""
+    for name, value in new.items():
+        if ctx.seen is None:
+            ctx.cache[name] = value
+        else:
+            ctx.cache[name].copy_(value)
+
+
+def padded(cache, size, names, dim=2, value=0, filled=None):
+    """{name: tensor} of what a cache has of `names`, with `size` entries along an axis, the first `filled` of them kept.
+
+    What was never written becomes `value`: a buffer may hold NaN there, which no mask would stop.
+    """
+    found = {}
+    for name in names:
+        if name in cache:
+            t = cache[name].narrow(dim, 0, cache[name].size(dim) if filled is None else filled)
+            found[name] = F.pad(t, (*(0, 0) * (t.ndim - 1 - dim), 0, size - t.size(dim)), value=value)
+    return found
+
+
+def mask_of(ctx, queries, keys):
+    """causal_mask of this call's positions, or (1, block_size) in a static step."""
+    return causal_mask(queries, keys, ctx.positions.device) if ctx.seen is None else ctx.seen
+
+
+def causal_mask(queries, keys, device):
+    """(queries, keys), True where one of the last `queries` of `keys` positions may look."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def attend_openly(q, k, v, scale):
+    """The same with scores (B H, T, T) in the open, for training in bf16 on a CPU, where SDPA's backward pass is slow.
+
+    Forward and backward at (B, H, T, D) = (6, 2, 128, 64), one thread: 1.7 ms, SDPA 6.5; (4, 6, 256, 64): 9.6 and 24 ms.
+    """
+    batch, heads = q.shape[:2]
+    k, v = (t.repeat_interleave(heads // t.size(1), 1).flatten(0, 1) for t in (k, v))
+    mask = q.new_zeros(()).masked_fill(~causal_mask(q.size(2), k.size(1), q.device), -torch.inf)       # (T, T)
+    scores = torch.baddbmm(mask, q.flatten(0, 1), k.mT, alpha=scale)                                    # (B H, T, T)
+    return torch.bmm(scores.softmax(-1).to(v.dtype), v).unflatten(0, (batch, heads))
+
+
+def attend(q, k, v, scale, dropout=0.0, softcap=0.0, seen=None):
+    """Causal softmax(scale q k^T) v of the last T positions of S, by SDPA; of one position with a mask `seen` (1, S).
+
+    q (B, H, T, D), k (B, H_kv, S, D), v (B, H_kv, S, D_v) -> (B, H, T, D_v). softcap > 0 bounds the scores by
+    softcap tanh(score / softcap), computed in the open. SDPA's own is_causal aligns at the wrong corner for S > T.
+    """
+    queries, keys = q.size(2), k.size(2)
+    if softcap:
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+        scores = softcap * torch.tanh(scale * (q @ k.mT) / softcap)
+        mask = causal_mask(queries, keys, q.device) if seen is None else seen
+        scores = scores.masked_fill(~mask, -torch.inf)
+        return F.dropout(scores.softmax(-1), dropout) @ v
+    if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.requires_grad and not dropout and queries == keys:
+        return attend_openly(q, k, v, scale)
+    mask = {'attn_mask': seen} if seen is not None else {'is_causal': True} if queries == keys else {} if queries == 1 else {
+        'attn_mask': causal_mask(queries, keys, q.device)}
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, enable_gqa=q.size(1) != k.size(1),
+                                          **mask)

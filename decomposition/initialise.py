@@ -1,0 +1,117 @@
+"""Fill a model from another one, site by site: dense weights are decomposed, structured ones realised or copied."""
+import contextlib
+import sys
+
+import torch
+from tqdm import tqdm
+
+from decomposition.sites import Decomposition, Work, fillable, structure, tensors_of
+from model import GPT
+from variants import UserError
+
+
+@torch.no_grad()
+def initialise(model, source_config, source_state, method='van_loan', progress=None, how=None):
+    """Give `model` the weights of a source with the same n_layer, n_head, n_embd and bias; return what it cost.
+
+    A site with the source's own structure is copied bit by bit; any other is decomposed from the source's dense
+    weight by its class's from_dense, as `how`, a Decomposition, says (None: Decomposition(method)). A shorter block_size
+    takes the first positions. A larger vocab_size takes the mean of the source's rows in its new ones: their logit is the
+    mean logit, so that by Jensen they get at most (new rows) / (old rows) of the probability, whereas rows near zero
+    would win over GPT-2's logits near -100.
+    progress: called with one line a decomposed site. Memory: the model, the source, one site, and calibration's.
+    Returns one dict a site: site, spec, error = ||W - What|| / ||W||, norm = ||What|| / ||W||, parameters; with
+    calibration output_error, the rms of the outputs' error over that of the outputs without bias; with validation loss,
+    that of the source with this site alone replaced, and dense_loss.
+    Raises UserError in one line for sizes, sites or tensors that do not fit, an unknown method, or too little text.
+    """
+    how = how or Decomposition(method)
+    check_sizes(model.config, source_config)
+    with torch.device('meta'):
+        sources = fillable(GPT(source_config))
+    sites = fillable(model)
+    if sources.keys() != sites.keys():
+        raise UserError(f'the linears are not those of the source: {min(sources.keys() ^ sites.keys())} is in '
+                        'one only; take its attention and mlp', 'init_from')
+    rows, work = {}, Work(model, source_config, source_state, how)
+    for site, module in sites.items():
+        if structure(module) == structure(sources[site]):
+            with one_line(site):
+                module.load_state_dict(tensors_of(source_state, site))
+            rows[site] = {'error': 0.0, 'norm': 1.0}
+        elif hasattr(sources[site], 'experts'):
+            raise UserError(f'{site} is a mixture in the source ({sources[site].spec}) and not the same here; take its mlp',
+                            'mlp')
+    todo = [site for site in sites if site not in rows]
+    bar = tqdm(work.walk(todo), total=len(todo), unit='site', leave=False, disable=not sys.stderr.isatty())
+    for site, stats in bar:
+        with one_line(site):
+            rows[site] = work.fill(site, sources.pop(site), stats)
+        if progress and rows[site]['error']:
+            progress(describe(site, sites[site].spec, rows[site]))
+    fill_rest(model, source_config, source_state)
+    return [{'site': site, 'spec': module.spec, **rows[site], 'parameters': sum(p.numel() for p in module.parameters())}
+            for site, module in sites.items()]
+
+
+def describe(site, spec, row):
+    """One line of a report's row."""
+    words = f'{site}: {spec}, relative error {row["error"]:.4f}, norm kept {row["norm"]:.4f}'
+    if 'output_error' in row:
+        words += f', output error {row["output_error"]:.4f}'
+    if 'loss' in row:
+        words += f', loss with it alone {row["loss"]:.4f} (dense {row["dense_loss"]:.4f})'
+    return words
+
+
+@contextlib.contextmanager
+def one_line(site):
+    """A fault of a site as one sentence; full memory is let through."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as fault:
+        if isinstance(fault, torch.OutOfMemoryError) or 'allocate memory' in str(fault):
+            raise
+        raise UserError(f'{site}: {fault}'.replace('\n', ' ')) from None
+
+
+def check_sizes(config, source):
+    """Refuse what cannot be filled: other sizes, more positions, fewer tokens, a tied head from an untied one."""
+    for name in ('n_layer', 'n_head', 'n_embd', 'bias'):
+        ours, theirs = getattr(config, name), getattr(source, name)
+        if ours != theirs:
+            raise UserError(f'{name} is {theirs} in the source and {ours} here; they must be equal', name)
+    if config.block_size > source.block_size:
+        raise UserError(f'block_size can be at most {source.block_size}, that of the source, got {config.block_size}',
+                        'block_size')
+    if config.vocab_size < source.vocab_size:
+        raise UserError(f'vocab_size must be at least {source.vocab_size}, that of the source, got {config.vocab_size}',
+                        'vocab_size')
+    if config.tie_weights and not source.tie_weights:
+        raise UserError('the source has a head of its own; set tie_weights=False', 'tie_weights')
+
+
+def fill_rest(model, source_config, source_state):
+    """Everything that is no site, by name: embeddings, norms, the head."""
+    sites = tuple(f'transformer.{site}.' for site in fillable(model))
+    if source_config.tie_weights:
+        source_state = {'lm_head.weight': source_state['transformer.wte.weight'], **source_state}
+    rest = {name: t for name, t in model.state_dict().items() if not name.startswith(sites)}
+    buffers = {name for name, _ in model.named_buffers()}       # a window, say: the model's own where the source has none
+    rest = {name: t for name, t in rest.items() if name in source_state or name not in buffers}
+    for name in [name for name in rest if name.endswith('.router.weight') and name not in source_state]:
+        rest.pop(name).zero_()                          # equal gates: experts.ExpertLinear.from_dense counts on it
+    odd = rest.keys() ^ {name for name in source_state if not name.startswith(sites)}
+    if odd:
+        raise UserError(f'{min(odd)} is in the source or the model only', 'init_from')
+    for name, target in rest.items():
+        source = source_state[name].to(target)                      # its device and dtype
+        if name == 'transformer.wpe.weight':
+            source = source[:target.shape[0]]
+        elif name in ('transformer.wte.weight', 'lm_head.weight') and target.shape[0] > source.shape[0]:
+            target[source.shape[0]:] = source.mean(0)
+            target = target[:source.shape[0]]
+        if source.shape != target.shape:
+            raise UserError(f'{name} is {tuple(source.shape)} in the source and {tuple(target.shape)} here',
+                            'init_from')
+        target.copy_(source)

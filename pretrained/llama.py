@@ -1,0 +1,187 @@
+"""Llama's names and settings <-> ours, for Hugging Face's files and for GGUF: RMSNorm, RoPE, SwiGLU, grouped queries.
+
+    ours                      Hugging Face                                      GGUF
+    h.3.attn.c_q (c_k, c_v)   model.layers.3.self_attn.q_proj (k_proj, v_proj)  blk.3.attn_q (attn_k, attn_v)
+    h.3.mlp.c_gate, c_fc      model.layers.3.mlp.gate_proj, up_proj             blk.3.ffn_gate, ffn_up
+
+RoPE turns pairs of rows of a head. Hugging Face pairs row j with row j + D/2 (D the head size), GGUF and we pair 2j with
+2j + 1: `pairs` reorders the rows of queries and keys, bit by bit, and `halves` takes it back.
+"""
+import re
+
+import torch
+
+import configurator
+from configurator import GPTConfig
+from model import CausalSelfAttention, SwiGLU
+from pretrained.gpt2 import NEUTRAL
+from variants import UserError
+
+SIZES = {'vocab_size': 'vocab_size', 'n_layer': 'num_hidden_layers', 'n_head': 'num_attention_heads',
+         'n_embd': 'hidden_size'}
+# Hugging Face's defaults, for keys that old files leave out
+DEFAULTS = {'block_size': ('max_position_embeddings', 2048), 'norm_eps': ('rms_norm_eps', 1e-6),
+            'tie_weights': ('tie_word_embeddings', False), 'bias': ('attention_bias', False)}
+# what changes the function, and all that our block computes
+AS_PUBLISHED = {'hidden_act': 'silu', 'quantization_config': None, 'rope_scaling': None, 'sliding_window': None,
+                'partial_rotary_factor': 1.0, 'layer_types': None}
+PARTS = {'ln_1': ('input_layernorm', 'attn_norm'), 'ln_2': ('post_attention_layernorm', 'ffn_norm'),
+         'attn.c_q': ('self_attn.q_proj', 'attn_q'), 'attn.c_k': ('self_attn.k_proj', 'attn_k'),
+         'attn.c_v': ('self_attn.v_proj', 'attn_v'), 'attn.c_proj': ('self_attn.o_proj', 'attn_output'),
+         'mlp.c_gate': ('mlp.gate_proj', 'ffn_gate'), 'mlp.c_fc': ('mlp.up_proj', 'ffn_up'),
+         'mlp.c_proj': ('mlp.down_proj', 'ffn_down')}
+ENDS = {'transformer.wte': ('model.embed_tokens', 'token_embd'), 'transformer.ln_f': ('model.norm', 'output_norm'),
+        'lm_head': ('lm_head', 'output')}
+HUB, GGUF = 0, 1                                        # columns of PARTS and ENDS
+BLOCKS = (re.compile(r'model\.layers\.(\d+)\.(.+)'), re.compile(r'blk\.(\d+)\.(.+)'))
+FREE = (*SIZES, *DEFAULTS, *NEUTRAL, 'n_kv_head', 'rope_base', 'linear', 'attention', 'mlp', 'norm', 'rope')
+
+
+def settings(raw, where):
+    """GPTConfig's fields as a dict, not yet checked, from Hugging Face's config.json.
+
+    Raises UserError for what our Llama block would not compute exactly.
+    """
+    lacking = [name for name in (*SIZES.values(), 'intermediate_size') if name not in raw]
+    if lacking:
+        raise UserError(f'{where}: config.json lacks {lacking[0]}', 'init_from')
+    rope = rope_settings(raw, where)
+    for name, only in AS_PUBLISHED.items():
+        if name != 'rope_scaling' and raw.get(name, only) != only:
+            raise UserError(f'{where}: {name} is {repr(raw[name])[:60]}, and only {only!r} is read', 'init_from')
+    heads, width, size = raw['num_attention_heads'], raw['hidden_size'], raw.get('head_dim')
+    if size is not None and not (type(heads) is type(size) is int and size * heads == width):
+        raise UserError(f'{where}: head_dim is {size!r}, and only hidden_size / num_attention_heads is read', 'init_from')
+    if raw.get('attention_bias', False) != raw.get('mlp_bias', False):
+        raise UserError(f'{where}: attention_bias is {raw.get("attention_bias", False)} and mlp_bias '
+                        f'{raw.get("mlp_bias", False)}; here a model has biases in all its linears or in none', 'init_from')
+    kv_heads = raw.get('num_key_value_heads')
+    return {**{ours: raw[theirs] for ours, theirs in SIZES.items()},
+            **{ours: raw.get(*pair) for ours, pair in DEFAULTS.items()},
+            'n_kv_head': None if kv_heads == heads else kv_heads, 'norm': 'rmsnorm', 'rope': True, 'rope_base': rope,
+            'mlp': f'swiglu({raw["intermediate_size"]!r})'}
+
+
+def rope_settings(raw, where):
+    """RoPE's base, of old files and new; raises UserError for one that is scaled."""
+    rope = raw.get('rope_parameters') or {'rope_theta': raw.get('rope_theta', 10000.0), **(raw.get('rope_scaling') or {})}
+    if not isinstance(rope, dict):
+        raise UserError(f'{where}: rope_parameters is {str(rope)[:40]!r}, and an object is wanted', 'init_from')
+    kind = rope.get('rope_type', rope.get('type', 'default'))
+    if kind != 'default' or rope.get('partial_rotary_factor', 1.0) != 1.0:
+        raise UserError(f'{where}: its rotary positions are scaled or partial ({kind!r}), and only plain ones are read',
+                        'init_from')
+    return rope.get('rope_theta', raw.get('rope_theta', 10000.0))
+
+
+# ----------------------------------------------------------------------------------------------------
+# theirs -> ours
+
+def from_hub(tensors, config, where):
+    """A state dict in our names of Hugging Face's tensors, which are taken out of `tensors`; only q and k are copied."""
+    return renamed(((name, tensors.pop(name)) for name in list(tensors) if not name.endswith('rotary_emb.inv_freq')),
+                   config, HUB)
+
+
+def from_gguf(pairs, config, where):
+    """A state dict in our names of (name, array) pairs, one array at a time."""
+    return renamed(((name, torch.from_numpy(array)) for name, array in refused_rope(pairs, where)), config, GGUF)
+
+
+def refused_rope(pairs, where):
+    for name, array in pairs:
+        if name.startswith('rope_freqs'):
+            raise UserError(f'{where}: {name}: its rotary positions are scaled, and only plain ones are read', 'init_from')
+        yield name, array
+
+
+def renamed(pairs, config, column):
+    """{our name: tensor}; a name that nobody knows stays, so that check_state refuses it."""
+    ours = {}
+    for name, tensor in pairs:
+        owner, _, kind = name.rpartition('.')
+        known = our_name(owner, column)
+        if column == HUB and known and known.endswith(('.c_q', '.c_k')):
+            tensor = pairs_of(tensor, config.n_head if known.endswith('q') else config.n_kv_head or config.n_head)
+        ours[f'{known}.{kind}' if known else name] = tensor
+    return ours
+
+
+def our_name(owner, column):
+    """transformer.h.3.attn.c_q for model.layers.3.self_attn.q_proj; None for a module that a Llama does not have."""
+    block = BLOCKS[column].fullmatch(owner)
+    table, name = (PARTS, block[2]) if block else (ENDS, owner)
+    found = next((ours for ours, theirs in table.items() if theirs[column] == name), None)
+    return f'transformer.h.{block[1]}.{found}' if block and found else found
+
+
+def pairs_of(tensor, heads):
+    """Rows (H D, ...) reordered in each head: j and j + D/2 become 2j and 2j + 1. Shapes that do not fit are left."""
+    if tensor.dim() == 0 or tensor.shape[0] % (2 * heads):
+        return tensor
+    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def halves_of(tensor, heads):
+    """The inverse of pairs_of."""
+    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+# ----------------------------------------------------------------------------------------------------
+# ours -> theirs
+
+def difference(model):
+    """What makes the model no Llama, as a few words, or None. Structured linears are no difference: they have a W."""
+    config, wanted = model.config, {'norm': 'rmsnorm', 'rope': True}
+    for name in configurator.settings(GPTConfig):
+        if name in wanted and getattr(config, name) != wanted[name]:
+            return f'{name}={getattr(config, name)!r}'
+        if name not in FREE and getattr(config, name) != getattr(GPTConfig(), name):
+            return f'{name}={getattr(config, name)!r}'
+    for block in model.transformer.h:
+        if type(block.attn) is not CausalSelfAttention or block.attn.gate is not None or block.attn.softcap:
+            return f'attention={config.attention!r}'
+        if type(block.mlp) is not SwiGLU or block.mlp.c_fc.out_features != model.transformer.h[0].mlp.c_fc.out_features:
+            return f'mlp={config.mlp!r}'
+    return None
+
+
+@torch.no_grad()
+def from_ours(model, vocab_size=None):
+    """(config.json, state dict) of Hugging Face's LlamaForCausalLM with the same function.
+
+    vocab_size: rows of the vocabulary to keep, without padding; None keeps all. Structured linears become their
+    dense_weight(). Raises ValueError for a model with a `difference`.
+    """
+    if difference(model):
+        raise ValueError(f'{difference(model)} is not Llama')
+    config, rows, state = model.config, vocab_size or model.config.vocab_size, {}
+    state['model.embed_tokens.weight'] = model.transformer.wte.weight[:rows]
+    state['model.norm.weight'] = model.transformer.ln_f.weight
+    if not config.tie_weights:
+        state['lm_head.weight'] = model.lm_head.weight[:rows]
+    for i, block in enumerate(model.transformer.h):
+        for ours, (theirs, _) in PARTS.items():
+            module, name = block.get_submodule(ours), f'model.layers.{i}.{theirs}'
+            found = {'weight': module.dense_weight() if hasattr(module, 'dense_weight') else module.weight}
+            if getattr(module, 'bias', None) is not None:
+                found['bias'] = module.bias
+            for kind, tensor in found.items():
+                heads = {'attn.c_q': config.n_head, 'attn.c_k': config.n_kv_head or config.n_head}.get(ours)
+                state[f'{name}.{kind}'] = halves_of(tensor, heads) if heads else tensor
+    return config_json(model, rows), {name: t.detach().contiguous().cpu() for name, t in state.items()}
+
+
+def config_json(model, vocab_size):
+    """Hugging Face's config.json of a model of ours that is a Llama; its eos is set by who knows the tokenizer."""
+    config = model.config
+    return {
+        'architectures': ['LlamaForCausalLM'], 'model_type': 'llama',
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()}, 'vocab_size': vocab_size,
+        **{theirs: getattr(config, ours) for ours, (theirs, _) in DEFAULTS.items()}, 'mlp_bias': config.bias,
+        'num_key_value_heads': config.n_kv_head or config.n_head, 'head_dim': config.n_embd // config.n_head,
+        'intermediate_size': model.transformer.h[0].mlp.c_fc.out_features, 'hidden_act': 'silu',
+        'rope_theta': config.rope_base, 'rope_parameters': {'rope_type': 'default', 'rope_theta': config.rope_base},
+        'attention_dropout': config.dropout, 'initializer_range': 0.02, 'bos_token_id': None, 'eos_token_id': None,
+        'dtype': str(next(model.parameters()).dtype).removeprefix('torch.'),
+    }

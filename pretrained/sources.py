@@ -1,0 +1,248 @@
+"""Models from elsewhere: GPT-2 and Llama from the hub, a folder or a GGUF, nanoGPT's ckpt.pt, our checkpoints and exports.
+
+A *source* is (GPTConfig, state dict in our names, info), checked name by name and shape by shape before anything is
+built of it. Nothing that a file holds is run: safetensors, JSON, and torch.save's format as torchfile.py reads it.
+"""
+import json
+import os
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+import configurator
+from checkpoints import torchfile
+from configurator import GPTConfig
+from data import hub_tokenizer
+from decomposition.initialise import initialise
+from model import GPT
+from pretrained import gguf_file, gpt2, llama
+from variants import UserError, did_you_mean
+
+__all__ = ['build', 'initialise', 'pretrained_gpt', 'read_folder', 'read_source', 'source_config', 'to_hf_gpt2']
+
+to_hf_gpt2 = gpt2.from_ours
+LAYOUTS = {'gpt2': gpt2, 'llama': llama}    # Hugging Face's model_type -> settings, from_hub, difference, from_ours
+
+
+def pretrained_gpt(name_or_folder, override_args):
+    """The GPT of read_source with GPTConfig fields changed: dropout, block_size (crops), linear (decomposes) ...
+
+    GPT-2's vocabulary stays 50257, and dropout is 0 unless overridden. Raises UserError as read_source and
+    initialise do.
+    """
+    config, state, _ = read_source(name_or_folder)
+    return build(checked_config({**configurator.as_dict(config), **override_args}, 'override_args'), config, state)
+
+
+def build(config, source_config, source_state):
+    """GPT(config) on the CPU, initialised from a source; no time goes into random numbers that would be replaced."""
+    with torch.device('meta'):
+        model = GPT(config)
+    if any(True for _ in model.buffers()):              # tables that a layer computes when it is built
+        model = GPT(config)
+    else:
+        model.to_empty(device='cpu')
+    if config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
+    initialise(model, source_config, source_state)
+    return model
+
+
+def source_config(init_from, which='last'):
+    """The GPTConfig of read_source; GPT-2's published sizes are known without a download."""
+    if init_from in gpt2.PUBLISHED and not os.path.isdir(init_from):
+        return gpt2.published(init_from)
+    return read_source(init_from, which)[0]
+
+
+def read_source(init_from, which='last'):
+    """A folder, a .gguf, or a model's name on the Hugging Face hub -> (GPTConfig, state dict in our names, info).
+
+    See read_folder. Raises UserError in one line when there is no such place and no such download.
+    """
+    if os.path.exists(init_from):
+        return read_folder(init_from, which)
+    return read_folder(download(init_from), which)
+
+
+def download(name):
+    """The local folder of a hub model's config.json and safetensors; from the cache where it is there already."""
+    import huggingface_hub
+    if not name or name.startswith(('.', '/', '~')) or name.count('/') > 1:
+        raise UserError(f'there is no folder {name!r}', 'init_from')
+    files = ['config.json', 'tokenizer.json', 'model.safetensors', 'model.safetensors.index.json',
+             'model-*-of-*.safetensors']
+    try:
+        return huggingface_hub.snapshot_download(name, allow_patterns=files)
+    except Exception as error:                          # the hub's, or those of the HTTP library that it stands on
+        reason = str(error).strip().split('\n')[0][:120]
+        raise UserError(f'{name!r} is no folder here and cannot be downloaded ({type(error).__name__}: {reason}); '
+                        'pass a local folder', 'init_from') from None
+
+
+def read_folder(folder, which='last'):
+    """Our checkpoints, nanoGPT's ckpt.pt, Hugging Face's GPT-2 or Llama, a .gguf or our export -> (GPTConfig, state, info).
+
+    which: 'last' or 'best' of our checkpoints. info: kind ('nanokron', 'nanogpt', 'gguf' or a name in LAYOUTS), step and
+    data (the tokenizer's meta) or None. The state dict is dense unless it is ours. Raises UserError in one line for a
+    folder that holds none of these, or a model that GPT(config) would not compute exactly.
+    """
+    if str(folder).endswith('.gguf') and os.path.isfile(folder):
+        config, state, info = read_gguf(folder)
+        check_state(config, state, folder)
+        return config, state, info
+    if not os.path.isdir(folder):
+        raise UserError(f'there is no folder {folder!r}', 'init_from')
+    names = os.listdir(folder)
+    if any(name.startswith('ckpt_') for name in names):
+        config, state, info = read_ours(folder, which)
+    elif 'ckpt.pt' in names:
+        config, state, info = read_nanogpt(os.path.join(folder, 'ckpt.pt'))
+    elif 'config.json' in names and any(name.startswith('model.safetensors') for name in names):
+        config, state, info = read_safetensors(folder, names)
+    elif 'pytorch_model.bin' in names:
+        raise UserError(f'{folder} holds a pickle only (pytorch_model.bin), which could run code; convert it by '
+                        "transformers' GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
+                        'init_from')
+    else:
+        raise UserError(f"{folder} holds no checkpoint: neither our ckpt_*.pt, nor nanoGPT's ckpt.pt, nor config.json "
+                        'with model.safetensors (a GGUF is named as a file, FOLDER/NAME.gguf)', 'init_from')
+    check_state(config, state, folder)
+    return config, state, info
+
+
+def read_ours(folder, which):
+    from checkpoints import checkpoint
+    saved = checkpoint.load(folder, which)
+    settings, state = parts(saved, 'config', folder)
+    settings = {**settings, **(saved.get('built') or {}).get('model', {})}          # as far as it had grown
+    config = checked_config(configurator.as_dict(configurator.model_config(settings)), folder)
+    if saved.get('average'):                            # of a run with ema_decay: what it evaluated
+        state.update(parts({**saved, 'model': saved['average']}, 'config', folder)[1])
+        if config.tie_weights:
+            state['lm_head.weight'] = state['transformer.wte.weight']
+    return config, state, {'kind': 'nanokron', 'step': saved.get('step'), 'data': saved.get('data')}
+
+
+def read_nanogpt(path):
+    """nanoGPT's ckpt.pt: exact GELU; tied unless the two tensors differ."""
+    try:
+        saved = torchfile.load(path)
+    except (torchfile.Refused, OSError) as error:
+        raise UserError(f'{path} {error}', 'init_from') from None
+    settings, tensors = parts(saved, 'model_args', path)
+    state = gpt2.to_ours(tensors, False, path)
+    wte, head = state.get('transformer.wte.weight'), state.get('lm_head.weight')
+    tied = wte is None or head is None or torch.equal(wte, head)
+    config = checked_config({'bias': True, **settings, 'tie_weights': tied}, path)
+    return config, state, {'kind': 'nanogpt', 'step': saved.get('iter_num'), 'data': None}
+
+
+def parts(saved, key, where):
+    """(settings, tensors) of a checkpoint: the dicts under `key` and 'model'."""
+    settings, tensors = saved.get(key), saved.get('model')
+    if not isinstance(settings, dict) or not isinstance(tensors, dict):
+        raise UserError(f'{where} is no checkpoint of a model: it lacks {key} or model', 'init_from')
+    if not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in tensors.items()):
+        raise UserError(f'{where}: model holds something other than named tensors', 'init_from')
+    return settings, dict(tensors)
+
+
+def read_safetensors(folder, names):
+    """config.json and safetensors: Hugging Face's layouts, or our own as export.py writes it."""
+    raw = read_json(os.path.join(folder, 'config.json'))
+    kind = str(raw.get('model_type', 'gpt2'))
+    if kind == 'nanokron':
+        if not isinstance(raw.get('config'), dict):
+            raise UserError(f"{folder}: config.json lacks the model's config", 'init_from')
+        info = {'kind': kind, 'step': raw.get('step'), 'data': raw.get('data')}
+        return checked_config(raw['config'], folder), read_tensors(folder, names), info
+    if kind not in LAYOUTS:
+        raise UserError(f'{folder}: model_type is {kind[:60]!r}, and only {" and ".join(LAYOUTS)} are read', 'init_from')
+    config = checked_config(LAYOUTS[kind].settings(raw, folder), folder)
+    data = None
+    if 'tokenizer.json' in names and (kind, config.vocab_size) != ('gpt2', gpt2.VOCABULARY):    # GPT-2's own: tokenizer.py's
+        data = hub_tokenizer.read(folder)
+    state = LAYOUTS[kind].from_hub(read_tensors(folder, names), config, folder)
+    return config, state, {'kind': kind, 'step': None, 'data': data}
+
+
+def read_gguf(path):
+    """A GGUF file of the architecture llama, in float32, with its tokenizer where that is byte pairs."""
+    reader = gguf_file.open_file(path)
+    config = checked_config(llama.settings(gguf_file.settings(reader, path), path), path)
+    text = gguf_file.tokenizer(reader, path)
+    data = text and hub_tokenizer.describe(text, os.path.basename(path))
+    state = llama.from_gguf(gguf_file.tensors(reader, path), config, path)
+    return config, state, {'kind': 'gguf', 'step': None, 'data': data}
+
+
+def read_json(path):
+    try:
+        with open(path, encoding='utf-8') as file:
+            value = json.load(file)
+        if not isinstance(value, dict):
+            raise ValueError('it is no object')
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{path}: not readable as JSON: {error}', 'init_from') from None
+    return value
+
+
+def read_tensors(folder, names):
+    """The tensors of model.safetensors, or of all the files that model.safetensors.index.json lists."""
+    files = ['model.safetensors']
+    if files[0] not in names:
+        index = read_json(os.path.join(folder, 'model.safetensors.index.json')).get('weight_map')
+        files = sorted({str(name) for name in index.values()}) if isinstance(index, dict) else files
+    tensors = {}
+    for name in files:
+        if name not in names:                           # a path that leads out of the folder is none of its names
+            raise UserError(f'{folder} lacks {name!r}, which its index lists', 'init_from')
+        try:
+            tensors.update(load_file(os.path.join(folder, name)))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f'{os.path.join(folder, name)} is damaged: {error}', 'init_from') from None
+    return tensors
+
+
+def checked_config(values, where):
+    """GPTConfig(**values) under the checks that the command line gets; raises UserError that names `where`."""
+    known = configurator.settings(GPTConfig)
+    try:
+        for name in values:
+            if name not in known:
+                raise UserError(f'there is no setting {name!r}{did_you_mean(name, known)}')
+        config = GPTConfig(**{name: configurator.coerce(known[name], value) for name, value in values.items()})
+        for _, sentence in configurator.check(config):
+            raise UserError(sentence)
+    except UserError as error:
+        raise UserError(f'{where}: {error}') from None
+    return config
+
+
+def check_state(config, state, where):
+    """Add a tied head that the file leaves out; refuse missing, unknown, misshapen and contradicting tensors."""
+    blocks = {name.split('.')[2] for name in state if name.startswith('transformer.h.')}
+    if len(blocks) != config.n_layer:                   # before that many blocks are built
+        raise UserError(f'{where}: n_layer is {config.n_layer}, and the file holds {len(blocks)} blocks', 'init_from')
+    for name, rows in (('wte', config.vocab_size), *([] if config.rope else [('wpe', config.block_size)])):
+        found = state.get(f'transformer.{name}.weight')
+        if found is None or found.shape != (rows, config.n_embd):
+            raise UserError(f'{where}: {name}.weight is {"missing" if found is None else tuple(found.shape)}, and its '
+                            f'config says {(rows, config.n_embd)}', 'init_from')
+    wte = state['transformer.wte.weight']
+    head = state.setdefault('lm_head.weight', wte) if config.tie_weights else wte
+    with torch.device('meta'):
+        expected = GPT(config).state_dict()
+    for verb, odd in (('lacks', expected.keys() - state.keys()), ('holds unknown', state.keys() - expected.keys())):
+        if odd:
+            more = f' and {len(odd) - 1} more' if len(odd) > 1 else ''
+            raise UserError(f'{where} {verb} {min(odd)}{more}', 'init_from')
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape or state[name].is_floating_point() != tensor.is_floating_point():
+            raise UserError(f'{where}: {name} is {tuple(state[name].shape)} in {state[name].dtype}, and its config '
+                            f'says {tuple(tensor.shape)}', 'init_from')
+    if head is not wte and not torch.equal(head, wte):
+        raise UserError(f'{where}: lm_head.weight differs from the embedding that it is tied to; set '
+                        '"tie_word_embeddings": false in config.json', 'init_from')

@@ -1,0 +1,170 @@
+"""This process among the ranks of a run: device, precision, agreement, and each rank's share of a batch."""
+import dataclasses
+import datetime
+import math
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from training import hardware, precision
+from variants import UserError
+
+
+@dataclasses.dataclass
+class Job:
+    """This process's place among the ranks, and its device and precision."""
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype                                  # of the computation: autocast's, or the weights' own
+    half_weights: bool = False
+    stop: dict = dataclasses.field(default_factory=dict)            # train.py's STOP: 'signal' is set when one came
+    control: object = None                              # gloo group for small agreements that must not wait for a GPU
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def autocast(self):
+        """The context of a forward pass: none where the weights themselves are in half precision."""
+        return hardware.autocast(self.device, torch.float32 if self.half_weights else self.dtype)
+
+    def agree(self, value, op=dist.ReduceOp.MAX):
+        """The same number, or list of numbers, on every rank: the largest (or the sum) of all."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, op, group=self.control)
+        return tensor.tolist()
+
+    def say(self, text):
+        if self.main:
+            print(text, flush=True)
+
+
+def start(config):
+    """This process's Job: rank, device and precision found, the process group joined under torchrun."""
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if rank == 0 and os.environ.get('NANOKRON_FIRST_NODE'):         # run.sh asks on which node this is
+        with open(os.environ['NANOKRON_FIRST_NODE'], 'w') as mark:
+            mark.write('rank 0\n')
+    precision.deterministic(config.deterministic)       # before CUDA and NCCL read the environment
+    device = hardware.device(config.device, int(os.environ.get('LOCAL_RANK', 0)))
+    half = config.weights != 'float32'
+    job = Job(rank, world_size, device, hardware.dtype(config.weights if half else config.dtype, device), half)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')      # TF32; after backends.cuda.matmul.fp32_precision the getters raise
+    if world_size > 1:
+        timeout = datetime.timedelta(seconds=config.dist_timeout)
+        backend = config.backend if device.type == 'cuda' else 'gloo'
+        warnings.filterwarnings('ignore', message='Grad strides do not match')      # of factors with one term: harmless
+        join(backend, rank, world_size, timeout)
+        job.control = dist.new_group(backend='gloo', timeout=timeout)
+    return job
+
+
+def join(backend, rank, world_size, timeout):
+    """Join the process group that torchrun describes in the environment.
+
+    torchrun's agent keeps its store through a restart (torch 2.13), and what dead ranks left there, their addresses among
+    it, lies under the keys that the new ranks use: one that reads before the other has written dials the dead. So after a
+    restart the keys begin with its number. Agents on several nodes count apart (only one that failed counts), so there
+    the store must not be shared: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which run.sh and docs/slurm.sh set.
+    """
+    count, here = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), os.environ.get('LOCAL_WORLD_SIZE')
+    where = {}
+    if count != '0' and here == str(world_size) and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        agent = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), world_size, False, timeout)
+        where = {'store': dist.PrefixStore(f'restart {count}', agent), 'rank': rank, 'world_size': world_size}
+    dist.init_process_group(backend, timeout=timeout, **where)
+
+
+def split_batch(config, world_size):
+    """(sequences a micro-step, micro-steps of the whole job) for this many ranks, tokens a step unchanged.
+
+    Accumulation counts the whole job, as in nanoGPT; where the ranks do not divide it, micro-steps get smaller instead.
+    """
+    accumulation, sequences = config.gradient_accumulation_steps, config.batch_size
+    if accumulation % world_size == 0:
+        return sequences, accumulation
+    total = accumulation * sequences
+    if total % world_size:
+        raise UserError(f'{total} sequences a step (batch_size * gradient_accumulation_steps) do not divide over '
+                        f'{world_size} ranks', 'gradient_accumulation_steps')
+    micro = next(n for n in range(math.ceil(total / sequences / world_size), total + 1)
+                 if total % (n * world_size) == 0) * world_size
+    return total // micro, micro
+
+
+def shard(model, config, job):
+    """With parallel='fsdp': every block's parameters, and the rest, split over the ranks on dim 0 (FSDP2); in place.
+
+    Under bf16 autocast a block's parameters are gathered in bf16, its vectors too; embeddings and head, which autocast
+    reads in fp32 or which are the same tensor, in fp32.
+
+    Raises UserError for weights in half precision, whose fp32 masters do not know shards (precision.widened).
+    """
+    if job.world_size > 1 and config.parallel == 'fsdp':
+        if job.half_weights:
+            raise UserError(f"weights={config.weights!r} does not go with parallel='fsdp'; take weights='float32' with "
+                            f"dtype={config.weights!r}, or parallel='ddp'", 'weights')
+        mesh = dist.device_mesh.init_device_mesh(job.device.type, (job.world_size,))
+        policy = MixedPrecisionPolicy()
+        if job.dtype == torch.bfloat16:                 # what autocast computes in; masters and sums of gradients are fp32
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for block in model.transformer.h:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def compiles(config, job):
+    """Whether this run goes through torch.compile: as set, else on a GPU."""
+    return config.compile if config.compile is not None else job.device.type == 'cuda'
+
+
+def wrap(model, config, job):
+    """(the model compiled or as it is, the same with gradients averaged over the ranks).
+
+    Buffers are not broadcast: every rank sets them to the same values. No static_graph: it saves the search for unused
+    parameters, which is off, and its first step takes no micro-steps without a sync.
+    """
+    fast = torch.compile(model) if compiles(config, job) else model
+    if job.world_size == 1 or isinstance(model, FSDPModule) or job.half_weights:        # see mean_gradients
+        return fast, fast
+    return fast, DistributedDataParallel(fast, device_ids=[job.device] if job.device.type == 'cuda' else None,
+                                         broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def sync_gradients(net, wanted):
+    """Whether the next backward pass sends gradients over the ranks: only a step's last micro-step need."""
+    inner = getattr(net, '_orig_mod', net)              # below torch.compile
+    if isinstance(inner, FSDPModule):
+        inner.set_requires_gradient_sync(wanted)
+    elif isinstance(net, DistributedDataParallel):
+        net.require_backward_grad_sync = wanted
+
+
+def mean_gradients(model, job):
+    """With half-precision weights: gradients, widened to fp32, averaged over the ranks in one call, without DDP.
+
+    precision.widened changes the type of every weight and back, at which autograd drops the node that DDP's hooks hang on:
+    from the second step on DDP would average nothing, and say nothing.
+    """
+    if job.world_size == 1 or not job.half_weights:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    row = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(row)
+    parts = (row / job.world_size).split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
+
+
+def whole(tensor):
+    """All of a tensor that may be sharded; every rank must ask."""
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor

@@ -1,0 +1,70 @@
+"""Which checkpoint a start goes on from: none, the one of --init_from=resume, or that of the run which torchrun restarts.
+
+With --max-restarts torchrun starts all ranks again, with the same arguments, when one of them died. They must go on from
+what their own launch has saved, and a first start must not take what lies in out_dir from before. So a launch leaves its
+name in out_dir/.launch when it has put an earlier run aside.
+"""
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from checkpoints import checkpoint
+from checkpoints.durable import DISK, write_whole
+from variants import UserError
+
+MARK = '.launch'
+
+
+def launch():
+    """The name of this torchrun launch, the same after its restarts; '' without torchrun.
+
+    Its --rdzv_id. On one node also the process number of torchrun, as the id is 'none' there unless one is given.
+    """
+    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        return ''
+    alone = os.environ.get('LOCAL_WORLD_SIZE') == os.environ.get('WORLD_SIZE')
+    return f'{os.environ["TORCHELASTIC_RUN_ID"]} {os.getppid() if alone else ""}'
+
+
+def begun(config):
+    """Whether what lies in out_dir is this launch's own."""
+    mark = Path(config.out_dir, MARK)
+    return bool(launch()) and mark.is_file() and mark.read_text(encoding='utf-8', errors='replace') == launch()
+
+
+def state(config, job):
+    """The state to go on from, the same on all ranks, or None; raises UserError when it cannot be had.
+
+    A restart before the first checkpoint starts from scratch. Every rank reads out_dir: on several nodes it must be
+    one folder that all of them see, else the ranks would go on from different steps.
+    """
+    restarts = job.agree(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)))      # only a failed agent counts its own
+    if not restarts and job.main and begun(config) and not config.eval_only:        # an earlier launch of the same name
+        Path(config.out_dir, MARK).unlink()
+    again = restarts and job.agree(bool(job.main and begun(config) and checkpoint.steps(config.out_dir)))
+    if config.init_from != 'resume' and not again:
+        return None
+    found, step = None, -1
+    try:
+        found = checkpoint.load(config.out_dir, quiet=not job.main)
+        step = found['step']
+    except UserError as error:
+        failed = error
+    if job.agree(step, dist.ReduceOp.MIN) != job.agree(step):
+        raise UserError(f'{config.out_dir} has another newest checkpoint on some ranks; it must be one folder that all '
+                        'nodes see', 'out_dir')
+    if found is None:
+        raise failed
+    if again:
+        job.say(f'restarted by torchrun: going on from step {step}')
+    return found
+
+
+def set_aside(config):
+    """Move a former run's files away, but not those of this launch; then leave the launch's name."""
+    if begun(config):
+        return
+    checkpoint.set_aside(config.out_dir)
+    if launch():
+        write_whole(Path(config.out_dir, MARK), launch().encode(), DISK)
