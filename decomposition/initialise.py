@@ -1,13 +1,83 @@
-"""Fill a model from another one, site by site: dense weights are decomposed, structured ones realised or copied."""
+"""Fill a model from another one, site by site: dense weights are decomposed, structured ones realised or copied.
+
+The other one may be a source of pretrained/sources.py, which is checked against the model that its config means.
+"""
 import contextlib
+import os
 import sys
 
 import torch
 from tqdm import tqdm
 
+import configurator
 from decomposition.sites import Decomposition, Work, fillable, structure, tensors_of
 from model import GPT
+from pretrained import gpt2, sources
 from variants import UserError
+
+
+def pretrained_gpt(name_or_folder, override_args):
+    """The GPT of read_source with GPTConfig fields changed: dropout, block_size (crops), linear (decomposes) ...
+
+    GPT-2's vocabulary stays 50257, and dropout is 0 unless overridden. Raises UserError as read_source and
+    initialise do.
+    """
+    config, state, _ = read_source(name_or_folder)
+    return build(sources.checked_config({**configurator.as_dict(config), **override_args}, 'override_args'), config, state)
+
+
+def build(config, source_config, source_state):
+    """GPT(config) on the CPU, initialised from a source; no time goes into random numbers that would be replaced."""
+    with torch.device('meta'):
+        model = GPT(config)
+    if any(True for _ in model.buffers()):              # tables that a layer computes when it is built
+        model = GPT(config)
+    else:
+        model.to_empty(device='cpu')
+    if config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
+    initialise(model, source_config, source_state)
+    return model
+
+
+def source_config(init_from, which='last'):
+    """The GPTConfig of read_source; GPT-2's published sizes are known without a download."""
+    if init_from in gpt2.PUBLISHED and not os.path.isdir(init_from):
+        return gpt2.published(init_from)
+    return read_source(init_from, which)[0]
+
+
+def read_source(init_from, which='last'):
+    """read_folder of a folder, a .gguf, or a model's name on the Hugging Face hub.
+
+    Raises UserError in one line when there is no such place and no such download.
+    """
+    return read_folder(sources.find(init_from), which)
+
+
+def read_folder(folder, which='last'):
+    """sources.read of a folder or a .gguf, its names and shapes checked; raises UserError in one line."""
+    config, state, info = sources.read(folder, which)
+    check_state(config, state, folder)
+    return config, state, info
+
+
+def check_state(config, state, where):
+    """Refuse missing, unknown, misshapen and contradicting tensors of a state dict for GPT(config)."""
+    with torch.device('meta'):
+        expected = GPT(config).state_dict()
+    for verb, odd in (('lacks', expected.keys() - state.keys()), ('holds unknown', state.keys() - expected.keys())):
+        if odd:
+            more = f' and {len(odd) - 1} more' if len(odd) > 1 else ''
+            raise UserError(f'{where} {verb} {min(odd)}{more}', 'init_from')
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape or state[name].is_floating_point() != tensor.is_floating_point():
+            raise UserError(f'{where}: {name} is {tuple(state[name].shape)} in {state[name].dtype}, and its config '
+                            f'says {tuple(tensor.shape)}', 'init_from')
+    wte, head = state['transformer.wte.weight'], state['lm_head.weight']
+    if config.tie_weights and head is not wte and not torch.equal(head, wte):
+        raise UserError(f'{where}: lm_head.weight differs from the embedding that it is tied to; set '
+                        '"tie_word_embeddings": false in config.json', 'init_from')
 
 
 @torch.no_grad()

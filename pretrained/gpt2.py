@@ -8,8 +8,7 @@ import torch
 
 import configurator
 from configurator import GPTConfig
-from model import MLP, CausalSelfAttention
-from variants import UserError
+from variants import UserError, match, parse_spec
 
 TANH = "gelu(approximate='tanh')"
 ACTIVATIONS = {'gelu_new': TANH, 'gelu_pytorch_tanh': TANH, 'gelu': 'gelu'}
@@ -88,11 +87,20 @@ def difference(model):
         if name not in (*SIZES, *NEUTRAL, 'bias', 'tie_weights', 'linear', 'attention', 'mlp'):
             if getattr(config, name) != getattr(defaults, name):
                 return f'{name}={getattr(config, name)!r}'
-    for block in model.transformer.h:
-        if type(block.attn) is not CausalSelfAttention or block.attn.gate is not None or block.attn.softcap:
-            return f'attention={config.attention!r}'
-        if type(block.mlp) is not MLP or block.mlp.approximate != model.transformer.h[0].mlp.approximate:
-            return f'mlp={config.mlp!r}'
+    odd = odd_block(config, 'gelu')
+    if odd is None and any(block.mlp.approximate != model.transformer.h[0].mlp.approximate for block in model.transformer.h):
+        odd = 'mlp'
+    return odd and f'{odd}={getattr(config, odd)!r}'
+
+
+def odd_block(config, mlp):
+    """'attention' where a block's spec is more than plain causal attention, 'mlp' where it names another mlp, or None."""
+    for site in (f'h.{i}' for i in range(config.n_layer)):
+        spec = parse_spec(match(config.attention, site, 'causal')[1])
+        if spec.name != 'causal' or any((*spec.args, *spec.kwargs.values())):          # a gate, a soft cap
+            return 'attention'
+        if parse_spec(match(config.mlp, site, 'gelu')[1]).name != mlp:
+            return 'mlp'
     return None
 
 

@@ -13,8 +13,7 @@ import torch
 
 import configurator
 from configurator import GPTConfig
-from model import CausalSelfAttention, SwiGLU
-from pretrained.gpt2 import NEUTRAL
+from pretrained.gpt2 import NEUTRAL, odd_block
 from variants import UserError
 
 SIZES = {'vocab_size': 'vocab_size', 'n_layer': 'num_hidden_layers', 'n_head': 'num_attention_heads',
@@ -138,12 +137,10 @@ def difference(model):
             return f'{name}={getattr(config, name)!r}'
         if name not in FREE and getattr(config, name) != getattr(GPTConfig(), name):
             return f'{name}={getattr(config, name)!r}'
-    for block in model.transformer.h:
-        if type(block.attn) is not CausalSelfAttention or block.attn.gate is not None or block.attn.softcap:
-            return f'attention={config.attention!r}'
-        if type(block.mlp) is not SwiGLU or block.mlp.c_fc.out_features != model.transformer.h[0].mlp.c_fc.out_features:
-            return f'mlp={config.mlp!r}'
-    return None
+    odd, blocks = odd_block(config, 'swiglu'), model.transformer.h
+    if odd is None and any(block.mlp.c_fc.out_features != blocks[0].mlp.c_fc.out_features for block in blocks):
+        odd = 'mlp'
+    return odd and f'{odd}={getattr(config, odd)!r}'
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Models from elsewhere: GPT-2 and Llama from the hub, a folder or a GGUF, nanoGPT's ckpt.pt, our checkpoints and exports.
 
-A *source* is (GPTConfig, state dict in our names, info), checked name by name and shape by shape before anything is
-built of it. Nothing that a file holds is run: safetensors, JSON, and torch.save's format as torchfile.py reads it.
+A *source* is (GPTConfig, state dict in our names, info). No model is known here: decomposition/initialise.py checks names
+and shapes against it and builds it. Nothing that a file holds is run: safetensors, JSON, and torch.save's format as
+checkpoints/torchfile.py reads it.
 """
 import json
 import os
@@ -14,56 +15,16 @@ import configurator
 from checkpoints import torchfile
 from configurator import GPTConfig
 from data import hub_tokenizer
-from decomposition.initialise import initialise
-from model import GPT
 from pretrained import gguf_file, gpt2, llama
 from variants import UserError, did_you_mean
-
-__all__ = ['build', 'initialise', 'pretrained_gpt', 'read_folder', 'read_source', 'source_config', 'to_hf_gpt2']
 
 to_hf_gpt2 = gpt2.from_ours
 LAYOUTS = {'gpt2': gpt2, 'llama': llama}    # Hugging Face's model_type -> settings, from_hub, difference, from_ours
 
 
-def pretrained_gpt(name_or_folder, override_args):
-    """The GPT of read_source with GPTConfig fields changed: dropout, block_size (crops), linear (decomposes) ...
-
-    GPT-2's vocabulary stays 50257, and dropout is 0 unless overridden. Raises UserError as read_source and
-    initialise do.
-    """
-    config, state, _ = read_source(name_or_folder)
-    return build(checked_config({**configurator.as_dict(config), **override_args}, 'override_args'), config, state)
-
-
-def build(config, source_config, source_state):
-    """GPT(config) on the CPU, initialised from a source; no time goes into random numbers that would be replaced."""
-    with torch.device('meta'):
-        model = GPT(config)
-    if any(True for _ in model.buffers()):              # tables that a layer computes when it is built
-        model = GPT(config)
-    else:
-        model.to_empty(device='cpu')
-    if config.tie_weights:
-        model.lm_head.weight = model.transformer.wte.weight
-    initialise(model, source_config, source_state)
-    return model
-
-
-def source_config(init_from, which='last'):
-    """The GPTConfig of read_source; GPT-2's published sizes are known without a download."""
-    if init_from in gpt2.PUBLISHED and not os.path.isdir(init_from):
-        return gpt2.published(init_from)
-    return read_source(init_from, which)[0]
-
-
-def read_source(init_from, which='last'):
-    """A folder, a .gguf, or a model's name on the Hugging Face hub -> (GPTConfig, state dict in our names, info).
-
-    See read_folder. Raises UserError in one line when there is no such place and no such download.
-    """
-    if os.path.exists(init_from):
-        return read_folder(init_from, which)
-    return read_folder(download(init_from), which)
+def find(init_from):
+    """The folder or .gguf of that name; a name on the Hugging Face hub is downloaded. Raises UserError in one line."""
+    return init_from if os.path.exists(init_from) else download(init_from)
 
 
 def download(name):
@@ -81,16 +42,16 @@ def download(name):
                         'pass a local folder', 'init_from') from None
 
 
-def read_folder(folder, which='last'):
+def read(folder, which='last'):
     """Our checkpoints, nanoGPT's ckpt.pt, Hugging Face's GPT-2 or Llama, a .gguf or our export -> (GPTConfig, state, info).
 
     which: 'last' or 'best' of our checkpoints. info: kind ('nanokron', 'nanogpt', 'gguf' or a name in LAYOUTS), step and
     data (the tokenizer's meta) or None. The state dict is dense unless it is ours. Raises UserError in one line for a
-    folder that holds none of these, or a model that GPT(config) would not compute exactly.
+    folder that holds none of these, for settings that ours cannot compute exactly, and as check_ends does.
     """
     if str(folder).endswith('.gguf') and os.path.isfile(folder):
         config, state, info = read_gguf(folder)
-        check_state(config, state, folder)
+        check_ends(config, state, folder)
         return config, state, info
     if not os.path.isdir(folder):
         raise UserError(f'there is no folder {folder!r}', 'init_from')
@@ -108,7 +69,7 @@ def read_folder(folder, which='last'):
     else:
         raise UserError(f"{folder} holds no checkpoint: neither our ckpt_*.pt, nor nanoGPT's ckpt.pt, nor config.json "
                         'with model.safetensors (a GGUF is named as a file, FOLDER/NAME.gguf)', 'init_from')
-    check_state(config, state, folder)
+    check_ends(config, state, folder)
     return config, state, info
 
 
@@ -221,8 +182,8 @@ def checked_config(values, where):
     return config
 
 
-def check_state(config, state, where):
-    """Add a tied head that the file leaves out; refuse missing, unknown, misshapen and contradicting tensors."""
+def check_ends(config, state, where):
+    """Add a tied head that the file leaves out; refuse a wrong number of blocks, and embeddings missing or misshapen."""
     blocks = {name.split('.')[2] for name in state if name.startswith('transformer.h.')}
     if len(blocks) != config.n_layer:                   # before that many blocks are built
         raise UserError(f'{where}: n_layer is {config.n_layer}, and the file holds {len(blocks)} blocks', 'init_from')
@@ -231,18 +192,5 @@ def check_state(config, state, where):
         if found is None or found.shape != (rows, config.n_embd):
             raise UserError(f'{where}: {name}.weight is {"missing" if found is None else tuple(found.shape)}, and its '
                             f'config says {(rows, config.n_embd)}', 'init_from')
-    wte = state['transformer.wte.weight']
-    head = state.setdefault('lm_head.weight', wte) if config.tie_weights else wte
-    with torch.device('meta'):
-        expected = GPT(config).state_dict()
-    for verb, odd in (('lacks', expected.keys() - state.keys()), ('holds unknown', state.keys() - expected.keys())):
-        if odd:
-            more = f' and {len(odd) - 1} more' if len(odd) > 1 else ''
-            raise UserError(f'{where} {verb} {min(odd)}{more}', 'init_from')
-    for name, tensor in expected.items():
-        if state[name].shape != tensor.shape or state[name].is_floating_point() != tensor.is_floating_point():
-            raise UserError(f'{where}: {name} is {tuple(state[name].shape)} in {state[name].dtype}, and its config '
-                            f'says {tuple(tensor.shape)}', 'init_from')
-    if head is not wte and not torch.equal(head, wte):
-        raise UserError(f'{where}: lm_head.weight differs from the embedding that it is tied to; set '
-                        '"tie_word_embeddings": false in config.json', 'init_from')
+    if config.tie_weights:
+        state.setdefault('lm_head.weight', state['transformer.wte.weight'])

@@ -566,6 +566,9 @@ def test_only_a_gpt2_goes_there():
     assert gpt2.difference(random_model(attention='causal(gate=True)')).startswith('attention=')
     assert gpt2.difference(random_model(attention='causal(softcap=5.0)')).startswith('attention=')
     assert gpt2.difference(random_model(recompute=True, loss_chunk=8, zero_init=True)) is None      # no logit knows of them
-    model = random_model()
-    model.transformer.h[1].attn.__class__ = type('Other', (type(model.transformer.h[1].attn),), {})
-    assert gpt2.difference(model).startswith('attention=')
+    assert gpt2.difference(random_model(attention='causal(False, softcap=0.0)')) is None
+    assert gpt2.difference(random_model(attention={'h.1': 'window(4)', 'h.*': 'causal'})).startswith('attention=')
+    assert gpt2.difference(random_model(mlp={'h.1': 'relu2', 'h.*': 'gelu'})).startswith('mlp=')
+    grown = random_model()
+    grown.add_block(attention='window(4)')
+    assert gpt2.difference(grown).startswith('attention=')
