@@ -193,13 +193,13 @@ def report(folder, part=''):
 
 def write_record(grid, found, text, files, options):
     """records/<date>_NAME with tables, page, pictures, the grid, and configuration, machine and log of every run."""
-    import compare
+    from training import records
     from training.runlog import write_json
     folder = os.path.join(ROOT, 'records', f'{datetime.date.today()}_{options.record}')
     runs = [run for searched in found.values() for group in searched.values() for run in group]
     pictures = [name for name in files if name.endswith('.png')]
     shown = '\n\n'.join([text, *(f'![{name[:-4]}]({name})' for name in pictures)])
-    compare.write_record(folder, options.title or options.record.replace('_', ' '), options.note, runs, shown,
+    records.write_record(folder, options.title or options.record.replace('_', ' '), options.note, runs, shown,
                          [f'    {line}' for line in (*commands(grid.out_dir), f'python ablate.py report {grid.out_dir}')])
     write_json(os.path.join(folder, 'grid.json'), configurator.as_dict(grid))
     for name in [PAGE, *pictures]:

@@ -1,21 +1,23 @@
 """Runs side by side: `python compare.py RUN RUN ... [--record=NAME]` prints a Markdown table; runs that differ in
 nothing but their seed are one row, with mean and spread. --record=NAME also keeps table, configuration, machine and
-logs in records/<date>_NAME/ (a folder of plain text; commit it)."""
+logs in records/<date>_NAME/ (a folder of plain text; commit it).
+
+`python compare.py recovery RUN [RUN ...] [--to=FOLDER]` tells what changes of the model did to runs, from their log.jsonl:
+it writes drop_in.md, drop_in.json and drop_in.png again for a run that was killed, or, for several runs, one table and one
+plot of all, into --to. With --baseline=PATTERN it prints what growth and dense finishes saved instead (growth/recovery.py).
+"""
 import datetime
-import json
 import os
-import statistics
 import sys
 from dataclasses import dataclass
 
 import configurator
 from configurator import key
-from training.runlog import read_log, write_json
+from growth import recovery
+from training import records
 from variants import UserError
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-LINES = 8000                            # of a record's log: a few megabytes
-APART = ('seed', 'out_dir', 'init_from', 'device', 'debug', 'wandb_run_name')    # may differ within a row
 
 
 @dataclass
@@ -26,100 +28,50 @@ class CompareConfig:
     note: str = key('', 'a paragraph for the record: what a reader must know')
 
 
-def read_json(path):
-    try:
-        with open(path, encoding='utf-8') as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path}: {error}; name folders that train.py wrote') from None
+@dataclass
+class RecoveryConfig:
+    """Settings of compare.py recovery."""
+    baseline: str = key('', 'pattern of the folders whose final loss the others are to reach, such as */dense/*')
+    to: str = key('', 'folder of the table and the plot; default the run itself, for several runs out/drop_in')
 
 
-def read_run(folder):
-    """{'name', 'config', 'env', 'steps', 'evals'} of one run's folder."""
-    lines = read_log(os.path.join(folder, 'log.jsonl'))
-    evals = [line for line in lines if 'val_loss' in line]
-    if not evals:
-        raise UserError(f'{folder}: log.jsonl holds no evaluation yet')
-    return {'folder': folder, 'config': read_json(os.path.join(folder, 'config.json')),
-            'env': read_json(os.path.join(folder, 'env.json')), 'lines': lines, 'evals': evals,
-            'steps': [line for line in lines if 'loss' in line]}
+def compare(folders, config):
+    """Print the table of the runs, and keep a record of them where one is asked for."""
+    if not folders:
+        raise UserError('name the folders of the runs: python compare.py out/kron_mlp out/dense_mlp')
+    found = [records.read_run(folder) for folder in folders]
+    print(records.table(found))
+    if config.record:
+        folder = os.path.join(ROOT, 'records', f'{datetime.date.today()}_{config.record}')
+        records.write_record(folder, config.title or config.record.replace('_', ' '), config.note, found)
+        print(f'written to {os.path.relpath(folder)}')
 
 
-def grouped(runs):
-    """Lists of runs with equal settings but for those in APART, in the order of their first."""
-    groups = {}
-    for run in runs:
-        same = {name: value for name, value in run['config'].items() if name not in APART}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
-    return list(groups.values())
-
-
-def spread(values, digits):
-    """'mean +- half range (n)', or the value alone."""
-    text = f'{statistics.mean(values):.{digits}f}'
-    return text if len(values) == 1 else f'{text} ± {(max(values) - min(values)) / 2:.{digits}f} (n={len(values)})'
-
-
-def row(group):
-    """One line of the table: run, parameters, FLOPs a token, tokens, losses, speed."""
-    first = group[0]
-    name = os.path.basename(os.path.normpath(first['folder']))
-    speed = [statistics.median([s['tokens_per_s'] for s in run['steps']]) for run in group if run['steps']]
-    tokens = first['steps'][-1]['tokens'] if first['steps'] else 0
-    return (f'| {name} | {first["env"].get("parameters", 0):,} | {first["env"].get("flops_per_token", 0):,} '
-            f'| {tokens:,} | {spread([run["evals"][-1]["val_loss"] for run in group], 4)} '
-            f'| {spread([min(e["val_loss"] for e in run["evals"]) for run in group], 4)} '
-            f'| {statistics.median(speed):,.0f} |' if speed else f'| {name} | no steps |')
-
-
-def table(runs):
-    """The Markdown table of all runs."""
-    head = ['| run | parameters | FLOPs a token | tokens | last val loss | best val loss | tokens/s, median |',
-            '|---|---|---|---|---|---|---|']
-    return '\n'.join(head + [row(group) for group in grouped(runs)])
-
-
-def commands(runs):
-    """The command lines that the runs were started with."""
-    return '\n'.join('    ' + ' '.join(run['env'].get('command', [])) for run in runs)
-
-
-def write_record(folder, title, note, runs, text=None, lines=None):
-    """README.md with table, commands and machine; config.json, env.json and log.jsonl of every run, thinned beyond LINES.
-
-    text: another text in place of the table; lines: the commands to print it again, in place of one a run.
-    """
-    os.makedirs(folder, exist_ok=True)
-    every = -(-sum(len(run['lines']) for run in runs) // LINES)
-    env = runs[0]['env']
-    machine = ', '.join(f'{name} {env.get(name)}' for name in ('torch', 'python', 'gpu', 'cpus', 'threads', 'commit'))
-    changed = '; the working tree held uncommitted changes (env.json)' if any(r['env'].get('diff') for r in runs) else ''
-    with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
-        file.write(f'# {title}\n\n{text or table(runs)}\n\nLoss in nats a token; ± is half the range over seeds. {note}\n\n'
-                   f'Machine: {machine}{changed}.\n\nCommands:\n\n{chr(10).join(lines) if lines else commands(runs)}\n')
-    write_json(os.path.join(folder, 'config.json'), {run['folder']: run['config'] for run in runs})
-    write_json(os.path.join(folder, 'env.json'), {run['folder']: run['env'] for run in runs})
-    with open(os.path.join(folder, 'log.jsonl'), 'w', encoding='utf-8') as file:
-        for run in runs:
-            file.writelines(json.dumps({'run': run['folder'], **line}) + '\n' for i, line in enumerate(run['lines'])
-                            if i % every == 0 or 'val_loss' in line)
+def recover(folders, config):
+    """Print what changes of the model did to the runs, and write it beside them."""
+    if not folders:
+        raise UserError('name the folders of the runs: python compare.py recovery out/kron_drop_in')
+    if config.baseline:
+        print(recovery.savings([records.read_run(folder) for folder in folders], config.baseline))
+    elif len(folders) == 1 and not config.to:
+        recovery.read(folders[0])
+        print(recovery.write(folders[0]))
+    else:
+        print(recovery.write(config.to or os.path.join('out', 'drop_in'), folders))
 
 
 def main():
+    name, act, settings = 'compare.py', compare, CompareConfig
+    if sys.argv[1:2] == ['recovery']:                   # a run's folder of that name is ./recovery
+        del sys.argv[1]
+        name, act, settings = 'compare.py recovery', recover, RecoveryConfig
     folders = [a for a in sys.argv[1:] if not a.startswith('-')]
     sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith('-')]
-    config = configurator.run_program('compare.py', CompareConfig)
+    config = configurator.run_program(name, settings)
     try:
-        if not folders:
-            raise UserError('name the folders of the runs: python compare.py out/kron_mlp out/dense_mlp')
-        runs = [read_run(folder) for folder in folders]
+        act(folders, config)
     except UserError as error:
-        configurator.say_mistake('compare.py', error)
-    print(table(runs))
-    if config.record:
-        folder = os.path.join(ROOT, 'records', f'{datetime.date.today()}_{config.record}')
-        write_record(folder, config.title or config.record.replace('_', ' '), config.note, runs)
-        print(f'written to {os.path.relpath(folder)}')
+        configurator.say_mistake(name, error)
 
 
 if __name__ == '__main__':

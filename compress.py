@@ -296,14 +296,14 @@ def report(folder):
 
 def write_record(study, text, options):
     """records/<date>_NAME with the table, the plot, the study, the results and the machine."""
-    import compare
+    from training import records
     from training.runlog import read_log
     folder = os.path.join(ROOT, 'records', f'{datetime.date.today()}_{options.record}')
     run = {'folder': os.path.basename(os.path.normpath(study.out_dir)), 'config': configurator.as_dict(study),
-           'env': compare.read_json(os.path.join(study.out_dir, 'env.json')),
+           'env': records.read_json(os.path.join(study.out_dir, 'env.json')),
            'lines': read_log(os.path.join(study.out_dir, RESULTS))}
     title, shown = options.title or study.title or options.record, f'{text}\n\n![parameters and perplexity]({PLOT})'
-    compare.write_record(folder, title, options.note or study.note, [run], shown, [f'    {" ".join(run["env"]["command"])}'])
+    records.write_record(folder, title, options.note or study.note, [run], shown, [f'    {" ".join(run["env"]["command"])}'])
     shutil.copy(os.path.join(study.out_dir, PLOT), folder)
     print(f'written to {os.path.relpath(folder)}')
 

@@ -3,12 +3,12 @@ import json
 import os
 import statistics
 
-import compare
 import configurator
 from ablation import axes, cost
 from ablation.effects import effects, pareto
 from ablation.grid import SEEDS, Grid, Run, by_variant, first_runs, placeholders, run_at
 from ablation.runner import evaluations, outcome, state_of
+from training import records
 from variants import UserError
 
 
@@ -44,12 +44,12 @@ def all_firsts(grid):
 
 
 def find_runs(grid):
-    """{(task, variant): {searched: [run of compare.read_run, by seed]}} of all finished runs, however many seeds."""
+    """{(task, variant): {searched: [run of records.read_run, by seed]}} of all finished runs, however many seeds."""
     found = {}
     for (task, variant), group in by_variant(all_firsts(grid)).items():
         for first in group:
             folders = [Run(task, variant, first.searched, seed).folder(grid) for seed in SEEDS]
-            done = [compare.read_run(folder) for folder in folders if state_of(folder)[0] == 'done']
+            done = [records.read_run(folder) for folder in folders if state_of(folder)[0] == 'done']
             if done:
                 found.setdefault((task, variant), {})[first.searched] = done
     return found

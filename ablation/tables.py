@@ -2,9 +2,9 @@
 import functools
 import json
 
-import compare
 import configurator
 from ablation import results
+from training import records
 from variants import UserError
 
 FORMULA = (
@@ -52,7 +52,7 @@ def cache_bytes(settings):
 
 
 def spread(values, digits=4):
-    return compare.spread(values, digits) if values else ''
+    return records.spread(values, digits) if values else ''
 
 
 def columns(grid, rows):

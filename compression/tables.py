@@ -2,8 +2,8 @@
 import statistics
 
 from ablation.tables import markdown
-from compare import spread
 from compression.study import DENSE, settings_of
+from training.records import spread
 
 
 def grouped(study, lines):

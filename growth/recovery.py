@@ -1,34 +1,23 @@
-"""What changes of the model did to runs: `python compare.py recovery RUN [RUN ...] [--to=FOLDER]`, from their log.jsonl.
+"""What changes of the model did to runs, from their log.jsonl: tables and plots, printed by `python compare.py recovery`.
 
 A run with drop_in and drop_in_report=STEPS writes drop_in.md, drop_in.json and drop_in.png into its folder at its end:
-for every matrix the loss before, after, and as it recovers. This program writes them again for runs that were killed, or,
-for several runs, one table and one plot of all, into --to; folders that end in seed=N and agree before it are one group.
+for every matrix the loss before, after, and as it recovers. Several runs have one table and one plot; folders that end in
+seed=N and agree before it are one group.
 
-`python compare.py recovery RUN RUN ... --baseline=PATTERN` prints what growth and dense finishes saved instead: the training FLOPs
-at which each run reached the final loss of the runs whose folder matches the pattern, of the same seed where there is one.
+savings() is what growth and dense finishes saved: the training FLOPs at which each run reached the final loss of the runs
+whose folder matches a pattern, of the same seed where there is one.
 """
 import fnmatch
 import os
 import re
 import statistics
-import sys
-from dataclasses import dataclass
 
-import compare
-import configurator
-from configurator import key
+from training.records import grouped, spread
 from training.runlog import read_log, write_json
 from variants import UserError
 
 COLUMNS = ('step', 'replaced', 'parameters', 'weight error', 'output error', 'alone', 'loss before', 'after', 'spike',
            'at the end', 'back after')
-
-
-@dataclass
-class RecoveryConfig:
-    """Settings of recovery.py."""
-    baseline: str = key('', 'pattern of the folders whose final loss the others are to reach, such as */dense/*')
-    to: str = key('', 'folder of the table and the plot; default the run itself, for several runs out/drop_in')
 
 
 def read(folder):
@@ -103,8 +92,8 @@ def summary(runs):
         losses = [run['val_loss'] for run in group if run['val_loss'] is not None]
         flops = group[0]['flops']
         cells = (name, max(map(len, changes)), f'{group[0]["tokens"]:,}', f'{flops:.3g}' if flops else '',
-                 compare.spread([max(c['spike'] for c in some) for some in changes], 4), compare.spread(highest, 4),
-                 compare.spread([some[-1]['end'] for some in changes], 4), compare.spread(losses, 4) if losses else '')
+                 spread([max(c['spike'] for c in some) for some in changes], 4), spread(highest, 4),
+                 spread([some[-1]['end'] for some in changes], 4), spread(losses, 4) if losses else '')
         lines.append(f'| {" | ".join(map(str, cells))} |')
     return '\n'.join(lines)
 
@@ -222,7 +211,7 @@ def savings(runs, baseline):
     head = ('runs', 'validation loss', 'training FLOPs', "FLOPs to the baseline's loss", 'times fewer', 'reached',
             'switch spike')
     rows = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
-    for group in compare.grouped(runs):
+    for group in grouped(runs):
         reached, ratio = [], []
         for run in group:
             seed = run['config']['seed']
@@ -231,31 +220,9 @@ def savings(runs, baseline):
                 reached.append(flops)
                 ratio.append(cost.get(seed, statistics.mean(cost.values())) / flops)
         spikes = [spike for spike in (switch_spike(run['lines']) for run in group) if spike is not None]
-        cells = (os.path.normpath(group[0]['folder']), compare.spread([run['evals'][-1]['val_loss'] for run in group], 4),
+        cells = (os.path.normpath(group[0]['folder']), spread([run['evals'][-1]['val_loss'] for run in group], 4),
                  f'{group[0]["evals"][-1]["flops"]:.3g}', f'{statistics.mean(reached):.3g}' if reached else '',
-                 compare.spread(ratio, 2) if ratio else '', f'{len(reached)} of {len(group)}',
+                 spread(ratio, 2) if ratio else '', f'{len(reached)} of {len(group)}',
                  f'{max(spikes):+.4f}' if spikes else '')
         rows.append(f'| {" | ".join(cells)} |')
     return '\n'.join(rows)
-
-
-def main():
-    folders = [a for a in sys.argv[1:] if not a.startswith('-')]
-    sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith('-')]
-    config = configurator.run_program('growth/recovery.py', RecoveryConfig)
-    try:
-        if not folders:
-            raise UserError('name the folders of the runs: python compare.py recovery out/kron_drop_in')
-        if config.baseline:
-            print(savings([compare.read_run(folder) for folder in folders], config.baseline))
-        elif len(folders) == 1 and not config.to:
-            read(folders[0])
-            print(write(folders[0]))
-        else:
-            print(write(config.to or os.path.join('out', 'drop_in'), folders))
-    except UserError as error:
-        configurator.say_mistake('growth/recovery.py', error)
-
-
-if __name__ == '__main__':
-    main()

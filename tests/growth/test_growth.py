@@ -322,7 +322,8 @@ def test_flops_to_a_baselines_loss_are_read_between_evaluations(tmp_path, run_pr
     row = next(line for line in done.stdout.splitlines() if '/grown/' in line).split(' | ')
     assert row[1:6] == ['2.1000 ± 0.3000 (n=2)', '200', '150', '1.33', '1 of 2']
     assert '| 1.00 ± 0.00 (n=2) | 2 of 2 |' in done.stdout
-    assert 'matches none' in run_program('compare.py', 'recovery', tmp_path / 'grown/seed=1', '--baseline=*/dense/*', code=2).stderr
+    mistake = run_program('compare.py', 'recovery', tmp_path / 'grown/seed=1', '--baseline=*/dense/*', code=2)
+    assert 'matches none' in mistake.stderr and mistake.stderr.startswith('compare.py recovery: ')
 
 
 # ----------------------------------------------------------------------------------------------------

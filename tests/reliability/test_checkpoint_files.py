@@ -674,7 +674,8 @@ def test_r17_a_newer_schema_is_named(tmp_path):
 # ----------------------------------------------------------------------------------------------------
 # R19: neighbours
 
-HOLDER = 'import sys; from checkpoints.durable import Lock; lock = Lock(sys.argv[1]); print("held", flush=True); sys.stdin.read()'
+HOLDER = ('import sys; from checkpoints.durable import Lock; lock = Lock(sys.argv[1]); '
+          'print("held", flush=True); sys.stdin.read()')
 
 
 def test_r19_a_second_trainer_is_refused(tmp_path):

@@ -1,7 +1,7 @@
-"""Records of compare.py."""
+"""Records of runs."""
 import json
 
-import compare
+from training import records
 
 
 def run_of(count):
@@ -10,10 +10,10 @@ def run_of(count):
 
 
 def test_a_long_log_is_thinned_and_keeps_every_evaluation(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, 'LINES', 300)
-    compare.write_record(tmp_path, 'title', 'note', [run_of(1001)], text='a table')
+    monkeypatch.setattr(records, 'LINES', 300)
+    records.write_record(tmp_path, 'title', 'note', [run_of(1001)], text='a table')
     kept = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
     assert [line['step'] for line in kept if 'val_loss' in line] == list(range(100, 1001, 100))
     assert [line['step'] for line in kept] == sorted({*range(0, 1001, 4), *range(100, 1001, 100)})
-    compare.write_record(tmp_path, 'title', 'note', [run_of(300)], text='a table')
+    records.write_record(tmp_path, 'title', 'note', [run_of(300)], text='a table')
     assert len((tmp_path / 'log.jsonl').read_text().splitlines()) == 300

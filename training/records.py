@@ -1,0 +1,89 @@
+"""Folders of runs read again: what a run came to, runs of one setting in a row, the table, and a record of them."""
+import json
+import os
+import statistics
+
+from training.runlog import read_log, write_json
+from variants import UserError
+
+LINES = 8000                            # of a record's log: a few megabytes
+APART = ('seed', 'out_dir', 'init_from', 'device', 'debug', 'wandb_run_name')    # may differ within a row
+
+
+def read_json(path):
+    try:
+        with open(path, encoding='utf-8') as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path}: {error}; name folders that train.py wrote') from None
+
+
+def read_run(folder):
+    """{'name', 'config', 'env', 'steps', 'evals'} of one run's folder."""
+    lines = read_log(os.path.join(folder, 'log.jsonl'))
+    evals = [line for line in lines if 'val_loss' in line]
+    if not evals:
+        raise UserError(f'{folder}: log.jsonl holds no evaluation yet')
+    return {'folder': folder, 'config': read_json(os.path.join(folder, 'config.json')),
+            'env': read_json(os.path.join(folder, 'env.json')), 'lines': lines, 'evals': evals,
+            'steps': [line for line in lines if 'loss' in line]}
+
+
+def grouped(runs):
+    """Lists of runs with equal settings but for those in APART, in the order of their first."""
+    groups = {}
+    for run in runs:
+        same = {name: value for name, value in run['config'].items() if name not in APART}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+    return list(groups.values())
+
+
+def spread(values, digits):
+    """'mean +- half range (n)', or the value alone."""
+    text = f'{statistics.mean(values):.{digits}f}'
+    return text if len(values) == 1 else f'{text} ± {(max(values) - min(values)) / 2:.{digits}f} (n={len(values)})'
+
+
+def row(group):
+    """One line of the table: run, parameters, FLOPs a token, tokens, losses, speed."""
+    first = group[0]
+    name = os.path.basename(os.path.normpath(first['folder']))
+    speed = [statistics.median([s['tokens_per_s'] for s in run['steps']]) for run in group if run['steps']]
+    tokens = first['steps'][-1]['tokens'] if first['steps'] else 0
+    return (f'| {name} | {first["env"].get("parameters", 0):,} | {first["env"].get("flops_per_token", 0):,} '
+            f'| {tokens:,} | {spread([run["evals"][-1]["val_loss"] for run in group], 4)} '
+            f'| {spread([min(e["val_loss"] for e in run["evals"]) for run in group], 4)} '
+            f'| {statistics.median(speed):,.0f} |' if speed else f'| {name} | no steps |')
+
+
+def table(runs):
+    """The Markdown table of all runs."""
+    head = ['| run | parameters | FLOPs a token | tokens | last val loss | best val loss | tokens/s, median |',
+            '|---|---|---|---|---|---|---|']
+    return '\n'.join(head + [row(group) for group in grouped(runs)])
+
+
+def commands(runs):
+    """The command lines that the runs were started with."""
+    return '\n'.join('    ' + ' '.join(run['env'].get('command', [])) for run in runs)
+
+
+def write_record(folder, title, note, runs, text=None, lines=None):
+    """README.md with table, commands and machine; config.json, env.json and log.jsonl of every run, thinned beyond LINES.
+
+    text: another text in place of the table; lines: the commands to print it again, in place of one a run.
+    """
+    os.makedirs(folder, exist_ok=True)
+    every = -(-sum(len(run['lines']) for run in runs) // LINES)
+    env = runs[0]['env']
+    machine = ', '.join(f'{name} {env.get(name)}' for name in ('torch', 'python', 'gpu', 'cpus', 'threads', 'commit'))
+    changed = '; the working tree held uncommitted changes (env.json)' if any(r['env'].get('diff') for r in runs) else ''
+    with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
+        file.write(f'# {title}\n\n{text or table(runs)}\n\nLoss in nats a token; ± is half the range over seeds. {note}\n\n'
+                   f'Machine: {machine}{changed}.\n\nCommands:\n\n{chr(10).join(lines) if lines else commands(runs)}\n')
+    write_json(os.path.join(folder, 'config.json'), {run['folder']: run['config'] for run in runs})
+    write_json(os.path.join(folder, 'env.json'), {run['folder']: run['env'] for run in runs})
+    with open(os.path.join(folder, 'log.jsonl'), 'w', encoding='utf-8') as file:
+        for run in runs:
+            file.writelines(json.dumps({'run': run['folder'], **line}) + '\n' for i, line in enumerate(run['lines'])
+                            if i % every == 0 or 'val_loss' in line)
