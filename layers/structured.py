@@ -1,4 +1,4 @@
-"""What linears made of factors share: columns kept exactly, a learned norm a row, a dense guide. basic.py hands it on."""
+"""What linears made of factors share: columns kept exactly, a learned norm a row, a dense guide."""
 import copy
 
 import torch

@@ -99,8 +99,8 @@ class Clone:
         self.folder, self.run_program, self.start_program = folder, run_program, start_program
         for name in ('run.sh', 'test.sh', 'venv.sh', 'pyproject.toml', 'configurator.py', 'configfile.py',
                      'training/schedules.py', 'variants.py', 'specs.py'):
-            folder.mkdir(exist_ok=True)
-            shutil.copy(ROOT / name, folder)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
         for name, text in {**STUBS, 'calls.txt': ''}.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)

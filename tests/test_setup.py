@@ -1,4 +1,4 @@
-"""The set-up: what pyproject.toml lists, what no source may hold, and who may import whom."""
+"""The set-up: what pyproject.toml lists, and what no source may hold. Who may import whom: test_layout.py."""
 import ast
 import os
 import re
@@ -157,66 +157,6 @@ def test_no_file_is_large():
     files = [ROOT / name for name in listed.stdout.split('\0') if name and (ROOT / name).is_file()]
     assert (ROOT / 'run.sh') in files
     assert not [str(path) for path in files if path.stat().st_size > FILE_BYTES]
-
-
-# ----------------------------------------------------------------------------------------------------
-# who may import whom
-
-PARTS = ('kron', 'lowrank', 'attention')     # hold a structure each: torch, layers and variants are all they see
-MODEL = {'torch', 'layers', 'losses', 'heads', 'variants', 'configurator'}
-
-
-def imports(text, everywhere):
-    """The top-level names that a source imports: everywhere, or only outside functions."""
-    found, todo = set(), [ast.parse(text)]
-    while todo:
-        node = todo.pop()
-        found |= {name.split('.')[0] for name in imported(node)}
-        if everywhere or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            todo += ast.iter_child_nodes(node)
-    return found
-
-
-def import_faults(path, text):
-    """The imports of one source that the design forbids."""
-    path, anywhere = Path(path), imports(text, everywhere=True)
-    here, top, foreign = imports(text, everywhere=False), path.parts[0], anywhere - set(sys.stdlib_module_names)
-    wrong = {'train'} & anywhere
-    if top in PARTS:
-        wrong |= foreign - {'torch', 'layers', 'heads', 'variants', top, ''}
-    if str(path) == 'kron/fused.py':
-        wrong -= {'triton'}                     # a part of torch's CUDA wheels, and guarded
-    if str(path) == 'model.py':
-        wrong |= (foreign - MODEL - {'interop'}) | ({'interop'} & here)
-    if str(path) in ('variants.py', 'specs.py', 'configurator.py', 'configfile.py', 'training/schedules.py'):
-        wrong |= here - set(sys.stdlib_module_names) - {'variants', 'specs', 'schedules', 'configfile'}
-    return wrong
-
-
-def test_dependency_rule():
-    found = {str(path): import_faults(path, (ROOT / path).read_text(encoding='utf-8')) for path in sources()}
-    assert not {path: names for path, names in found.items() if names}
-
-
-@pytest.mark.parametrize('path, text, wrong', [
-    ('kron/linear.py', 'import numpy as np', {'numpy'}),
-    ('kron/linear.py', 'import triton', {'triton'}),
-    ('kron/fused.py', 'import triton\nimport numpy', {'numpy'}),
-    ('kron/linear.py', 'def f():\n    from model import GPT', {'model'}),
-    ('lowrank/svd.py', 'import torch\nimport math\nfrom layers import Linear\nfrom lowrank.linear import X', set()),
-    ('lowrank/svd.py', 'from kron.linear import X', {'kron'}),
-    ('model.py', 'from pretrained import sources', {'interop'}),
-    ('model.py', 'def f():\n    from pretrained import sources', set()),
-    ('model.py', 'class A:\n    from pretrained import sources', {'interop'}),
-    ('model.py', 'from kron.linear import KroneckerLinear', {'kron'}),
-    ('variants.py', 'import torch.nn', {'torch'}),
-    ('specs.py', 'import variants\nimport torch', {'torch'}),
-    ('configurator.py', 'import variants\nimport yaml', {'yaml'}),
-    ('sample.py', 'import train', {'train'}),
-    ('sample.py', 'import torch\nimport tqdm', set()),
-])
-def test_the_dependency_rule_finds_what_breaks_it(path, text, wrong):
-    assert import_faults(path, text) == wrong
 
 
 def test_settings_are_read_without_torch():

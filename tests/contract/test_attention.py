@@ -699,7 +699,7 @@ def test_the_page_for_newcomers_describes_it(name):
 @pytest.mark.parametrize('name', [n for n in ATTENTIONS if n != 'causal'])
 def test_its_file_imports_torch_heads_layers_and_variants_only(name):
     path = ATTENTIONS[name].__module__
-    allowed = {'torch', 'layers', 'heads', 'variants', 'attention', *sys.stdlib_module_names}
+    allowed = {'torch', 'layers', 'variants', 'attention', *sys.stdlib_module_names}
     tree = ast.parse(inspect.getsource(importlib.import_module(path)))
     names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
     names += [node.module or '' for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
