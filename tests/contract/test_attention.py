@@ -385,7 +385,7 @@ def test_static_steps_give_the_logits_of_the_whole(case):
 @torch.no_grad()
 def test_static_text_equals_eager_text_past_block_size(case):
     model, idx = case.model(), tokens(2, 5)
-    assert decoding.able(model, 2), 'its static step is not there: see decoding.py'
+    assert decoding.able(model), 'its static step is not there: see attention/decoding.py'
     texts = [model.generate(idx, 15, temperature=0, decode=decode) for decode in ('static', 'eager')]
     assert torch.equal(*texts)
 
