@@ -146,7 +146,7 @@ def main_run(arguments):
     if grid.dry_run:
         print('\n'.join(listing(grid)))
         return
-    from training.runlog import write_json
+    from reporting.runlog import write_json
     print(listing(grid)[0], flush=True)
     os.makedirs(grid.out_dir, exist_ok=True)
     write_json(os.path.join(grid.out_dir, 'grid.json'), configurator.as_dict(grid) | {'pick': ''})
@@ -193,8 +193,8 @@ def report(folder, part=''):
 
 def write_record(grid, found, text, files, options):
     """records/<date>_NAME with tables, page, pictures, the grid, and configuration, machine and log of every run."""
-    from training import records
-    from training.runlog import write_json
+    from reporting import records
+    from reporting.runlog import write_json
     folder = os.path.join(ROOT, 'records', f'{datetime.date.today()}_{options.record}')
     runs = [run for searched in found.values() for group in searched.values() for run in group]
     pictures = [name for name in files if name.endswith('.png')]

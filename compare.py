@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import configurator
 from configurator import key
 from growth import recovery
-from training import records
+from reporting import records
 from variants import UserError
 
 ROOT = os.path.dirname(os.path.abspath(__file__))

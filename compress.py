@@ -60,7 +60,7 @@ def chosen(study):
 
 def results(folder):
     """{signature, variant, budget, source, seed as one key: {'zero': line, 'healed': line or None}}, failures left out."""
-    from training.runlog import read_log
+    from reporting.runlog import read_log
     found = {}
     for line in read_log(os.path.join(folder, RESULTS)):
         key = key_of(line)
@@ -241,8 +241,8 @@ def main_run(arguments):
 
     from checkpoints.durable import Lock
     from data.dataset import open_dataset
-    from training import hardware
-    from training.runlog import write_json
+    from reporting import hardware
+    from reporting.runlog import write_json
     torch.set_num_threads(study.threads)
     dataset = open_dataset(os.path.join(study.data_dir, study.dataset))
     lock = Lock(study.out_dir)
@@ -296,8 +296,8 @@ def report(folder):
 
 def write_record(study, text, options):
     """records/<date>_NAME with the table, the plot, the study, the results and the machine."""
-    from training import records
-    from training.runlog import read_log
+    from reporting import records
+    from reporting.runlog import read_log
     folder = os.path.join(ROOT, 'records', f'{datetime.date.today()}_{options.record}')
     run = {'folder': os.path.basename(os.path.normpath(study.out_dir)), 'config': configurator.as_dict(study),
            'env': records.read_json(os.path.join(study.out_dir, 'env.json')),

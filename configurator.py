@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import variants
 from configfile import number, read_file
-from training import schedules
+from optimizers import schedules
 from variants import UserError, did_you_mean
 
 

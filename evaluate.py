@@ -206,7 +206,7 @@ def score(model, source, window, stride, rows, device, dtype):
     import torch
     from tqdm import tqdm
 
-    from training import hardware
+    from reporting import hardware
     centres = forecast_centres(model, source.tokenizer, device)
     total = torch.zeros(3, dtype=torch.float64, device=device)
     scored = 0
@@ -298,7 +298,7 @@ def figures(loss, accuracy, source):
 
 def evaluate(config):
     """Load, score, and return what `--json` prints."""
-    from training import hardware
+    from reporting import hardware
     device = hardware.device(config.device)
     dtype = hardware.dtype(config.dtype, device)
     model, info = load_model(config)

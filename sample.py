@@ -165,7 +165,7 @@ def sample(config, prompt):
 
     from attention import decoding
     from kron import timing
-    from training import hardware
+    from reporting import hardware
     device = hardware.device(config.device)
     dtype = hardware.dtype(config.dtype, device)
     model, meta = load_model(config)

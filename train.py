@@ -42,12 +42,12 @@ import torch.distributed as dist
 from checkpoints import checkpoint
 from data.loader import Loader, Prefetcher, open_dataset
 from growth import changes, dropin, guided, recovery
-from optimizers import optim
-from training import parallel, precision, restart, schedules
+from optimizers import optim, schedules
+from reporting.runlog import RunLog
+from training import parallel, precision, restart
 from training.dryrun import dry_run, fit_memory
 from training.evaluation import evaluate
 from training.parallel import split_batch
-from training.runlog import RunLog
 from training.startup import build, check_shapes, choose_plans, choose_sizes, decomposition, padded, resumed, use_plans
 from variants import UserError
 
@@ -100,7 +100,7 @@ def train_step(run, batches, step):
     with run.log.part('optimizer'), precision.widened(optimizer, job.half_weights, config.master_weights):
         parallel.mean_gradients(run.model, job)
         scaler.unscale_(optimizer)
-        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
+        norm = optim.whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
         loss, apart, norm = arrived(sums, norm, per_rank, job)
         sound = math.isfinite(loss) and math.isfinite(norm)
         applied = sound and not run.outliers.check(loss=loss, grad_norm=norm)
@@ -135,7 +135,7 @@ def arrived(sums, norm, per_rank, job):
 
 def state_of(run, parts=False):
     """What a checkpoint holds. Sharded tensors are gathered, by all ranks; with parts they stay as they are."""
-    gather = (lambda tensor: tensor) if parts else parallel.whole
+    gather = (lambda tensor: tensor) if parts else optim.whole
     return {'step': run.progress['step'], 'config': configurator.as_dict(run.config),
             'model': {name: gather(t) for name, t in run.model.state_dict(keep_vars=parts).items()},
             'optimizer': optim.state_by_name(run.optimizer, run.model, gather), 'scaler': run.scaler.state_dict(),

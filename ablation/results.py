@@ -8,7 +8,7 @@ from ablation import axes, cost
 from ablation.effects import effects, pareto
 from ablation.grid import SEEDS, Grid, Run, by_variant, first_runs, placeholders, run_at
 from ablation.runner import evaluations, outcome, state_of
-from training import records
+from reporting import records
 from variants import UserError
 
 

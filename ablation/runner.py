@@ -8,7 +8,7 @@ import threading
 import time
 
 from checkpoints.durable import Lock
-from training.runlog import read_log, write_json
+from reporting.runlog import read_log, write_json
 from variants import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

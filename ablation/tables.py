@@ -4,7 +4,7 @@ import json
 
 import configurator
 from ablation import results
-from training import records
+from reporting import records
 from variants import UserError
 
 FORMULA = (

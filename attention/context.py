@@ -5,7 +5,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from attention.heads import rotate, rotation
-from configurator import GPTConfig
 from layers.losses import Losses
 
 
@@ -14,7 +13,7 @@ class Context:
     """What one call of GPT.forward tells every layer; nothing else survives a call."""
     tokens: torch.Tensor                                # (B, T) of this call
     positions: torch.Tensor                             # (T,) theirs
-    config: GPTConfig
+    config: object                                      # GPTConfig
     cache: dict | None = None                           # this layer's own, {} at first; None while training
     first_value: torch.Tensor | None = None             # block 0's values, for the value residual
     first_latent: tuple | None = None                   # block 0, its latents, its W_UV: the same in mla's decoding

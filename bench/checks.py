@@ -6,7 +6,7 @@ import torch
 from bench.rung import make_model
 from bench.training import batch, shakespeare, train_step
 from optimizers.optim import groups
-from training.hardware import autocast
+from reporting.hardware import autocast
 
 ROWS, LENGTH = 4, 32                    # a batch of the checks: 128 tokens
 FRESH = 32                              # rows on which a loss is taken

@@ -10,7 +10,7 @@ from bench.cases import DDP_LIMIT, LIMIT, STEPS, cases
 from configurator import Config
 from model import GPT, GPTConfig
 from optimizers import optim
-from training import hardware
+from reporting import hardware
 
 SCALE = 2.0 ** 10                                       # of the loss in float16, so that small gradients are not 0
 

@@ -148,7 +148,7 @@ def run(settings, part):
         return {'part': 'gpu', 'plan': [{'job': job.name, 'part': job.part, 'group': job.group, 'seconds': job.seconds}
                                         for job in wanted(settings)]}
     from bench.modules import machine
-    from training import hardware
+    from reporting import hardware
     try:
         device = hardware.device(settings.device)
     except UserError:

@@ -100,7 +100,7 @@ def run(settings, part):
     from bench.processes import keep
     from bench.rung import Rung
     from bench.training import by_turns, shakespeare
-    from training import hardware
+    from reporting import hardware
     device = hardware.device(settings.device)
     settings, began = filled(settings, device.type), time.monotonic()
     torch.set_num_threads(settings.threads)

@@ -32,7 +32,7 @@ def run(settings, part):
 
     from bench import loader
     from bench.modules import machine
-    from training import hardware
+    from reporting import hardware
     torch.set_num_threads(settings.threads)
     device = hardware.device(settings.device)
     found = loader.measure(settings.data or None, settings.block_size, settings.batch_size, settings.seconds, device.type)

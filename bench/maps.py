@@ -170,7 +170,7 @@ def colour_bar(figure, scale, grid, bound, signed):
 def run(settings):
     """Draw the maps of the checkpoint in out_dir for the first block_size tokens of a text into settings.maps."""
     import sample
-    from training import hardware
+    from reporting import hardware
     wanted = sample.SampleConfig(out_dir=settings.out_dir, which=settings.which, dataset=settings.dataset,
                                  data_dir=settings.data_dir)
     prompt = sample.read_prompt(f'FILE:{settings.text}')

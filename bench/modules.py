@@ -192,7 +192,7 @@ def run(settings, part):
 
 def machine(device):
     """The facts of env.json that bear on speed."""
-    from training import hardware
+    from reporting import hardware
     facts = hardware.environment(device)
     return {name: facts[name] for name in ('torch', 'python', 'platform', 'cpus', 'threads', 'device', 'gpu', 'commit')}
 

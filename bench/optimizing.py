@@ -42,7 +42,7 @@ def run(settings, part):
 
     from bench import optim
     from bench.modules import machine
-    from training import hardware
+    from reporting import hardware
     torch.set_num_threads(settings.threads)
     device = hardware.device(settings.device)
     kind = None if settings.dtype == 'auto' else getattr(torch, settings.dtype)

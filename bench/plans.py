@@ -111,7 +111,7 @@ class Layer:
         """-> a call of the plan, 'dense' for the dense matrix: forward without gradients, or forward + backward."""
         import torch
 
-        from training import hardware
+        from reporting import hardware
         x = torch.randn(tokens, self.inputs, generator=torch.Generator().manual_seed(0)).to(self.device)
         some = self.dense if plan == 'dense' else self.sums
         for module in some[:len(self.dense)] if plan == 'materialise' and not training else ():
@@ -196,7 +196,7 @@ def run(settings, part):
     from bench.processes import keep
     from bench.verdicts import clauses
     from kron.timing import clock
-    from training import hardware
+    from reporting import hardware
     torch.set_num_threads(settings.threads)
     device = hardware.device(settings.device)
     dtype, begin, cells = hardware.dtype(settings.dtype, device), time.monotonic(), []

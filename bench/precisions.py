@@ -69,7 +69,7 @@ def run(settings, part):
     from bench.modules import machine
     from bench.processes import keep
     from data.loader import open_dataset
-    from training import hardware
+    from reporting import hardware
     device = hardware.device(settings.device)
     torch.set_num_threads(settings.threads)
     rows, length = (given or default for given, default in

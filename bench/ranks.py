@@ -49,7 +49,7 @@ def run(settings, part):
     """The three runs."""
     from bench.modules import machine
     from bench.processes import keep
-    from training import hardware
+    from reporting import hardware
     result = {'part': 'ranks', 'config': settings.config, 'ranks': settings.ranks, 'rows': [],
               'machine': machine(hardware.device(settings.device))}
     with tempfile.TemporaryDirectory() as folder:

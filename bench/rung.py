@@ -9,7 +9,7 @@ from bench.training import batch, step_memory, train_step
 from configurator import Config, GPTConfig, check, model_config
 from model import GPT, CausalSelfAttention
 from optimizers import optim
-from training import hardware
+from reporting import hardware
 from training.startup import padded
 from variants import UserError
 

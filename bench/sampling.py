@@ -44,7 +44,7 @@ def run(settings, part):
     from bench.modules import machine
     from bench.training import by_turns, spread
     from model import GPT
-    from training import hardware
+    from reporting import hardware
     config = chosen(settings)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(config.seed)

@@ -57,7 +57,7 @@ def run(settings, part):
 
     from bench.modules import machine
     from bench.processes import keep
-    from training import hardware
+    from reporting import hardware
     device = hardware.device(settings.device)
     most = settings.max_ranks or (torch.cuda.device_count() if device.type == 'cuda' else os.cpu_count())
     result = {'part': 'scaling', 'config': settings.config, 'rows': [], 'machine': machine(device)}

@@ -94,7 +94,7 @@ def measure(settings, config, job, dataset, source):
     from bench.processes import keep
     from bench.steps import Steps
     from bench.training import matmul_peak
-    from training import hardware
+    from reporting import hardware
     steps = Steps(config, job, dataset, settings.progress)
     times, flops = steps.measure(settings.rounds), 3 * steps.model.flops_per_token()
     rate = steps.tokens / times['ms'] * 1e3

@@ -8,7 +8,7 @@ import variants
 from bench.measure import filled, peak_memory
 from layers.basic import unit
 from model import Context
-from training import hardware
+from reporting import hardware
 
 
 def build_linear(config, settings):

@@ -21,7 +21,7 @@ from decomposition import calibrate
 from decomposition.initialise import build, initialise, read_folder, read_source
 from decomposition.sites import Decomposition, runnable
 from model import GPT
-from training import hardware
+from reporting import hardware
 from variants import UserError
 
 CHILD = threading.Event()               # while train.py runs: a signal is handed on to it

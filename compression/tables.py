@@ -3,7 +3,7 @@ import statistics
 
 from ablation.tables import markdown
 from compression.study import DENSE, settings_of
-from training.records import spread
+from reporting.records import spread
 
 
 def grouped(study, lines):

@@ -106,7 +106,7 @@ def read(place):
     """The meta of the tokenizer of a tokenizer.json, of a folder with one, or of a .gguf; raises UserError."""
     path = Path(place)
     if path.suffix == '.gguf':
-        from pretrained import gguf_file
+        from checkpoints import gguf_file
         found = gguf_file.tokenizer(gguf_file.open_file(path), path)
         if found is None:
             raise UserError(f'{path}: its tokenizer is not read; pass a tokenizer.json')

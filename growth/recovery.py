@@ -12,8 +12,8 @@ import os
 import re
 import statistics
 
-from training.records import grouped, spread
-from training.runlog import read_log, write_json
+from reporting.records import grouped, spread
+from reporting.runlog import read_log, write_json
 from variants import UserError
 
 COLUMNS = ('step', 'replaced', 'parameters', 'weight error', 'output error', 'alone', 'loss before', 'after', 'spike',

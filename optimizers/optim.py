@@ -7,11 +7,15 @@ from torch.distributed.tensor import distribute_tensor
 
 from layers.basic import tags_of
 from optimizers.muon import COEFFICIENTS, Muon
-from training.parallel import whole
 from variants import UserError
 
 DECAYED = ('matrix', 'factor', 'embedding', 'head')     # vectors (norms, biases, scales) are not
 MUON = ('matrix', 'factor')                             # what Muon takes; the rest is AdamW's
+
+
+def whole(tensor):
+    """All of a tensor that may be sharded; every rank must ask."""
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
 def groups(model, weight_decay, leave=(), factor_lr='none', factor_decay='tensors'):

@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import configurator
-from checkpoints import torchfile
+from checkpoints import gguf_file, torchfile
 from configurator import GPTConfig
 from data import hub_tokenizer
-from pretrained import gguf_file, gpt2, llama
+from pretrained import gpt2, llama
 from variants import UserError, did_you_mean
 
 to_hf_gpt2 = gpt2.from_ours

@@ -12,10 +12,10 @@ import torch
 import configurator
 from growth import changes
 from model import GPT, GPTConfig
+from optimizers import schedules
 from tests.contract.test_attention import EXAMPLES as ATTENTION
 from tests.contract.test_mlps import EXAMPLES as MLP
 from tests.tiny import ROOT
-from training import schedules
 from training.startup import adopt
 from variants import ATTENTIONS, LINEARS, MLPS, UserError
 

@@ -12,38 +12,33 @@ PROGRAMS = ('train', 'sample', 'evaluate', 'export', 'compare', 'ablate', 'compr
 ROOT_FILES = {'model.py', 'variants.py', 'specs.py', 'configurator.py', 'configfile.py', 'run.sh', 'test.sh', 'venv.sh',
               *(f'{name}.py' for name in PROGRAMS)}
 
-# A row is a wing, a root file, or one file of a wing that stands lower than the rest of it. It may import itself, and of the
-# rows above it those that it names; so there is no circle. A program's own parts import what they like but programs.
+# A row is a wing or a root file. It may import itself, and of the rows above it those that it names; so there is no circle.
+# A program's own parts import what they like but programs.
 MAY_IMPORT = {
     'specs': '',
     'variants': 'specs',
     'configfile': 'variants',
-    'training.schedules': 'variants',
-    'configurator': 'variants configfile training.schedules',
     'layers': 'variants',
+    'optimizers': 'variants layers',
+    'configurator': 'variants configfile optimizers',                   # of optimizers, schedules.py, which needs no torch
     'kron': 'variants layers',
     'lowrank': 'variants layers',
     'attention': 'variants layers',
     'model': 'variants configurator layers attention',                  # and see UPWARDS
     'checkpoints': 'variants',
-    'pretrained.gguf_file': 'variants',                                 # a file's tokenizer is a matter of data/ too
-    'data': 'variants pretrained.gguf_file',
-    'pretrained': 'variants configurator checkpoints data pretrained.gguf_file',       # knows no model
+    'reporting': 'variants configurator checkpoints',
+    'data': 'variants checkpoints',
+    'pretrained': 'variants configurator checkpoints data',             # knows no model
     'decomposition': 'variants configurator layers kron lowrank model data pretrained',
-    'training.hardware': 'variants',
-    'training.runlog': 'variants configurator checkpoints training.hardware',
-    'training.records': 'variants checkpoints training.runlog',
-    'growth': ('variants configurator layers kron lowrank model data decomposition checkpoints training.runlog '
-               'training.records'),
-    'training': ('variants configurator layers kron lowrank attention model checkpoints data pretrained decomposition '
-                 'growth training.schedules training.hardware training.runlog training.records'),
-    'optimizers': 'variants layers training',
+    'growth': 'variants configurator layers kron lowrank model checkpoints reporting data decomposition',
+    'training': ('variants configurator layers kron lowrank attention model checkpoints reporting data pretrained '
+                 'decomposition growth optimizers'),
 }
 PARTS = ('ablation', 'bench', 'compression')
 UPWARDS = {'model': 'decomposition'}                                    # GPT.from_pretrained, inside the method
 OF_PROGRAMS = {'evaluate': 'sample', 'bench.maps': 'sample', 'compression.squeeze': 'evaluate'}     # more than they should
 PACKAGES = {                                                            # of others; a row that is not here takes any
-    **dict.fromkeys(('specs', 'variants', 'configfile', 'configurator', 'training.schedules'), ''),
+    **dict.fromkeys(('specs', 'variants', 'configfile', 'configurator', 'optimizers.schedules'), ''),
     **dict.fromkeys(('layers', 'kron', 'lowrank', 'attention', 'model'), 'torch'),
     'kron.fused': 'torch triton',                                       # a part of torch's CUDA wheels, and guarded
 }
@@ -167,9 +162,9 @@ def test_tests_stand_in_the_wings():
     ('model.py', 'from kron.linear import KroneckerLinear', {'kron.linear'}),
     ('pretrained/gpt2.py', 'from model import MLP', {'model'}),
     ('pretrained/gpt2.py', 'def f():\n    from decomposition import initialise', {'decomposition.initialise'}),
-    ('data/dataset.py', 'from pretrained import gguf_file, sources', {'pretrained.sources'}),
-    ('growth/recovery.py', 'from training.records import spread\nfrom training import startup', {'training.startup'}),
-    ('training/schedules.py', 'from training import hardware', {'training.hardware'}),
+    ('data/dataset.py', 'from checkpoints import gguf_file\nfrom pretrained import sources', {'pretrained.sources'}),
+    ('growth/recovery.py', 'from reporting.records import spread\nfrom training import startup', {'training.startup'}),
+    ('optimizers/schedules.py', 'from training import parallel', {'training.parallel'}),
     ('variants.py', 'import torch.nn', {'torch.nn'}),
     ('specs.py', 'import variants\nimport torch', {'variants', 'torch'}),
     ('configurator.py', 'import variants\nimport yaml', {'yaml'}),

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from training import hardware, precision
+from reporting import hardware
+from training import precision
 from variants import UserError
 
 
@@ -163,8 +164,3 @@ def mean_gradients(model, job):
     dist.all_reduce(row)
     parts = (row / job.world_size).split([g.numel() for g in gradients])
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
-
-
-def whole(tensor):
-    """All of a tensor that may be sharded; every rank must ask."""
-    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor

@@ -648,7 +648,7 @@ def step_bytes(tokens, linear, recompute=False, name=None):
     from bench.training import step_memory, train_step
     from model import GPT, GPTConfig
     from optimizers import optim
-    from training.hardware import autocast
+    from reporting.hardware import autocast
     with FakeTensorMode():
         model = GPT(GPTConfig(linear=linear, recompute=recompute, loss_chunk=4096))
         for module in plan.kronecker(model) if name else ():

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optimizers import optim
-from training import schedules
+from optimizers import optim, schedules
 from variants import UserError
 
 SMALL = dict(block_size=16, vocab_size=65, n_layer=2, n_head=4, n_embd=64, bias=True)

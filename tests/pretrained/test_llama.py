@@ -17,13 +17,13 @@ import export
 import sample
 import train
 from attention import heads
-from checkpoints import checkpoint
+from checkpoints import checkpoint, gguf_file
 from configurator import GPTConfig
 from data import hub_tokenizer, prepare_enwik8, prepare_text, tokenizer
 from data.dataset import open_dataset
 from decomposition import initialise
 from model import GPT
-from pretrained import gguf_file, llama, sources
+from pretrained import llama, sources
 from variants import UserError
 
 SMALL = {'vocab_size': 97, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2, 'num_attention_heads': 4,

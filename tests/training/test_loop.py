@@ -12,8 +12,9 @@ import configurator
 import train
 from checkpoints import checkpoint
 from model import GPT, Block, GPTConfig
+from reporting import hardware, runlog
 from tests.tiny import arguments, make_data
-from training import hardware, precision, runlog
+from training import precision
 from variants import UserError
 
 

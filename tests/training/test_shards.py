@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from model import GPT, GPTConfig
+from optimizers import optim
 from training import parallel
 
 SIZES = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61)
@@ -41,7 +42,7 @@ def gradients(name, residual, mesh=None, dtype=torch.bfloat16):
     with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
         loss = model(x, x.roll(-1, 1))[1]
     loss.backward()
-    found = [parallel.whole(p.grad) for _, p in sorted(model.named_parameters())]
+    found = [optim.whole(p.grad) for _, p in sorted(model.named_parameters())]
     assert all(g.dtype == torch.float32 for g in found)
     return loss.item(), torch.cat([g.flatten() for g in found]), seen[0]
 

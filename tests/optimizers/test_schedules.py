@@ -1,4 +1,4 @@
-"""training/schedules.py: micro-steps and sequence lengths by stage; and what training makes of them."""
+"""optimizers/schedules.py: micro-steps and sequence lengths by stage; and what training makes of them."""
 import json
 
 import pytest
@@ -8,8 +8,8 @@ import configurator
 import train
 from checkpoints import checkpoint
 from decomposition import initialise
+from optimizers import schedules
 from tests.tiny import arguments, make_data
-from training import schedules
 
 
 @pytest.fixture(scope='module')

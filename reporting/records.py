@@ -3,7 +3,7 @@ import json
 import os
 import statistics
 
-from training.runlog import read_log, write_json
+from reporting.runlog import read_log, write_json
 from variants import UserError
 
 LINES = 8000                            # of a record's log: a few megabytes

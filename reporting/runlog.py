@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import configurator
 from checkpoints.durable import DISK, write_whole
-from training import hardware
+from reporting import hardware
 
 
 def write_json(path, value):

@@ -1,7 +1,7 @@
 """Records of runs."""
 import json
 
-from training import records
+from reporting import records
 
 
 def run_of(count):

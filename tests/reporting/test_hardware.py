@@ -1,4 +1,4 @@
-"""training/hardware.py: GPUs that torch cannot use are told and not passed over; data-sheet speeds; TF32 and its getters."""
+"""reporting/hardware.py: GPUs that torch cannot use are told, not passed over; data-sheet speeds; TF32 and its getters."""
 import os
 from types import SimpleNamespace
 
@@ -7,7 +7,8 @@ import torch
 
 from bench import rung, step
 from configurator import Config
-from training import hardware, parallel
+from reporting import hardware
+from training import parallel
 from variants import UserError
 
 LISTED = 'GPU 0: NVIDIA A100 (UUID: GPU-0)\n  MIG 3g.40gb     Device  0: (UUID: MIG-0)\nGPU 1: NVIDIA A100 (UUID: GPU-1)'
