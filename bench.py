@@ -25,7 +25,7 @@ PARTS = {
     'ladder': 'bench.ladder',           # a train step from plain fp32 upwards, and the checks before a long run
     'precision': 'bench.precisions',    # a train step in every precision beside fp32, small models and large
     'step': 'bench.step',               # where the time of a config's train step goes; MFU, memory
-    'sample': 'bench.sampling',         # tokens a second of generation, with and without the cache
+    'sample': 'bench.sampling',         # tokens per second of generation, with and without the cache
     'optim': 'bench.optimizing',        # Muon, batched, beside a loop and torch.optim.Muon
     'loader': 'bench.loading',          # the loader alone and beside a train step
     'scaling': 'bench.scaling',         # DDP and FSDP2 on 1, 2, ... ranks of this machine

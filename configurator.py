@@ -32,7 +32,7 @@ class GPTConfig:
     vocab_size: int = key(50304, "rows of the embedding; train.py takes the data set's (GPT-2's 50257 padded to 50304)",
                           low=1)
     n_layer: int = key(12, 'number of blocks', low=1)
-    n_head: int = key(12, 'attention heads a block; must divide n_embd', low=1)
+    n_head: int = key(12, 'attention heads per block; must divide n_embd', low=1)
     n_embd: int = key(768, 'width of the residual stream', low=1)
     dropout: float = key(0.0, 'probability of zeroing an activation, 0 <= p < 1', low=0)
     bias: bool = key(False, 'biases in linears and norms (GPT-2 has them)')
@@ -78,8 +78,8 @@ class Config(GPTConfig):
     wandb_project: str = key('owt', 'project name there')
     wandb_run_name: str = key('gpt2', 'run name there')
     dataset: str = key('openwebtext', 'folder below data_dir with train.bin and val.bin')
-    gradient_accumulation_steps: int = key(5 * 8, 'micro-steps a step, counted over the whole job', low=1)
-    batch_size: int = key(12, 'sequences a micro-step', low=1)
+    gradient_accumulation_steps: int = key(5 * 8, 'micro-steps per step, counted over the whole job', low=1)
+    batch_size: int = key(12, 'sequences per micro-step', low=1)
     learning_rate: float = key(6e-4, 'peak learning rate', low=0)
     max_iters: int = key(600000, 'steps in all', low=0)
     weight_decay: float = key(1e-1, 'AdamW decay of matrices, factors and embeddings', low=0)
@@ -129,7 +129,7 @@ class Config(GPTConfig):
     parallel: str = key('ddp', "several ranks: 'ddp' copies the model, 'fsdp' shards it (FSDP2)", choices=('ddp', 'fsdp'))
     sharded_checkpoints: bool = key(False, "with parallel='fsdp': every rank saves its own part (docs/distributed.md)")
     prefetch: int | None = key(None, 'micro-batches that a thread makes ahead; None = 2 on a GPU, 0 elsewhere', low=0)
-    memory_budget_gb: float = key(0.0, 'lower batch_size, tokens a step unchanged, until a device needs no more; 0 = off',
+    memory_budget_gb: float = key(0.0, 'lower batch_size, tokens per step unchanged, until a device needs no more; 0 = off',
                                   low=0)
     seed: int = key(1337, 'all randomness of a run follows from it', low=0)
     data_dir: str = key('data', 'folder that holds the data set folders')

@@ -1,4 +1,4 @@
-"""Loss, perplexity, bits a byte and accuracy of any checkpoint on a text or a data set, beside simple baselines.
+"""Loss, perplexity, bits per byte and accuracy of any checkpoint on a text or a data set, beside simple baselines.
 
     python evaluate.py --out_dir=out/kron_mlp --dataset=shakespeare_char
     python evaluate.py FOLDER_OF_TRANSFORMERS --text=novel.txt --window=1024 --stride=256
@@ -12,7 +12,7 @@ shorter. stride = window is what train.py does with eval_iters=0. No token is pu
 
     loss            nats a scored token, under the loss function that the model was trained with
     perplexity      e^loss
-    bits a byte     nats in all / ln 2 / bytes of the whole text in UTF-8 (those of the first token too, which is not
+    bits per byte     nats in all / ln 2 / bytes of the whole text in UTF-8 (those of the first token too, which is not
                     scored: 1 part in N); none where tokens are no text
     accuracy        share of scored tokens that are the likeliest of all
     unigram         the same for token frequencies of the training split, one added to each count; for a --text only
@@ -355,7 +355,8 @@ def table(result):
              f'{"":10}{"nats/token":>12}{"perplexity":>12}{"bits/byte":>12}{"accuracy":>12}', row('model', result)]
     if result['unigram']:
         gain = result['unigram']['loss'] - result['loss']
-        lines += [row('unigram', result['unigram']), f'gain over the unigram of the training split: {gain:.4f} nats a token']
+        lines += [row('unigram', result['unigram']),
+                  f'gain over the unigram of the training split: {gain:.4f} nats per token']
     else:
         lines += ['unigram: not known without the training data; pass --dataset=NAME beside --text']
     if result['forecast']:

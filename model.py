@@ -29,7 +29,7 @@ class CausalSelfAttention(nn.Module):
 
     config: n_kv_head groups queries (GQA), rope, qk_norm, value_residual, ngpt. gate: y of head h times
     2 sigmoid(w_h . x), 1 at first (Qiu et al. 2025, arXiv 2505.06708). softcap: bounds the scores, off SDPA.
-    Parameters 2 C^2 (1 + H_kv/H); FLOPs 2 a parameter + 4 T C a token at full context; cache 2 H_kv D numbers a token.
+    Parameters 2 C^2 (1 + H_kv/H); FLOPs 2 a parameter + 4 T C per token at full context; cache 2 H_kv D numbers per token.
     """
 
     def __init__(self, config, site, gate=False, softcap=0.0):
@@ -63,7 +63,7 @@ class CausalSelfAttention(nn.Module):
         return padded(cache, size, ('k', 'v'), filled=cache['length'])
 
     def flops(self, context):
-        """Forward FLOPs a token of q k^T and of the weighted sum, with `context` keys."""
+        """Forward FLOPs per token of q k^T and of the weighted sum, with `context` keys."""
         return 4 * context * self.n_head * self.head_dim
 
 
@@ -131,7 +131,7 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x + attn(ln_1 x), then x + mlp(ln_2 x); under ngpt each branch is a step of the unit vector x towards its own.
 
-    nGPT (Loshchilov et al. 2024): x <- unit(x + |a| (unit(branch(x)) - x)), a = 0.05 at first, one a feature ('full')
+    nGPT (Loshchilov et al. 2024): x <- unit(x + |a| (unit(branch(x)) - x)), a = 0.05 at first, one per feature ('full')
     or one in all ('simple').
     """
 
@@ -298,14 +298,14 @@ class GPT(nn.Module):
         return total if positions else total - table
 
     def flops_per_token(self):
-        """Forward FLOPs a token at full context: sites, attention (no causal halving) and head; a multiply-add is 2."""
+        """Forward FLOPs per token at full context: sites, attention (no causal halving) and head; a multiply-add is 2."""
         T = self.config.block_size
         sites = sum(module.flops(T) for module in self.sites(experts=True).values()) // T   # of many at once: see ABBALinear
         attention = sum(block.attn.flops(self.config.block_size) for block in self.transformer.h)
         return sites + attention + 2 * self.lm_head.weight.numel()
 
     def site_table(self):
-        """One dict a site: site, spec, shape (out, in), parameters with bias, forward FLOPs a token, share of all.
+        """One dict per site: site, spec, shape (out, in), parameters with bias, forward FLOPs per token, share of all.
 
         A linear of many experts has `active` too, the parameters that a token meets.
         """
@@ -350,7 +350,7 @@ class GPT(nn.Module):
         While training with loss_chunk > 0 there are no logits: None. guess: the likeliest tokens (B, T) in their place, for
         evaluation, which makes loss_chunk tokens' logits at a time.
 
-        caches: one dict a layer, filled here; start: position of idx[:, 0] when caches hold the tokens before it, or as a
+        caches: one dict per layer, filled here; start: position of idx[:, 0] when caches hold the tokens before it, or as a
         tensor (1,) in a static step, see attention/decoding.py.
         """
         T, size = idx.size(1), self.config.block_size

@@ -163,7 +163,7 @@ def save(run, last=False):
 
 
 def announce(config, model, dataset, loader, job):
-    """The first lines of a run: what is trained, on what, and with how many tokens a step."""
+    """The first lines of a run: what is trained, on what, and with how many tokens per step."""
     if config.gradient_accumulation_steps == 40 and 'gradient_accumulation_steps' not in config.sources:
         job.say("gradient_accumulation_steps is nanoGPT's default 40, as no config sets it: 40 micro-steps for every step")
     if config.decay_lr and config.warmup_iters >= config.max_iters > 0:
@@ -173,7 +173,7 @@ def announce(config, model, dataset, loader, job):
                 f'{9 * config.vocab_size:,}; it is for vocabularies of some hundred')
     tokens = split_batch(config, job.world_size)[1] * loader.batch_size * config.block_size
     job.say(f'{model.num_params():,} parameters ({model.num_params(positions=False):,} without positions), '
-            f'{dataset.folder}, {tokens:,} tokens a step, {job.world_size} x {job.device} in {job.dtype}')
+            f'{dataset.folder}, {tokens:,} tokens per step, {job.world_size} x {job.device} in {job.dtype}')
 
 
 def open_data(config, job):

@@ -25,7 +25,7 @@ def with_vocabulary(config):
 
 @functools.lru_cache(1024)
 def measured(settings):
-    """(parameters, {part: forward FLOPs a token}) of a GPTConfig as JSON; parts: sites of each block, and the rest."""
+    """(parameters, {part: forward FLOPs per token}) of a GPTConfig as JSON; parts: sites of each block, and the rest."""
     with torch.device('meta'):
         model = GPT(configurator.GPTConfig(**json.loads(settings)))
     T, sites = model.config.block_size, {}
@@ -36,7 +36,7 @@ def measured(settings):
 
 
 def model_cost(config):
-    """(parameters, {block: forward FLOPs a token of its sites}, forward FLOPs a token of all else)."""
+    """(parameters, {block: forward FLOPs per token of its sites}, forward FLOPs per token of all else)."""
     return measured(json.dumps(configurator.as_dict(configurator.model_config(config)), sort_keys=True))
 
 
@@ -66,7 +66,7 @@ def stages(config, evaluations=()):
 def training_cost(config, evaluations=()):
     """{'parameters': of the final model, 'trained': of the one before the dense finish, 'flops': of the training}.
 
-    FLOPs: 3 x forward a token (forward, gradient of the inputs, gradient of the weights), 2 x for the sites of frozen
+    FLOPs: 3 x forward per token (forward, gradient of the inputs, gradient of the weights), 2 x for the sites of frozen
     blocks, whose weights take no gradient; times tokens, without validation.
     """
     tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size

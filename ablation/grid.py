@@ -36,7 +36,7 @@ class Grid:
     confirm: int = key(3, 'ranks: best trials that run with the other seeds', low=1)
     seeds: int = key(3, 'seeds a variant, with its best setting', low=1)
     jobs: int = key(1, 'runs at a time', low=1)
-    threads: int = key(1, 'CPU threads a run', low=1)
+    threads: int = key(1, 'CPU threads per run', low=1)
     gpus: int = key(0, 'GPUs: every run gets one, by CUDA_VISIBLE_DEVICES; 0 = what train.py chooses', low=0)
     baseline: str = key('', 'the variant that others are compared with; default dense, or the first')
     dry_run: bool = key(False, 'list the runs and stop')

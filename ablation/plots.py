@@ -39,7 +39,7 @@ def front(rows, cost, title, folder, name):
     for i, row in enumerate(best, 1):                   # by number: names beside the dots would cover each other
         axes.annotate(str(i), (row[cost], row['loss']), xytext=(-9, -11), textcoords='offset points', fontsize=9)
         axes.plot([], [], ' ', label=f'{i}  {row["variant"]}')
-    axes.set(xlabel=COSTS[cost], ylabel='validation loss, nats a token', title=title)
+    axes.set(xlabel=COSTS[cost], ylabel='validation loss, nats per token', title=title)
     axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc='outside right upper')
     return save(figure, folder, name)
@@ -55,7 +55,7 @@ def losses(rows, title, folder, name):
         axes.plot(row['loss'], place, 'o', color=colour, ms=4)
     axes.set_yticks(range(len(ordered)), [row['variant'] for row in ordered], fontsize=7)
     axes.set_ylim(-0.8, len(ordered) - 0.2)
-    axes.set(xlabel='validation loss, nats a token (dot: mean, tick: a seed; red: controls)', title=title)
+    axes.set(xlabel='validation loss, nats per token (dot: mean, tick: a seed; red: controls)', title=title)
     axes.grid(axis='x', alpha=0.25)
     return save(figure, folder, name)
 
@@ -77,7 +77,7 @@ def effect_plot(found, title, folder, name):
     reach = max(abs(e['mean']) for e in ordered)        # an interval over two seeds may be 13 deviations wide
     wide = max([abs(e['mean']) + (e['over_pairs'] or 0) for e in ordered] + [1.3 * reach, 1e-4])
     axes.set_xlim(-1.08 * wide, 1.08 * wide)
-    axes.set(xlabel='effect on the validation loss, nats a token (left of 0: it helps)', title=title)
+    axes.set(xlabel='effect on the validation loss, nats per token (left of 0: it helps)', title=title)
     axes.grid(axis='x', alpha=0.25)
     if any(e['over_pairs'] is not None or e['over_seeds'] is not None for e in found):
         axes.legend(fontsize=8)

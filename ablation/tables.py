@@ -37,7 +37,7 @@ def speed(runs):
 
 @functools.cache
 def cache_bytes(settings):
-    """Bytes of generation cache a token, all layers, at full context, or None; settings: a run's, as JSON."""
+    """Bytes of generation cache per token, all layers, at full context, or None; settings: a run's, as JSON."""
     import torch
 
     from model import GPT
@@ -74,9 +74,9 @@ def columns(grid, rows):
               ('training FLOPs', lambda r: f'{r["flops"]:.3e}' + ' *' * r['front_flops'], lambda r: r['flops']),
               ('wall time, s', lambda r: f'{r["seconds"]:.0f}', lambda r: r['seconds'])]
     if not axes and not grid.ranks:
-        found += [('FLOPs a token', lambda r: f'{r["runs"][0]["env"]["flops_per_token"]:,}',
+        found += [('FLOPs per token', lambda r: f'{r["runs"][0]["env"]["flops_per_token"]:,}',
                    lambda r: r['runs'][0]['env']['flops_per_token']),
-                  ('cache, bytes a token', lambda r: f'{cache_of(r):,.0f}' if cache_of(r) else 'none', cache_of)]
+                  ('cache, bytes per token', lambda r: f'{cache_of(r):,.0f}' if cache_of(r) else 'none', cache_of)]
     return [*found, ('tokens/s of one core', lambda r: f'{speed(r["runs"]):,.0f}', lambda r: speed(r['runs']))]
 
 
@@ -90,7 +90,7 @@ def mean(values):
 
 
 def table(grid, rows):
-    """The Markdown table of one task: a row a variant; * marks the Pareto front of loss against that column."""
+    """The Markdown table of one task: a row per variant; * marks the Pareto front of loss against that column."""
     shape = columns(grid, rows)
     return markdown([head for head, _, _ in shape], [[text(row) for _, text, _ in shape] for row in rows])
 

@@ -1,1 +1,1 @@
-"""Attention classes, one a file; variants.ATTENTIONS names them."""
+"""Attention classes, one per file; variants.ATTENTIONS names them."""

@@ -1,4 +1,4 @@
-"""Differential attention: two attention maps a head, the second subtracted from the first.
+"""Differential attention: two attention maps per head, the second subtracted from the first.
 
 Shapes: B batch, T tokens of this call, S tokens so far, C = n_embd, H = n_head, D = C / H, P pairs of query maps,
 G groups of keys and values, D_v size of a value (2 D in version 1, D in version 2).
@@ -45,7 +45,7 @@ class TwoMaps:
         return tuple(attend(q[:, i], k[:, i % k.size(1)], v, scale, dropout, seen=seen) for i in (0, 1))
 
     def finish(self, y):
-        """The norm and factor a head."""
+        """The norm and factor per head."""
         y = unit(y) * y.size(-1) ** 0.5 if self.norm_head is None else self.norm_head(y)
         return y * self.head_scale
 
@@ -54,14 +54,14 @@ class DifferentialAttention(TwoMaps, nn.Module):
     """(softmax(q1 k1) - lam softmax(q2 k2)) v, by heads.
 
     Version 1 (Ye et al. 2024, arXiv 2410.05258): P = H / 2 heads with two keys each and values 2 D wide; lam =
-    exp(l1 . l2) - exp(l3 . l4) + lambda_init, one a layer, lambda_init = 0.8 - 0.6 exp(-0.3 layer); then an RMS norm a
+    exp(l1 . l2) - exp(l3 . l4) + lambda_init, one per layer, lambda_init = 0.8 - 0.6 exp(-0.3 layer); then an RMS norm a
     head and the factor 1 - lambda_init. n_kv_head counts maps, so that grouped queries share pairs of keys.
-    Parameters of a full layer 4 C^2 + 6 D, FLOPs 6 S C a token, cache 2 n_kv_head D numbers a token.
+    Parameters of a full layer 4 C^2 + 6 D, FLOPs 6 S C per token, cache 2 n_kv_head D numbers per token.
     Version 2 (microsoft/diff-attn-v2): P = H heads, both maps of a head with the same key and value, D wide; lam =
-    sigmoid(w . x), one a token and head; no norm. Parameters 5 C^2 + H C, FLOPs 8 S C + 2 H C, cache as version 1.
+    sigmoid(w . x), one per token and head; no norm. Parameters 5 C^2 + H C, FLOPs 8 S C + 2 H C, cache as version 1.
 
     qk_norm='standard' norms the two queries of a head as one vector, and its two keys; 'split' norms each map's alone.
-    ngpt: each map's q and k are unit vectors, both maps share s_qk; the norm a head is L2, times sqrt(2 D), without
+    ngpt: each map's q and k are unit vectors, both maps share s_qk; the norm per head is L2, times sqrt(2 D), without
     gain (the branch's own norm hides 1 - lambda_init); w is used as a unit vector, times sqrt(C).
     Raises ValueError for another version, and in version 1 for an odd n_head or n_kv_head.
     """
@@ -124,11 +124,11 @@ class DifferentialAttention(TwoMaps, nn.Module):
         return widen(first) - lam * widen(second)
 
     def finish(self, y):
-        """Version 1's norm and factor a head."""
+        """Version 1's norm and factor per head."""
         return y if self.version == 2 else super().finish(y)
 
     def flops(self, context):
-        """Forward FLOPs a token of two maps' scores and weighted sums, with `context` keys, and of version 2's lam."""
+        """Forward FLOPs per token of two maps' scores and weighted sums, with `context` keys, and of version 2's lam."""
         lam = 2 * self.w_lambda.numel() if self.version == 2 else 0
         return 4 * context * self.pairs * (self.head_dim + self.value_dim) + lam
 

@@ -17,9 +17,9 @@ class DINTAttention(DifferentialAttention):
 
     A1, A2: the two causal softmax maps; A3[t, j] says how much the queries look at key j, by version:
     1: the running mean (1 / (t+1)) sum over i <= t of A1[i, j]. A3 v is the running mean of A1 v, so that no map is
-       made: FLOPs of diff + C a token; cache of diff and one mean, C numbers.
+       made: FLOPs of diff + C per token; cache of diff and one mean, C numbers.
     2: the mean over the queries that see j, (1 / (t-j+1)) sum over i <= t of A1[i, j]; the row is then divided by its
-       sum. It needs the maps: 2 P T S numbers in memory, FLOPs 4 S C a token; cache of diff and P S column sums.
+       sum. It needs the maps: 2 P T S numbers in memory, FLOPs 4 S C per token; cache of diff and P S column sums.
     'published' (mean over all T queries) and 'visible' (over those that see j, then masked) see the future and stand
     here for negative controls: `leaks` is True, train.py refuses them without allow_leak=True, and no cache holds.
     Rows of versions 1 and 2 sum to 1, hence no factor 1 - lambda_init, which head_scale=True restores.

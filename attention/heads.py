@@ -49,7 +49,7 @@ class QueryKeyNorm(nn.Module):
 
 
 class ValueMix(nn.Module):
-    """Value residual: v <- (1 - lam) v + lam v_0 with block 0's raw values, one learned lam a block, 0.5 at first.
+    """Value residual: v <- (1 - lam) v + lam v_0 with block 0's raw values, one learned lam per block, 0.5 at first.
 
     Block 0 keeps its v in ctx.first_value and has no lam. Source: Zhou et al. 2024, arXiv 2410.17897.
     """

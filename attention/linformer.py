@@ -29,8 +29,8 @@ class LinformerAttention(nn.Module):
     slots: r, at most chunk; 0 = attention within chunks. chunk: c, tokens. per_head: E, F for every key head.
     dynamic: weights softmax over the chunk of x W_p instead of E and F, for keys and values alike, W_p (C -> H_kv r).
     slot_norm: RMS norm with a gain on slot keys, which averaging makes shorter.
-    Parameters 2 C^2 (1 + H_kv/H) + 2 r c; scores 4 C (c + r T/c) FLOPs a token; cache 2 H_kv D (c + r T/c) numbers
-    (dynamic: r H_kv more a token of the open chunk). Raises ValueError for arguments that do not fit.
+    Parameters 2 C^2 (1 + H_kv/H) + 2 r c; scores 4 C (c + r T/c) FLOPs per token; cache 2 H_kv D (c + r T/c) numbers
+    (dynamic: r H_kv more per token of the open chunk). Raises ValueError for arguments that do not fit.
     """
     tags = {'E': 'vector', 'F': 'vector', 'W_p': 'vector'}      # mixing weights: no decay, no Muon
 
@@ -167,7 +167,7 @@ class LinformerAttention(nn.Module):
         return y.flatten(2, 3)[:, :, L - T:L]
 
     def flops(self, context):
-        """Forward FLOPs a token: scores and sums over the own chunk and all slots, and the mixing of slots."""
+        """Forward FLOPs per token: scores and sums over the own chunk and all slots, and the mixing of slots."""
         r, c, width, keys = self.slots, self.chunk, self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         scores = 4 * width * (min(c, context) + r * (context // c))
         return scores + 4 * r * keys + (2 * self.W_p.numel() if self.dynamic else 0)

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of all heads from one small latent.
 
 Training multiplies the latents out ("naive"). Decoding moves the products to the query and to the output instead
-("absorbed"), so that the cache holds one latent and one small rotated key a token, for all heads together.
+("absorbed"), so that the cache holds one latent and one small rotated key per token, for all heads together.
 """
 import torch
 import torch.nn as nn
@@ -60,16 +60,16 @@ class LatentScale(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """c = norm(W_DKV x); [k_n, v] = W_UKV c a head; scores (q_n . k_n + q_r . k_r) / sqrt(d_n + d_r), k_r shared.
+    """c = norm(W_DKV x); [k_n, v] = W_UKV c per head; scores (q_n . k_n + q_r . k_r) / sqrt(d_n + d_r), k_r shared.
 
     kv_lora_rank: d_c, features of the latent; q_lora_rank: the same for queries, None = W_Q without a latent;
     qk_nope_head_dim d_n and v_head_dim d_v: None = n_embd // n_head; qk_rope_head_dim d_r: even, 0 = none. Queries and
     keys carry RoPE on their last d_r features whatever `rope` says; with rope=False a position table comes on top.
     Parameters C H (d_n + d_r) + C (d_c + d_r) + d_c H (d_n + d_v) + H d_v C + d_c, besides q_lora_rank.
-    FLOPs 2 T H (d_n + d_r + d_v) a token naive, 2 T H (2 d_c + d_r) absorbed; cache d_c + d_r numbers a token, and H
-    more under ngpt='full'. The absorbed path forms W_UKV of a structured linear once a call.
+    FLOPs 2 T H (d_n + d_r + d_v) a token naive, 2 T H (2 d_c + d_r) absorbed; cache d_c + d_r numbers per token, and H
+    more under ngpt='full'. The absorbed path forms W_UKV of a structured linear once per call.
     Raises ValueError for arguments and settings that do not fit.
-    Subclasses may have several maps a head, each with its own queries and keys: an axis after B.
+    Subclasses may have several maps per head, each with its own queries and keys: an axis after B.
     """
     maps = 1                                            # a head
 
@@ -210,7 +210,7 @@ class LatentAttention(nn.Module):
         return y + bias.flatten().unflatten(0, heads)[:, None]
 
     def flops(self, context):
-        """Forward FLOPs a token of scores and weighted sums over `context` keys, multiplied out as in training."""
+        """Forward FLOPs per token of scores and weighted sums over `context` keys, multiplied out as in training."""
         return 2 * context * self.n_head * self.maps * (self.nope + self.rope + self.value)
 
 

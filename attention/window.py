@@ -1,7 +1,7 @@
 """Sliding-window attention: token t sees the tokens t - W + 1 .. t, token-exact, with W fixed or on a schedule.
 
 On a CUDA GPU FlexAttention computes it, with W as a tensor that the kernel reads, so that one graph serves all windows;
-elsewhere SDPA under a mask gives the same numbers. Layers with the same arguments share one mask a call.
+elsewhere SDPA under a mask gives the same numbers. Layers with the same arguments share one mask per call.
 """
 import functools
 import math
@@ -102,7 +102,7 @@ class WindowAttention(nn.Module):
     window, the others half of it (with a schedule at least 128); None = all. documents: the token that begins a
     document (GPT-2's 50256), so that tokens see their own document only; None = one document.
     The current window is a buffer, so that checkpoints hold it.
-    Parameters as causal attention; scores 4 min(size, T) C FLOPs a token; cache 2 H_kv D min(size, block_size) numbers.
+    Parameters as causal attention; scores 4 min(size, T) C FLOPs per token; cache 2 H_kv D min(size, block_size) numbers.
     Raises ValueError for arguments that do not fit. Source: modded-nanogpt, token-exact here.
     """
 
@@ -143,7 +143,7 @@ class WindowAttention(nn.Module):
             self.mask(ctx)
 
     def mask(self, ctx):
-        """What this call's tokens see of each other: block_mask() for FlexAttention, else visible(); once a call.
+        """What this call's tokens see of each other: block_mask() for FlexAttention, else visible(); once per call.
 
         The key says which window it is without reading it: equal arguments, equal windows at any progress.
         """
@@ -178,7 +178,7 @@ class WindowAttention(nn.Module):
 
     def remember(self, ctx, k, v, documents):
         """k, v, positions (S,) and documents (B, S) or None: the ring's and this call's. The ring holds k rotated."""
-        if ctx.seen is None and 'size' not in ctx.cache:        # reading the window waits for a GPU, so once a text
+        if ctx.seen is None and 'size' not in ctx.cache:        # reading the window waits for a GPU, so once per text
             ctx.cache['size'] = min(int(self.window), ctx.block_size)
         new = {'k': k, 'v': v, 'position': ctx.positions[None, None]}
         if documents is not None:
@@ -208,7 +208,7 @@ class WindowAttention(nn.Module):
                 **{name: cache[name] for name in ('documents',) if name in cache}}
 
     def flops(self, context):
-        """Forward FLOPs a token of q k^T and of the weighted sum: the keys of the final window, at most `context`."""
+        """Forward FLOPs per token of q k^T and of the weighted sum: the keys of the final window, at most `context`."""
         return 4 * min(self.window_at(1.0), context) * self.n_head * self.head_dim
 
 

@@ -22,7 +22,7 @@ class Settings(Output):
     device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1'")
     backend: str = key('inductor', 'of torch.compile', choices=('inductor', 'aot_eager'))
     n_embd: int = key(256, 'width; heads are half of it', low=64)
-    block_size: int = key(512, 'tokens a sequence', low=16)
+    block_size: int = key(512, 'tokens per sequence', low=16)
     batch_size: int = key(4, 'sequences', low=1)
     vocab_size: int = key(1024, 'tokens in the vocabulary', low=8)
     threads: int = key(1, 'torch threads on a CPU', low=1)

@@ -2,7 +2,7 @@
 
     python -m bench.fit_table --weights=model.safetensors --matrices="*.c_fc.weight;*.c_proj.weight" --budgets=0.25,0.5
 
-prints a row a matrix and budget, and means over all. A budget is a part of a matrix's parameters: the SVD takes the rank
+prints a row per matrix and budget, and means over all. A budget is a part of a matrix's parameters: the SVD takes the rank
 R that it pays for, ABBA splits R into two ranks, the first the larger by one where R is odd. Nothing is random.
 """
 import fnmatch
@@ -97,7 +97,7 @@ def line(r):
 
 
 def text(result):
-    """Markdown: a row a matrix and budget, then a row a budget, mean (least .. largest)."""
+    """Markdown: a row per matrix and budget, then a row a budget, mean (least .. largest)."""
     lines = ['| matrix | shape | kept | SVD rank | error | ABBA ranks | starts: SVD and ones, roots | error | ratio | s |',
              '|---|---|---|---|---|---|---|---|---|---|', *(line(r) for r in result['rows'])]
     lines += ['', '| kept | matrices | SVD error | ABBA error | ABBA / SVD | ABBA better |', '|---|---|---|---|---|---|']

@@ -25,8 +25,8 @@ class Settings(Output):
     n_layer: int = key(0, 'blocks; 0 = 12 on a GPU, 6 on a CPU', low=0)
     n_head: int = key(0, 'attention heads; 0 = 12 on a GPU, 6 on a CPU', low=0)
     n_embd: int = key(0, 'width; 0 = 768 on a GPU, 384 on a CPU', low=0)
-    block_size: int = key(0, 'tokens a sequence; 0 = 1024 on a GPU, 256 on a CPU', low=0)
-    batch_size: int = key(0, 'sequences a step; 0 = 16 on a GPU, 4 on a CPU', low=0)
+    block_size: int = key(0, 'tokens per sequence; 0 = 1024 on a GPU, 256 on a CPU', low=0)
+    batch_size: int = key(0, 'sequences per step; 0 = 16 on a GPU, 4 on a CPU', low=0)
     tokens: str = key('auto', "what a token is; 'auto' = gpt2 (50257) on a GPU, char (64) on a CPU",
                       choices=('auto', 'char', 'gpt2'))
     loss_chunk: int = key(0, 'tokens whose logits exist at a time on the last rung; 0 = an eighth of the batch', low=0)

@@ -14,7 +14,7 @@ from data.prepare_text import write_dataset
 
 VOCABULARY, TOKENS = 50257, 20_000_000      # of the made-up data set: 40 MB
 GPT2 = dict(vocab_size=50304, n_layer=12, n_head=12, n_embd=768)
-QUICK = 500e3                               # tokens a second of a quick machine: one H200, GPT-2 124M, as published
+QUICK = 500e3                               # tokens per second of a quick machine: one H200, GPT-2 124M, as published
 
 
 def measure(folder=None, block_size=1024, batch_size=12, seconds=1.0, device='cpu'):
@@ -23,7 +23,7 @@ def measure(folder=None, block_size=1024, batch_size=12, seconds=1.0, device='cp
     folder: a data set, by default one of 20 million random tokens in a temporary folder; seconds: for each timing;
     device: 'cpu' or 'cuda'. Keys: batch_ms and tokens_per_s of loader.batch() alone, in this thread; step_ms of a 124M
     train step with the same batch and step_how it was found; share = batch_ms / step_ms; quick_step_ms of a machine that
-    trains 500,000 tokens a second, and quick_share of that; wait_share, the part of its time that a trainer waits for
+    trains 500,000 tokens per second, and quick_share of that; wait_share, the part of its time that a trainer waits for
     prefetched batches, beside matrix products that take as long as such a step.
     """
     with tempfile.TemporaryDirectory() as made:

@@ -11,7 +11,7 @@ from variants import UserError
 class Settings(Output):
     """Which data, which batches, and how long."""
     data: str = key('', 'folder of a data set; by default one of 20 million random tokens')
-    block_size: int = key(1024, 'tokens a sequence', low=1)
+    block_size: int = key(1024, 'tokens per sequence', low=1)
     batch_size: int = key(12, 'sequences a batch', low=1)
     seconds: float = key(1.0, 'of each timing', low=0)
     threads: int = key(1, 'torch threads on a CPU', low=1)

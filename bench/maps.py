@@ -1,8 +1,8 @@
 """Attention maps of a checkpoint by layer and head, as one picture.
 
 The map of a head is read off what the attention computes, not off its code, so that it is right for every class: for a
-given x a head's output is y = A v with values v (B, T, D_v), linear in v. Values that are 1 in one position and feature
-and 0 elsewhere give A column by column, D_v columns a row of the batch. A is the whole of what the head does with its
+given x per head's output is y = A v with values v (B, T, D_v), linear in v. Values that are 1 in one position and feature
+and 0 elsewhere give A column by column, D_v columns per row of the batch. A is the whole of what the head does with its
 values: DIFF's difference, DINT's sum, Linformer's slots spread over the tokens that they stand for, a gate's factor.
 Values are replaced where heads.ValueMix hands them over, outputs are read where c_proj takes them; DIFF's and DINT's
 norm of a head, which comes in between and is not linear, is left out. That y = A v is checked on the real values.
@@ -119,7 +119,7 @@ def label(text):
 
 
 def draw(path, maps, names, labels, title):
-    """One PNG: a row of axes a layer, a column a head; queries downwards, keys to the right.
+    """One PNG: a row of axes a layer, a column per head; queries downwards, keys to the right.
 
     maps: (heads, T, T) by layer; names: of the class, by layer; labels: the tokens as text, or [] for numbers.
     One colour scale for all, in the square root of the weight, as most weights are near 0; a map with negative weights

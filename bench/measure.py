@@ -30,7 +30,7 @@ def side_by_side(baseline, call, min_time, device):
     """Time two calls by turns, so that what else the machine does falls on both.
 
     A round is one timing of each, of so many calls that it takes about min_time / ROUNDS s; rounds go on until both
-    had min_time s each, and at least MIN_ROUNDS. Returns the median ms a call of each, and median, least and largest
+    had min_time s each, and at least MIN_ROUNDS. Returns the median ms per call of each, and median, least and largest
     of the rounds' ratios call / baseline: above 1 is slower than the baseline.
     """
     pair = (baseline, call)

@@ -21,7 +21,7 @@ class Settings(Output, GPTConfig):
     """Settings of the three parts: the model's, with sizes for a laptop, and what is measured."""
     n_embd: int = key(384, 'width of the residual stream', low=1)
     n_head: int = key(6, 'attention heads; must divide n_embd', low=1)
-    block_size: int = key(256, 'tokens a sequence; decoding is measured at half of it', low=2)
+    block_size: int = key(256, 'tokens per sequence; decoding is measured at half of it', low=2)
     batch_size: int = key(4, 'sequences at once, forward and backward', low=1)
     decode_batch_size: int = key(1, 'sequences at once, decoding', low=1)
     in_features: int = key(0, 'linear: input size; 0 = n_embd', low=0)

@@ -33,8 +33,8 @@ TOKENS = {'cpu': (4, 128), 'cuda': (64, 256)}
 class Settings(Output):
     """Which models, and how long to measure."""
     sizes: str = key('', 'models as layers x heads x width, by commas; by default three, two of them below 10M parameters')
-    batch_size: int = key(0, 'sequences a step; 0 = 64 on a GPU, 4 on a CPU', low=0)
-    block_size: int = key(0, 'tokens a sequence; 0 = 256 on a GPU, 128 on a CPU', low=0)
+    batch_size: int = key(0, 'sequences per step; 0 = 64 on a GPU, 4 on a CPU', low=0)
+    block_size: int = key(0, 'tokens per sequence; 0 = 256 on a GPU, 128 on a CPU', low=0)
     compile: bool | None = key(None, 'torch.compile; default True on a GPU, False elsewhere')
     rounds: int = key(5, 'rounds in which every precision is timed', low=1)
     round_s: float = key(0.2, "about how long a precision's turn takes, s", low=0)
@@ -127,7 +127,7 @@ def caller(step, name, device):
 
 
 def text(result):
-    """One table a model."""
+    """One table per model."""
     machine = result['machine']
     where = machine['gpu'] or f'{machine["device"]} ({machine["threads"]} threads)'
     found = [f'precision: a train step of {result["batch_size"]} x {result["block_size"]} tokens; {where}, torch '

@@ -95,8 +95,8 @@ def failed(rows, tolerance):
 
 
 def text(result):
-    """One line a run."""
-    lines = [['run', 'ranks', 's', 'ms a step', 'tokens/s', 'loss', 'validation loss']]
+    """One line per run."""
+    lines = [['run', 'ranks', 's', 'ms per step', 'tokens/s', 'loss', 'validation loss']]
     for row in result['rows']:
         cells = [f'{row["ms"]:.4g}', f'{row["tokens_per_s"]:,.0f}', f'{row["loss"]:.4f}', f'{row["val_loss"]:.4f}'] if (
             'ms' in row) else ['', '', '', row['error']]

@@ -232,7 +232,7 @@ def say(words):
 
 
 def text(result):
-    """One line a seed, then the medians."""
+    """One line per seed, then the medians."""
     lines = [['seed', 'nanoGPT, s', 'CPU s', 'tokens', 'loss', 'ours, s', 'CPU s', 'tokens', 'loss', 'wall x', 'CPU x',
               'tokens x', 'loss in its time']]
     for row in result['rounds']:

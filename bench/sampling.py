@@ -1,4 +1,4 @@
-"""Part sample: tokens a second of generation, with the cache, without, and by static steps, for the model of a config.
+"""Part sample: tokens per second of generation, with the cache, without, and by static steps, for the model of a config.
 
     python bench.py sample --config=config/kron_mlp.py --new_tokens=128
 

@@ -1,9 +1,9 @@
-"""Part scaling: tokens a second of DDP and FSDP2 on 1, 2, ... ranks of this machine, tokens a rank unchanged.
+"""Part scaling: tokens per second of DDP and FSDP2 on 1, 2, ... ranks of this machine, tokens per rank unchanged.
 
     python bench.py scaling --config=config/train_shakespeare_char.py --max_ranks=2
 
-Each is a torchrun of train.py on random tokens, with an accumulation of as many micro-steps as ranks; efficiency is tokens a
-second a rank, over those of one rank. On a CPU the ranks use gloo and one thread each (--threads).
+Each is a torchrun of train.py on random tokens, with an accumulation of as many micro-steps as ranks; efficiency is
+tokens per second a rank, over those of one rank. On a CPU the ranks use gloo and one thread each (--threads).
 """
 import os
 import statistics
@@ -94,11 +94,11 @@ def measure(settings, kind, ranks, folder):
 
 
 def text(result):
-    """One line a run."""
+    """One line per run."""
     lines = [['parallel', 'ranks', 'ms', 'tokens/s', 'efficiency']]
     for row in result['rows']:
         cells = [f'{row["ms"]:.4g}', f'{row["tokens_per_s"]:,.0f}', f'{row["efficiency"]:.0%}'] if 'ms' in row else (
             ['', row['error'], ''])
         lines.append([row['parallel'], str(row['ranks']), *cells])
     where = result['machine']['gpu'] or result['machine']['device']
-    return f'{result["config"]} on {where}, random tokens, tokens a rank unchanged\n\n{tables.aligned(lines)}'
+    return f'{result["config"]} on {where}, random tokens, tokens per rank unchanged\n\n{tables.aligned(lines)}'

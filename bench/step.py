@@ -1,4 +1,4 @@
-"""Part step: where the time of a config's train step goes, its tokens a second, its MFU and its memory.
+"""Part step: where the time of a config's train step goes, its tokens per second, its MFU and its memory.
 
     python bench.py step --config=config/train_gpt2.py --batch_size=16
 
@@ -123,7 +123,7 @@ def text(result):
     return '\n\n'.join([
         f'{result["config"]} on {result["data"]}: {result["parameters"]:,} parameters, {result["dtype"]}'
         f'{", compiled" * result["compiled"]}, {where}, torch {machine["torch"]}',
-        f'{tokens:,} tokens a step of {result["micro_steps"]} x {result["batch_size"]} x {result["block_size"]}: '
+        f'{tokens:,} tokens per step of {result["micro_steps"]} x {result["batch_size"]} x {result["block_size"]}: '
         f'{result["ms"]:.4g} ms, {result["tokens_per_s"]:,.0f} tokens/s{memory}\nMFU {result["mfu_measured"]:.1%} of a '
         f'measured matrix product ({result["measured_peak"] / 1e12:.3g} TFLOP/s){sheet}',
         tables.aligned(parts), tables.aligned(forward)])

@@ -123,7 +123,7 @@ class Subject:
         return call
 
     def cache_per_token(self):
-        """{numbers and bytes a token and row} of the cache on which the last token of block_size is decoded."""
+        """{numbers and bytes per token and row} of the cache on which the last token of block_size is decoded."""
         T = self.config.block_size - 1
         numbers, size = filled(self.prefill(1, T))
         return {'cache_numbers_per_token': numbers / T, 'cache_bytes_per_token': size / T}
@@ -132,8 +132,8 @@ class Subject:
         return sum(p.numel() for p in self.module.parameters())
 
     def flops(self):
-        """Forward FLOPs a token at full context, a multiply-add counted as 2: the sites, and attention over block_size."""
-        T = self.config.block_size                      # many at once: some structures are cheaper a token then
+        """Forward FLOPs per token at full context, a multiply-add counted as 2: the sites, and attention over block_size."""
+        T = self.config.block_size                      # many at once: some structures are cheaper per token then
         sites = sum(m.flops(T) for m in self.module.modules() if hasattr(m, 'spec')) // T
         return sites + (self.module.flops(self.config.block_size) if self.part == 'attention' else 0)
 

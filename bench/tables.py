@@ -1,8 +1,8 @@
 """The result of bench/modules.py as tables for people, in Markdown."""
 
 # head of a column -> (key of a row, how it is written)
-FACTS = {'parameters': ('parameters', '{:,}'), 'FLOPs a token': ('flops_per_token', '{:,}'),
-         'peak memory, bytes': ('peak_memory', '{:,}'), 'cache bytes a token': ('cache_bytes_per_token', '{:,.0f}')}
+FACTS = {'parameters': ('parameters', '{:,}'), 'FLOPs per token': ('flops_per_token', '{:,}'),
+         'peak memory, bytes': ('peak_memory', '{:,}'), 'cache bytes per token': ('cache_bytes_per_token', '{:,.0f}')}
 
 
 def aligned(lines):

@@ -94,7 +94,7 @@ def read(folder):
     """The state of a folder, its tensors whole and on the CPU; no ranks are needed. Raises torchfile.Refused and OSError.
 
     Nothing in it is run: JSON, safetensors, and torch.save's format as torchfile reads it. It never allocates more than
-    the folder's bytes at 8 bytes a number.
+    the folder's bytes at 8 bytes per number.
     """
     state = torchfile.load(folder / WHOLE)
     places = state.pop('sharded', None)

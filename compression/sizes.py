@@ -76,7 +76,7 @@ def gains(sites, variant, weights, stats, known):
     """{site: what sizes 1, 2, ... gain, falling}: shares of each site's outputs, or nats by the curvature of the loss.
 
     Curvature: half of tr(H D C D^T) for an error D, with C = E[x x^T] of the inputs and H = E[g g^T] of the loss's gradients
-    at the outputs, the second-order term of the loss a token in K-FAC's approximation (Martens and Grosse 2015), so that
+    at the outputs, the second-order term of the loss per token in K-FAC's approximation (Martens and Grosse 2015), so that
     sites can be compared. A size keeps the leading singular directions of H^1/2 W C^1/2.
     """
     curved = variant.sizes == 'curvature'

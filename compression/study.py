@@ -15,7 +15,7 @@ DENSE = 'dense'                         # the variant that changes nothing; alwa
 class Study:
     """Settings of compress.py."""
     source: str = key('', 'the dense model: a folder, a .gguf, or a name on the hub')
-    train: str = key('', 'in place of source: config file of a dense model, trained into out_dir once a seed')
+    train: str = key('', 'in place of source: config file of a dense model, trained into out_dir once per seed')
     models: int = key(1, 'with train: dense models, each with a seed of its own', low=1)
     out_dir: str = key('', 'folder of the results; default out/<name of the study file>')
     dataset: str = key('', 'data set: its train split is calibrated and healed on')

@@ -142,7 +142,7 @@ def text(study, lines):
 
 
 def plot(study, lines, path):
-    """Test loss or perplexity (log), a panel a budget, a row a variant: filled as compressed, hollow once healed."""
+    """Test loss or perplexity (log), a panel per budget, a row per variant: filled as compressed, hollow once healed."""
     import math
 
     import matplotlib
@@ -165,7 +165,7 @@ def plot(study, lines, path):
                 axes.plot(*zip(*points), 'o', color=f'C{int(healed)}', label=label, **style)
         if (DENSE, '') in found:
             axes.axvline(level(DENSE, '', False), color='black', lw=0.8, ls=':', label='dense')
-        axes.set(title=f'{budget} of {study.sites}', xlabel='test loss, nats a token' if unit else 'test perplexity',
+        axes.set(title=f'{budget} of {study.sites}', xlabel='test loss, nats per token' if unit else 'test perplexity',
                  xscale='linear' if unit else 'log', ylim=(len(names) - 0.5, -0.5))
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.grid(alpha=0.25)

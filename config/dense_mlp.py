@@ -1,7 +1,7 @@
 """The dense twin of config/kron_mlp.py: the same GPT, data, steps and learning rate, with dense MLPs.
 
 Launch: bash run.sh config/dense_mlp.py
-Takes about 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats a character): 1.777.
+Takes about 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.777.
 """
 out_dir = 'out/dense_mlp'
 dataset = 'shakespeare_char'

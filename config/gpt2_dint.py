@@ -1,10 +1,10 @@
-"""GPT-2 124M with causal differential integral attention: 6 heads of two maps a layer, and the running mean of the first.
+"""GPT-2 124M with causal differential integral attention: 6 heads of two maps per layer, and the running mean of the first.
 
 DINT (Cang et al. 2025, arXiv 2501.17486) with the mean over the queries so far, as the published one sees the future.
-GPT-2's parameters but for 384 numbers a layer; its cache, and 768 numbers a layer for the mean; two passes of attention.
+GPT-2's parameters but for 384 numbers per layer; its cache, and 768 numbers per layer for the mean; two passes of attention.
 
 Launch: torchrun --standalone --nproc_per_node=8 train.py config/gpt2_dint.py
-For 4-8 A100, 491,520 tokens a step, 9.8B tokens. Estimate, not measured: 4 to 6 hours on 8 A100 40GB (nanoGPT's GPT-2
+For 4-8 A100, 491,520 tokens per step, 9.8B tokens. Estimate, not measured: 4 to 6 hours on 8 A100 40GB (nanoGPT's GPT-2
 takes about 3.2 for as many tokens; here attention takes one and a half times the FLOPs). Not run yet: no loss to expect.
 """
 out_dir = 'out/gpt2_dint'

@@ -3,7 +3,7 @@
 The model starts with 3 blocks and gets one more every 1,000 steps; the blocks before the newest are frozen, so that their
 matrices need no gradients (embeddings, the last norm and the head train throughout). c_v is of rank 192, c_fc and c_proj of
 rank 240: half and 39 % of their dense parameters. From step 14,000 on every matrix is dense, with the same function, and
-the whole model of 124,373,760 parameters trains. 491,520 tokens a step, 9.8 billion in all.
+the whole model of 124,373,760 parameters trains. 491,520 tokens per step, 9.8 billion in all.
 
 Launch: torchrun --standalone --nproc_per_node=8 train.py config/gpt2_grow_lowrank.py
 For 4-8 A100 80GB; needs data/openwebtext (python data/openwebtext/prepare.py).

@@ -6,7 +6,7 @@ FLOPs. The factors start as the nearest Kronecker product of the pretrained matr
 with everything else on OpenWebText (Krony-PT, arXiv 2412.12351, reaches wikitext103 perplexity 42.7 at this size).
 
 Launch: torchrun --standalone --nproc_per_node=8 train.py config/gpt2_kron_mlp.py
-For 4-8 A100 80GB, 122,880 tokens a step, about a day on 8. Needs GPT-2's weights from the Hugging Face hub.
+For 4-8 A100 80GB, 122,880 tokens per step, about a day on 8. Needs GPT-2's weights from the Hugging Face hub.
 """
 out_dir = 'out/gpt2_kron_mlp'
 wandb_project = 'nanokron'

@@ -6,8 +6,8 @@ function, and the rest of the run trains the dense model. Blocks before the newe
 
 Launch: bash run.sh config/grow_shakespeare_char.py
         torchrun --standalone --nproc_per_node=2 train.py config/grow_shakespeare_char.py
-Takes 3 min 17 s on 2 CPU cores, 20 s of it in evaluations. Validation loss 1.805 nats a character on the whole last 10 % of
-the text (one seed) after 8.9e12 training FLOPs, 0.56 of what four dense blocks take for as many steps.
+Takes 3 min 17 s on 2 CPU cores, 20 s of it in evaluations. Validation loss 1.805 nats per character on the whole last
+10 % of the text (one seed) after 8.9e12 training FLOPs, 0.56 of what four dense blocks take for as many steps.
 """
 out_dir = 'out/grow_shakespeare_char'
 dataset = 'shakespeare_char'
@@ -30,7 +30,7 @@ finish_dense_at = 0.7
 finish_dense_state = 'estimate'
 
 batch_size = 12
-gradient_accumulation_steps = 2     # one a rank with two ranks
+gradient_accumulation_steps = 2     # one per rank with two ranks
 learning_rate = 3e-3
 min_lr = 3e-4
 beta2 = 0.99

@@ -6,7 +6,7 @@ MLP parameters (131,104 of 524,288) and 50 % of its MLP FLOPs.
 Launch: bash run.sh config/kron_mlp.py           (or: python train.py config/kron_mlp.py)
         torchrun --standalone --nproc_per_node=2 train.py config/kron_mlp.py
 Takes about 2 minutes on 2 CPU cores; the same file runs on a GPU. Validation loss on the whole last 10 % of the text
-(nats a character): 1.784.
+(nats per character): 1.784.
 """
 out_dir = 'out/kron_mlp'
 dataset = 'shakespeare_char'

@@ -1,7 +1,7 @@
 """config/kron_mlp.py on the modern block, by Muon: Kronecker MLPs with the recipe of config/train_shakespeare_char_fast.py.
 
 Launch: bash run.sh config/kron_mlp_fast.py
-About 20 seconds on one CPU core, 153,600 tokens. Validation loss (nats a character): 1.939 +- 0.005, 3 seeds; dense
+About 20 seconds on one CPU core, 153,600 tokens. Validation loss (nats per character): 1.939 +- 0.005, 3 seeds; dense
 MLPs in its place: 1.872 +- 0.004. --max_iters=1600 --lr_decay_iters=1600 goes on for two minutes.
 """
 out_dir = 'out/kron_mlp_fast'

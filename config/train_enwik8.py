@@ -5,7 +5,7 @@ The time is enough for 2.5M of the 90M bytes, so the figures are far from the pu
 
 Launch: bash run.sh config/train_enwik8.py       (downloads 36 MB once, see data/enwik8/prepare.py)
         torchrun --standalone --nproc_per_node=2 train.py config/train_enwik8.py
-Takes about 14 minutes on one CPU core; expect 1.747 nats, 2.520 bits a character, on the fixed validation batches
+Takes about 14 minutes on one CPU core; expect 1.747 nats, 2.520 bits per character, on the fixed validation batches
 (records/2026-11-21_enwik8); the same file runs on a GPU, where --max_iters and --lr_decay_iters may be raised.
 """
 out_dir = 'out/enwik8'

@@ -35,7 +35,7 @@ cooldown = 0.45
 warmup_iters = 0
 loss_chunk = 16384
 
-# 64 * 1024 * 8 = 524,288 tokens a step
+# 64 * 1024 * 8 = 524,288 tokens per step
 batch_size = 64
 gradient_accumulation_steps = 8
 max_iters = 4000

@@ -35,7 +35,7 @@ cooldown = 0.45
 warmup_iters = 0
 loss_chunk = 16384
 
-# 32 * 1024 * 16 = 524,288 tokens a step
+# 32 * 1024 * 16 = 524,288 tokens per step
 batch_size = 32
 gradient_accumulation_steps = 16
 max_iters = 6000

@@ -35,7 +35,7 @@ cooldown = 0.45
 warmup_iters = 0
 loss_chunk = 16384
 
-# 16 * 4096 * 8 = 524,288 tokens a step
+# 16 * 4096 * 8 = 524,288 tokens per step
 batch_size = 16
 gradient_accumulation_steps = 8
 max_iters = 3000

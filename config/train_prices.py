@@ -6,7 +6,7 @@ token; `python data/prices/prepare.py --input=FILE.csv` puts an OHLCV file of yo
 
 Launch: bash run.sh config/train_prices.py       (or: python data/prices/prepare.py; python train.py config/train_prices.py)
         python evaluate.py --out_dir=out/train_prices --dataset=prices
-Takes half a minute on 2 CPU cores. Validation loss (nats a token, 64 bins): AR(1) 3.943, where the unigram has 4.159;
+Takes half a minute on 2 CPU cores. Validation loss (nats per token, 64 bins): AR(1) 3.943, where the unigram has 4.159;
 random walk 4.159, where the unigram has 4.159. Thousands of daily bars are few: such a run learns its training part by
 heart within some hundred steps, so look at --which=best and at the unigram. This is no trading advice.
 """

@@ -30,5 +30,5 @@ learning_rate = 1e-3
 max_iters = 5000
 lr_decay_iters = 5000
 min_lr = 1e-4
-beta2 = 0.99                        # few tokens a step
+beta2 = 0.99                        # few tokens per step
 warmup_iters = 100

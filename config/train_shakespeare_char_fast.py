@@ -1,7 +1,7 @@
 """The modern recipe on a laptop: what nanoGPT's CPU recipe reaches, in a fraction of its tokens and time.
 
 Launch: bash run.sh config/train_shakespeare_char_fast.py
-About 18 seconds on one CPU core, 148,480 tokens; the classic recipe takes 1.5 million to 1.90 nats a character. The race
+About 18 seconds on one CPU core, 148,480 tokens; the classic recipe takes 1.5 million to 1.90 nats per character. The race
 against nanoGPT, with the losses, is in records/2026-11-21_recipe.
 """
 out_dir = 'out/train_shakespeare_char_fast'

@@ -55,7 +55,7 @@ class Loader:
         """(x, y) of one micro-batch, each (B, T) int64 with y one token ahead of x: a pure function of its arguments.
 
         Rows are numbered through the whole job, g = ((step * accumulation) + micro_step * world_size + rank) * B + row,
-        so that the order of all rows does not depend on the number of ranks. About 20 microseconds a row.
+        so that the order of all rows does not depend on the number of ranks. About 20 microseconds per row.
         """
         if step < 0 or not 0 <= rank < self.world_size or not 0 <= micro_step < self.accumulation // self.world_size:
             raise ValueError(f'no such batch: step {step}, micro-step {micro_step} of '

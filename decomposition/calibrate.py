@@ -18,7 +18,7 @@ MEMORY = 2 << 30                        # bytes of sums; more sites are taken in
 
 @dataclass
 class Stats:
-    """What a pass saw at one site: x its inputs, one row a token; g the gradient of the summed loss at its outputs.
+    """What a pass saw at one site: x its inputs, one row per token; g the gradient of the summed loss at its outputs.
 
     All in float64, and covariances about the means. With two models x is the input in the compressed one, and source
     that of the dense one at the same token.
@@ -148,7 +148,7 @@ def passes(model, sites, batches, gradients=False, memory=MEMORY):
     """Yield {site: Stats} until all of `sites` were given: one pass over the batches, or several when memory asks for it.
 
     model: dense or not, left as it was; batches: [(x, y)] tokens (B, T). Sums take at most `memory` bytes at once (a
-    single group may take more). Cost: a forward pass of the model plus 2 in^2 FLOPs a token and group in float64; with
+    single group may take more). Cost: a forward pass of the model plus 2 in^2 FLOPs per token and group in float64; with
     gradients a backward pass without weight gradients, and 2 out^2 a token and site.
     Raises UserError for too few tokens, or a site that the model never calls.
     """

@@ -150,7 +150,7 @@ def alone(stats):
 
 
 def mean_loss(model, batches):
-    """Mean loss a token over [(x, y)]."""
+    """Mean loss per token over [(x, y)]."""
     total = count = 0
     for x, y in batches:
         total += model(x.to(calibrate.device_of(model)), y.to(calibrate.device_of(model)))[1].item() * y.numel()

@@ -27,7 +27,7 @@ def uniform(sites, budget):
 def spectrum(sites, budget, gains):
     """{site: size} with the largest sum of gains within the budget.
 
-    gains: {site: those of size 1, 2, ..., falling}. Steps are taken by gain a parameter, the best for the budget that
+    gains: {site: those of size 1, 2, ..., falling}. Steps are taken by gain per parameter, the best for the budget that
     they use (a Lagrangian); what is left of the budget is settled by trying all numbers of steps near those, class by
     class of sites with one cost a step, which is exact where the optimum lies within WINDOW of them. Where the steps of a
     site differ in cost: by_price.
@@ -78,7 +78,7 @@ def best_counts(gains, budget):
 def by_price(sites, budget, gains):
     """spectrum for any costs: the sizes of largest gain - price x parameters at the lowest price that fits, then steps.
 
-    Those are the best for the parameters that they take; what is left goes to single steps, the most gain a parameter first.
+    Those are the best for the parameters that they take; what is left goes to single steps, most gain per parameter first.
     """
     total = {s.name: torch.tensor(gains[s.name][:s.most], dtype=torch.float64).cumsum(0) for s in sites}
     costs = {s.name: torch.tensor([s.numel(k) for k in range(1, s.most + 1)], dtype=torch.float64) for s in sites}

@@ -77,7 +77,7 @@ def warmth(config, built, step):
 
 
 def training_flops(model):
-    """FLOPs a token of a forward and a backward pass at full context; nothing frozen: 3 x the forward pass.
+    """FLOPs per token of a forward and a backward pass at full context; nothing frozen: 3 x the forward pass.
 
     A frozen matrix needs no gradient of its weight: 2 x. Blocks below the first parameter that trains are reached by no
     gradient: 1 x, attention too. What recompute does again is not counted.

@@ -211,7 +211,7 @@ def probe(model, run):
 
 @torch.no_grad()
 def mean_loss(model, batches, job):
-    """Mean loss a token over [(x, y)], the model in eval mode meanwhile; draws no random numbers."""
+    """Mean loss per token over [(x, y)], the model in eval mode meanwhile; draws no random numbers."""
     training, total, count, device = model.training, 0.0, 0, device_of(model)
     model.eval()
     for x, y in batches:

@@ -102,7 +102,7 @@ def text_of(runs):
     """The whole page."""
     parts = ['# Matrices replaced in the course of training', summary(runs)]
     parts += [f'## {run["name"]}\n\n{table(run)}' for run in runs]
-    parts.append('Losses in nats a token, on fixed batches of validation text. `alone`: what the loss on training text '
+    parts.append('Losses in nats per token, on fixed batches of validation text. `alone`: what the loss on training text '
                  'rises by when nothing else is replaced, measured before the first replacement. `at the end`: before the '
                  'next replacement, or at the end of the run. `back after`: steps until the loss was first measured at or '
                  'below what it was before. Errors are means over the matrices, relative to the norm of the weight and to '
@@ -135,7 +135,7 @@ def draw(runs, path):
     same = len(runs) == 1 or all(len(run['changes']) < 2 for run in runs)
     bars.set_xticks(range(len(most)), [c['replaced'] if same else f'replacement {k + 1}' for k, c in enumerate(most)],
                     rotation=60, ha='right', fontsize=7)
-    curves.set(xlabel='step', ylabel='loss, nats a token', title='loss on fixed validation batches; points: replacements')
+    curves.set(xlabel='step', ylabel='loss, nats per token', title='loss on fixed validation batches; points: replacements')
     bars.set(ylabel='nats above the loss before')
     bars.axhline(0, color='0.5', linewidth=0.6)
     for axes in (curves, bars):

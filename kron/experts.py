@@ -1,6 +1,6 @@
-"""A linear with many matrices: a sum of Kronecker products with a gate a term and token, y = sum_e g_e (A_e (x) B_e) x.
+"""A linear with many matrices: a sum of Kronecker products with a gate per term and token, y = sum_e g_e (A_e (x) B_e) x.
 
-A factor may be shared by all experts: then it costs one product a token, in front of the others or behind their sum.
+A factor may be shared by all experts: then it costs one product per token, in front of the others or behind their sum.
 Sizes in this file: E experts, k = top_k, T tokens, A (E or 1, m, n), B (E or 1, p, q), out = m p, in = n q; G groups
 of R rows as in kron/router.py.
 """
@@ -33,7 +33,7 @@ def right(X, B):
 class ExpertLinear(nn.Module):
     """y = sum over the chosen experts of g_e (A_e (x) B_e) x, plus one bias, for gates g that sum to 1.
 
-    in_features, out_features: sizes; bias: bool; experts E, m x n: size of the left factors; top_k: experts a token;
+    in_features, out_features: sizes; bias: bool; experts E, m x n: size of the left factors; top_k: experts per token;
     share: 'A' or 'B', the factor that all experts have in common, or None. m = out and n = in leave a 1 x 1 right factor,
     which is left out: dense experts, weight (E, out, in). Parameters E m n + E p q + out, a shared factor once. FLOPs a
     token: k times those of an A_e (x) B_e in the cheaper order, a shared factor's product once. Otherwise no
@@ -112,11 +112,11 @@ class ExpertLinear(nn.Module):
 
     @staticmethod
     def apply_shared(x, function, factor):
-        """A factor that all experts share, once a token: x (T, ., .)."""
+        """A factor that all experts share, once per token: x (T, ., .)."""
         return function(x[None], factor)[0]
 
     def order_flops(self):
-        """Forward FLOPs a token of (A-first, B-first), a shared factor counted once."""
+        """Forward FLOPs per token of (A-first, B-first), a shared factor counted once."""
         (_, m, n), (_, p, q) = self.A.shape, self.B.shape
         a, b = (1 if self.share == factor else self.top_k for factor in 'AB')
         return 2 * (a * m * n * q + b * m * q * p), 2 * (b * n * q * p + a * n * m * p)

@@ -49,7 +49,7 @@ class KroneckerLinear(Structured):
     @classmethod
     def weight_numel(cls, in_features, out_features, m, n, terms=1, scale=False, exact_columns=0, weight_norm=False,
                      guide=False):
-        """Parameters without the bias: terms (m n + out in / (m n)), one a term with scale, and the options'.
+        """Parameters without the bias: terms (m n + out in / (m n)), one per term with scale, and the options'.
 
         Raises ValueError, in one sentence that says what would work, for sizes that do not divide or are not positive.
         """
@@ -58,7 +58,7 @@ class KroneckerLinear(Structured):
             if type(value) is not int or value < 1:
                 raise ValueError(f'{name}={value!r} must be a whole number of at least 1')
         if not isinstance(scale, bool):
-            raise ValueError(f'scale={scale!r} is neither True nor False; True learns one scale a term')
+            raise ValueError(f'scale={scale!r} is neither True nor False; True learns one scale per term')
         if out_features % m or in_features % n:
             raise ValueError(f'factors of {m} x {n} do not divide a matrix of {out_features} x {in_features}; '
                              f'the nearest that do are {nearest_divisor(out_features, m)} x '
@@ -71,7 +71,7 @@ class KroneckerLinear(Structured):
         So every term has the norm std sqrt(out in / terms), and entries of W have that std: exactly with one term, on
         average with more; N(0, 0.02) for both factors would give 4e-4. Of the ways to share a norm between A_i and
         B_i this is the one that van_loan makes and that gradient flow keeps. Equal rms was the alternative: AdamW
-        moves every entry by about lr a step, so W then moves equally fast, relative to its size, through A as through
+        moves every entry by about lr per step, so W then moves equally fast, relative to its size, through A as through
         B, but at lr / sqrt(std), where a dense W moves at lr / std. With equal norms the entries of the larger factor
         are nearly as small as a dense W's and it learns as fast; the few of the other are near 1 and move little.
         Validation loss of a small character model (4 layers, n_embd 128, 1000 steps of AdamW, mean of 2 seeds) with

@@ -1,4 +1,4 @@
-"""A mixture of Kronecker experts: an MLP whose two matrices are gated sums of Kronecker products, a gate a term and token.
+"""A mixture of Kronecker experts: an MLP whose two matrices are gated sums of Kronecker products, a gate per term and token.
 
 c_fc x = sum_e g_e(x) (A_e (x) B_e) x + b over the top_k experts that a router chooses for the token, and c_proj the
 same with other factors and the same gates. With equal gates it is a static sum: the gates are what a mixture adds.
@@ -16,11 +16,11 @@ class KronMoE(nn.Module):
     """c_proj(gelu(c_fc x)), 4 C wide, both gated sums over the top_k of `experts` Kronecker experts, by one router.
 
     experts E; m x n: size of c_fc's left factors, c_proj's are n x m; None: what leaves right factors of b x b, b the
-    largest divisor of C up to 8. top_k: experts a token, gates a softmax over their k router scores; share: 'A' or 'B',
+    largest divisor of C up to 8. top_k: experts per token, gates a softmax over their k router scores; share: 'A' or 'B',
     the factor that experts have in common, or None. balance, z: weights of the load-balance loss and of the router
     z-loss, which join the training loss only. approximate: of GELU, 'tanh' is GPT-2's.
     Token choice, dropless: causal, and a token's output does not depend on the batch. Parameters 2 E (m n + p q) + E C
-    (a shared factor once) and biases; ExpertLinear.flops, and 2 E C a token for the router.
+    (a shared factor once) and biases; ExpertLinear.flops, and 2 E C per token for the router.
     Raises ValueError, one sentence, for arguments that do not fit and under ngpt.
     """
 

@@ -86,7 +86,7 @@ def sizes_of(shape):
 # by FLOPs
 
 def order_flops(A_shape, B_shape):
-    """Forward FLOPs a token of (A-first, B-first), a multiply-add counted as 2."""
+    """Forward FLOPs per token of (A-first, B-first), a multiply-add counted as 2."""
     (r, m, n), (_, p, q) = A_shape, B_shape
     return 2 * r * m * q * (n + p), 2 * r * n * p * (q + m)
 

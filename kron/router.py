@@ -1,6 +1,6 @@
 """Token-choice routing: scores, gates, two losses, and the order in which tokens go to experts and come back.
 
-Sizes: T tokens, E experts, k experts a token, G groups of R rows.
+Sizes: T tokens, E experts, k experts per token, G groups of R rows.
 """
 import torch
 import torch.nn as nn

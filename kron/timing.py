@@ -142,7 +142,7 @@ def by_turns(calls, rounds, first, least, device, warm):
 
 
 def fastest(shape, tokens, dtype, device, training, merged=False, half=False, copies=1, compiled=False):
-    """(name of the plan that takes least time here, {name: seconds a call}); arguments as Trial's.
+    """(name of the plan that takes least time here, {name: seconds per call}); arguments as Trial's.
 
     With many tokens only plans that were near the best in LOOKS are tried; compiled ones, whose compilation is what takes
     time, are looked at once. The rule's plan stays unless another saves GAIN. What was compiled before is dropped.

@@ -117,7 +117,7 @@ def norm(config):
 
 
 class Learned(nn.Module):
-    """nGPT's scale: stored at init_scale, acts as init_value at first, so that AdamW moves it lr * value / scale a step.
+    """nGPT's scale: stored at init_scale, acts as init_value at first, so that AdamW moves it lr * value / scale per step.
 
     shape: of the scale. forward() -> the effective scale. Source: NVIDIA/ngpt.
     """
@@ -147,7 +147,7 @@ class UnitNorm(nn.Module):
 
 
 def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """One token id a row, (B, 1), from logits (B, V): temperature, then top-k, then nucleus (Holtzman et al. 2020)."""
+    """One token id per row, (B, 1), from logits (B, V): temperature, then top-k, then nucleus (Holtzman et al. 2020)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature

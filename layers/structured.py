@@ -1,4 +1,4 @@
-"""What linears made of factors share: columns kept exactly, a learned norm a row, a dense guide."""
+"""What linears made of factors share: columns kept exactly, a learned norm per row, a dense guide."""
 import copy
 
 import torch
@@ -16,7 +16,7 @@ class Structured(nn.Module):
     from a dense matrix, what P lacks there, so that W has those columns exactly; from scratch 0, at the first k inputs.
     weight_norm: each row of P has the learned norm `magnitude` (Salimans & Kingma 2016, arXiv 1602.07868), at first its own.
     guide: y = (1 - g) W x + g G x + b with a dense G (out, in), W at first, and a number g that fades (growth/guided.py).
-    Parameters out k, out, and out in; FLOPs 2 out k, r^2 times the factors' once a call, and 2 out in a token.
+    Parameters out k, out, and out in; FLOPs 2 out k, r^2 times the factors' once per call, and 2 out in a token.
     """
 
     def add_options(self, in_features, out_features, bias, exact_columns=0, weight_norm=False, guide=False):
@@ -87,7 +87,7 @@ class Structured(nn.Module):
         return self.wide_weight().to(next(self.parameters()).dtype)
 
     def option_flops(self, tokens):
-        """Forward FLOPs of columns, guide and row norms, the last once a call; entrywise products are not counted."""
+        """Forward FLOPs of columns, guide and row norms, the last once per call; entrywise products are not counted."""
         extra = sum(0 if p is None else p.numel() for p in (self.columns, self.guide))
         return 2 * tokens * extra + (0 if self.magnitude is None else self.norm_flops())
 

@@ -42,7 +42,7 @@ class ABBALinear(Structured):
 
     in_features, out_features: sizes; bias: bool; rank1, rank2 >= 1; scale: s is one learnable number, 1 at first, else
     s = 1. Parameters (rank1 + rank2) (out + in), and the rank of W up to rank1 rank2: most where the ranks are equal.
-    The factors are applied one after the other, or W is formed once a call, as `materialises` says: a rule by FLOPs.
+    The factors are applied one after the other, or W is formed once per call, as `materialises` says: a rule by FLOPs.
     guide: see structured.Structured. Raises ValueError for sizes that are not positive.
     Source: ABBA-Adapters (arXiv 2505.14238) for the product and the identity; FedPara (arXiv 2108.06098) trained such
     products as weights, from scratch.

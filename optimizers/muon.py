@@ -80,7 +80,7 @@ def exchange(x, group):
 def exchange_rows(x, orthogonalise, rows, group):
     """The local rows of orthogonalise(whole matrices); x (N, local rows, c), the ranks holding `rows` rows in all.
 
-    Each rank is sent N / ranks whole matrices, and sends their results' rows back: 2 N rows c / ranks numbers a rank,
+    Each rank is sent N / ranks whole matrices, and sends their results' rows back: 2 N rows c / ranks numbers per rank,
     where a gather would be N rows c. Shards are those of torch.chunk, so that padding each makes the pieces equal.
     """
     (n, local, c), world = x.shape, dist.get_world_size(group)

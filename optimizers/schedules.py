@@ -51,7 +51,7 @@ def share_at(step, config, name):
 
 
 def block_size(step, config):
-    """Tokens of a sequence at this step: block_schedule's share of block_size. Rows are cut, so tokens a step stay."""
+    """Tokens of a sequence at this step: block_schedule's share of block_size. Rows are cut, so tokens per step stay."""
     length = round(config.block_size * share_at(step, config, 'block_schedule'))
     if length < 1 or config.block_size % length:
         raise UserError(f'block_schedule makes sequences of {length} tokens, which do not divide block_size '

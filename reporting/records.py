@@ -45,7 +45,7 @@ def spread(values, digits):
 
 
 def row(group):
-    """One line of the table: run, parameters, FLOPs a token, tokens, losses, speed."""
+    """One line of the table: run, parameters, FLOPs per token, tokens, losses, speed."""
     first = group[0]
     name = os.path.basename(os.path.normpath(first['folder']))
     speed = [statistics.median([s['tokens_per_s'] for s in run['steps']]) for run in group if run['steps']]
@@ -58,7 +58,7 @@ def row(group):
 
 def table(runs):
     """The Markdown table of all runs."""
-    head = ['| run | parameters | FLOPs a token | tokens | last val loss | best val loss | tokens/s, median |',
+    head = ['| run | parameters | FLOPs per token | tokens | last val loss | best val loss | tokens/s, median |',
             '|---|---|---|---|---|---|---|']
     return '\n'.join(head + [row(group) for group in grouped(runs)])
 
@@ -71,7 +71,7 @@ def commands(runs):
 def write_record(folder, title, note, runs, text=None, lines=None):
     """README.md with table, commands and machine; config.json, env.json and log.jsonl of every run, thinned beyond LINES.
 
-    text: another text in place of the table; lines: the commands to print it again, in place of one a run.
+    text: another text in place of the table; lines: the commands to print it again, in place of one per run.
     """
     os.makedirs(folder, exist_ok=True)
     every = -(-sum(len(run['lines']) for run in runs) // LINES)
@@ -79,7 +79,8 @@ def write_record(folder, title, note, runs, text=None, lines=None):
     machine = ', '.join(f'{name} {env.get(name)}' for name in ('torch', 'python', 'gpu', 'cpus', 'threads', 'commit'))
     changed = '; the working tree held uncommitted changes (env.json)' if any(r['env'].get('diff') for r in runs) else ''
     with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
-        file.write(f'# {title}\n\n{text or table(runs)}\n\nLoss in nats a token; ± is half the range over seeds. {note}\n\n'
+        file.write(f'# {title}\n\n{text or table(runs)}\n\nLoss in nats per token; ± is half the range over seeds. '
+                   f'{note}\n\n'
                    f'Machine: {machine}{changed}.\n\nCommands:\n\n{chr(10).join(lines) if lines else commands(runs)}\n')
     write_json(os.path.join(folder, 'config.json'), {run['folder']: run['config'] for run in runs})
     write_json(os.path.join(folder, 'env.json'), {run['folder']: run['env'] for run in runs})

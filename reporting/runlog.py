@@ -41,7 +41,7 @@ def rewind(path, step, evaluated):
 
 
 def draw(folder):
-    """loss.png from log.jsonl: training loss a step, training and validation loss at evaluations."""
+    """loss.png from log.jsonl: training loss per step, training and validation loss at evaluations."""
     from matplotlib.figure import Figure  # without pyplot, which takes longer to import
     lines = read_log(os.path.join(folder, 'log.jsonl'))
     steps = [line for line in lines if 'loss' in line]
@@ -51,7 +51,7 @@ def draw(folder):
     axes.plot([s['step'] for s in steps], [s['loss'] for s in steps], color='0.75', linewidth=0.8, label='training step')
     for name, style in (('train_loss', 'o--'), ('val_loss', 'o-')):
         axes.plot([e['step'] for e in evals], [e[name] for e in evals], style, markersize=3, label=name.replace('_', ' '))
-    axes.set(xlabel='step', ylabel='loss, nats a token', title=os.path.basename(os.path.normpath(folder)))
+    axes.set(xlabel='step', ylabel='loss, nats per token', title=os.path.basename(os.path.normpath(folder)))
     axes.legend()
     figure.tight_layout()
     figure.savefig(os.path.join(folder, 'loss.png'), dpi=120)

@@ -9,7 +9,7 @@ from variants import UserError
 
 
 def dry_run(config, job):
-    """Print the site table, parameters in three conventions, FLOPs a token and the memory to expect."""
+    """Print the site table, parameters in three conventions, FLOPs per token and the memory to expect."""
     folder = os.path.join(config.data_dir, config.dataset)
     if 'vocab_size' not in config.sources and os.path.exists(os.path.join(folder, 'meta.json')):
         config.vocab_size = padded(open_dataset(folder, job.say).vocab_size)
@@ -34,9 +34,9 @@ def dry_run(config, job):
             f'table, {embeddings:,} without embeddings')
     idle = sum(row['parameters'] - row.get('active', row['parameters']) for row in rows)
     if idle:
-        job.say(f'active: {model.num_params() - idle:,} parameters a token; the rest are experts that are not chosen for it')
-    job.say(f'FLOPs a token: {model.flops_per_token():,} forward, {3 * model.flops_per_token():,} training')
-    job.say(f'memory: about {memory_estimate(model, config, job.dtype.itemsize) / 2**30:.2f} GiB a device (weights, '
+        job.say(f'active: {model.num_params() - idle:,} parameters per token; the rest are experts that it does not choose')
+    job.say(f'FLOPs per token: {model.flops_per_token():,} forward, {3 * model.flops_per_token():,} training')
+    job.say(f'memory: about {memory_estimate(model, config, job.dtype.itemsize) / 2**30:.2f} GiB per device (weights, '
             'gradients, AdamW, activations, logits)')
 
 
@@ -60,13 +60,13 @@ def fit_memory(config, model, job):
 def memory_estimate(model, config, itemsize):
     """Bytes: 16 a parameter (weight, gradient, two moments), activations, logits twice in fp32.
 
-    Activations: about 17 C a token and block, or C where they are recomputed, and one block's; the residual stream in
+    Activations: about 17 C per token and block, or C where they are recomputed, and one block's; the residual stream in
     fp32 beside half precision; a chunk of logits where the loss is chunked.
     """
     tokens = config.batch_size * config.block_size
     blocks = config.n_layer / 17 + 1 if config.recompute else config.n_layer
     rows = min(tokens, config.loss_chunk) if config.loss_chunk else tokens
     kept = 17 * config.n_embd * tokens * blocks * itemsize
-    if itemsize == 2 and config.weights == config.residual == 'float32':       # the stream that norms keep, two a block
+    if itemsize == 2 and config.weights == config.residual == 'float32':       # the stream that norms keep, two per block
         kept += 2 * config.n_embd * tokens * (1 if config.recompute else 2) * config.n_layer
     return int(16 * model.num_params() + kept + 2 * 4 * rows * config.vocab_size)

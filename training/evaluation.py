@@ -22,7 +22,7 @@ def dealt(batches, model, job):
 
 @torch.no_grad()
 def mean_loss(model, fast, batches, job):
-    """(mean loss a token, share of tokens guessed right, expert_load) over all ranks' batches; None when asked to stop.
+    """(mean loss per token, share of tokens guessed right, expert_load) over all ranks' batches; None when asked to stop.
 
     Full-size batches take the compiled model.
     """

@@ -86,7 +86,7 @@ def join(backend, rank, world_size, timeout):
 
 
 def split_batch(config, world_size):
-    """(sequences a micro-step, micro-steps of the whole job) for this many ranks, tokens a step unchanged.
+    """(sequences per micro-step, micro-steps of the whole job) for this many ranks, tokens per step unchanged.
 
     Accumulation counts the whole job, as in nanoGPT; where the ranks do not divide it, micro-steps get smaller instead.
     """
@@ -95,7 +95,7 @@ def split_batch(config, world_size):
         return sequences, accumulation
     total = accumulation * sequences
     if total % world_size:
-        raise UserError(f'{total} sequences a step (batch_size * gradient_accumulation_steps) do not divide over '
+        raise UserError(f'{total} sequences per step (batch_size * gradient_accumulation_steps) do not divide over '
                         f'{world_size} ranks', 'gradient_accumulation_steps')
     micro = next(n for n in range(math.ceil(total / sequences / world_size), total + 1)
                  if total % (n * world_size) == 0) * world_size

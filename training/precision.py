@@ -1,4 +1,4 @@
-"""Which numbers a run keeps: fp32 weights with or without autocast, or weights that are in half precision themselves."""
+"""Which numbers per run keeps: fp32 weights with or without autocast, or weights that are in half precision themselves."""
 import contextlib
 import os
 

@@ -6,7 +6,7 @@ one core each, 25 minutes with --jobs=2. At 600 steps with 2e-3, 4e-3 and 8e-3 a
 of them, so that the three are lower here. Needs data/shakespeare_char (python data/shakespeare_char/prepare.py). The
 table: python ablate.py report out/moe
 
-MLP parameters a block, all and those that a token meets, and MLP FLOPs a token:
+MLP parameters per block, all and those that a token meets, and MLP FLOPs per token:
     mixture          18,432    5,376    75,776        8 terms, 2 a token, and the router: 2.8 % above static 2
     mixture, one B   17,536    5,248    71,680        as above, with one B for all experts: 2.8 % below static 2
     static 2          4,352    4,352    73,728        the control: equal active FLOPs

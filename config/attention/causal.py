@@ -1,7 +1,7 @@
 """The LLaMA block (RMSNorm, RoPE, SwiGLU) with plain causal attention: what the other files here are beside.
 
 Launch: bash run.sh config/attention/causal.py
-About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats a character): 1.690, one seed.
+About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.690, one seed.
 """
 out_dir = 'out/attention_causal'
 dataset = 'shakespeare_char'

@@ -1,7 +1,7 @@
-"""DIFF: two attention maps a head, the second subtracted from the first.
+"""DIFF: two attention maps per head, the second subtracted from the first.
 
 Launch: bash run.sh config/attention/diff.py
-About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats a character): 1.762, one seed.
+About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.762, one seed.
 """
 out_dir = 'out/attention_diff'
 dataset = 'shakespeare_char'

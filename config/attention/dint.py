@@ -1,7 +1,7 @@
 """DINT, causal: DIFF and, added back, the running mean of the first map. (The published form sees the future.)
 
 Launch: bash run.sh config/attention/dint.py
-About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats a character): 1.791, one seed.
+About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.791, one seed.
 """
 out_dir = 'out/attention_dint'
 dataset = 'shakespeare_char'

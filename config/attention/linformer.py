@@ -1,7 +1,7 @@
 """Causal Linformer: chunks of 32 tokens, each compressed into 8 slots for the chunks after it.
 
 Launch: bash run.sh config/attention/linformer.py
-About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats a character): 1.699, one seed.
+About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.699, one seed.
 """
 out_dir = 'out/attention_linformer'
 dataset = 'shakespeare_char'

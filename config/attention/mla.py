@@ -1,7 +1,7 @@
 """MLA: keys and values from a latent of 48 numbers and a shared rotary key of 16, which is all that decoding keeps.
 
 Launch: bash run.sh config/attention/mla.py
-About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats a character): 1.737, one seed.
+About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.737, one seed.
 """
 out_dir = 'out/attention_mla'
 dataset = 'shakespeare_char'

@@ -1,7 +1,7 @@
 """nGPT: unit vectors everywhere, weights normalised after every step; no norms, no weight decay, no warm-up.
 
 Launch: bash run.sh config/attention/ngpt.py
-About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats a character): 1.681, one seed.
+About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.681, one seed.
 """
 out_dir = 'out/attention_ngpt'
 dataset = 'shakespeare_char'

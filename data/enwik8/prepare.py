@@ -1,4 +1,4 @@
-"""enwik8, one byte a token: writes train.bin, val.bin, test.bin (90M, 5M, 5M tokens) and meta.json here.
+"""enwik8, one byte per token: writes train.bin, val.bin, test.bin (90M, 5M, 5M tokens) and meta.json here.
 
     python data/enwik8/prepare.py [--input=FILE] [--form=prose] [--vocab_size=N] [--out=DIR] [--processes=N]
 

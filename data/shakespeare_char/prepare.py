@@ -1,4 +1,4 @@
-"""Shakespeare one character a token: writes train.bin, val.bin and meta.json here, from the text in shakespeare.xz.
+"""Shakespeare one character per token: writes train.bin, val.bin and meta.json here, from the text in shakespeare.xz.
 
     python data/shakespeare_char/prepare.py [--input=FILE] [--out=DIR]
 

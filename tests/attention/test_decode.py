@@ -133,7 +133,7 @@ def test_what_has_no_static_step_is_decoded_eagerly(steps, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------
-# one step a model
+# one step per model
 
 def test_a_step_is_kept_for_the_next_text_while_nothing_has_changed(steps):
     model = build('kron')

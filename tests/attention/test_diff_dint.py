@@ -16,7 +16,7 @@ from model import GPT, Context, GPTConfig
 from variants import UserError
 
 SIZES = dict(block_size=16, vocab_size=65, n_layer=2, n_head=8, n_embd=32)
-VERSION_1 = ['diff', 'dint', 'dint(version=2)']         # two keys a head, a norm a head
+VERSION_1 = ['diff', 'dint', 'dint(version=2)']         # two keys per head, a norm per head
 ALL = [*VERSION_1, 'diff(version=2)']
 
 
@@ -74,7 +74,7 @@ def set_lambda(attn, value):
 # the formulas, a head and a row at a time, from the weights alone
 
 def head_vectors(attn, config, x):
-    """([[q1, q2] a pair], [[k1, k2] a pair], [v a pair]), each (T, size), of x (T, C)."""
+    """([[q1, q2] a pair], [[k1, k2] a pair], [v per pair]), each (T, size), of x (T, C)."""
     D, T = config.n_embd // config.n_head, len(x)
     table = rotation(torch.arange(T), D, config.rope_base, torch.float64)
     q, k, v = (x @ site.weight.T for site in (attn.c_q, attn.c_k, attn.c_v))
@@ -474,7 +474,7 @@ def test_ngpt_norms_each_map_alone_and_both_share_s_qk():
 @pytest.mark.parametrize('n_kv_head', [None, 4])
 @torch.no_grad()
 def test_cache_holds_what_the_sheet_says(spec, extra, n_kv_head):
-    """2 n_kv_head D numbers a token, and DINT's mean (C) or column sums (P T), a layer and sequence."""
+    """2 n_kv_head D numbers per token, and DINT's mean (C) or column sums (P T), a layer and sequence."""
     model, caches, idx = build(spec, n_kv_head=n_kv_head), [{}, {}], tokens(2, 16)
     for start, n in ((0, 10), (10, 6)):
         model(idx[:, start:start + n], caches=caches, start=start)

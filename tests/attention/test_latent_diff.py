@@ -298,7 +298,7 @@ def test_m1_in_fp32(spec):
 @pytest.mark.parametrize('arguments, numbers', [(ARGUMENTS[0], 12 + 2 * 4), (ARGUMENTS[1], 20 + 2 * 2)])
 @torch.no_grad()
 def test_m2_the_cache_holds_a_latent_and_a_rotated_key_a_map(name, arguments, numbers, settings, more):
-    """d_c + 2 d_r numbers a token (4 norms more under full nGPT), and the mean of DINT: d_v a head."""
+    """d_c + 2 d_r numbers per token (4 norms more under full nGPT), and the mean of DINT: d_v a head."""
     mean = {'mla_diff': 0, 'mla_dint': 2 * 16}[name]
     for pieces in ([1] * 24, [20, 4]):
         for cache in in_pieces(small(name + arguments, **settings), tokens(2, 24), pieces)[1]:

@@ -67,7 +67,7 @@ def turned(x, first=0):
 
 
 def by_formula(model, x):
-    """One softmax a head over [k_n, k_r] of that head, from the dense weights alone. x (B, T, C)."""
+    """One softmax per head over [k_n, k_r] of that head, from the dense weights alone. x (B, T, C)."""
     attn, config = model.transformer.h[0].attn, model.config
     W = lambda site: getattr(attn, site).dense_weight()                                 # noqa: E731
     full, simple = config.ngpt == 'full', config.ngpt == 'simple'

@@ -50,7 +50,7 @@ REFUSALS = {'mla': LATENT_REFUSALS, 'mla_diff': LATENT_REFUSALS, 'mla_dint': LAT
 
 
 def scales(s, heads, features):
-    """Numbers of nGPT's s_qk: one a feature ('full') or one a head ('simple')."""
+    """Numbers of nGPT's s_qk: one per feature ('full') or one per head ('simple')."""
     return {'none': 0, 'simple': heads, 'full': features}[s.ngpt]
 
 
@@ -103,7 +103,7 @@ NO_GRADIENT = {
 
 # {name of the attention: (functions that break a graph in a forward for training, in decoding)}; none where none stands
 GRAPH_BREAKS = {
-    'window': (set(), {'remember'}),                    # reads the window from its buffer, once a text and block
+    'window': (set(), {'remember'}),                    # reads the window from its buffer, once per text and block
 }
 
 # they see the future: only the negative control may have them
@@ -550,7 +550,7 @@ def test_p1_p2_shifted_positions_change_nothing_and_missing_ones_do(case, monkey
 
 
 def test_p1_n7_a_gain_after_rope_would_be_found():
-    """Negative control: a gain a feature after RoPE destroys what P1 checks, one before RoPE does not."""
+    """Negative control: a gain per feature after RoPE destroys what P1 checks, one before RoPE does not."""
     positions, gain = torch.arange(64), 1 + torch.rand(8, generator=torch.Generator().manual_seed(3))
     table = heads.rotation(positions, 8, 10000.0, torch.float32)
     q, k = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0)).expand(2, 64, 8)

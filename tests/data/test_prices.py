@@ -418,7 +418,7 @@ def test_the_possible_gap():
 
 
 def gain_of(folder, name, run_program):
-    """(nats a token that the model of config/train_prices.py gains over the unigram, what evaluate.py printed)."""
+    """(nats per token that the model of config/train_prices.py gains over the unigram, what evaluate.py printed)."""
     run_program('train.py', 'config/train_prices.py', f'--data_dir={folder}', f'--dataset={name}',
                 f'--out_dir={folder}/out_{name}', '--device=cpu', '--eval_interval=300', timeout=300)
     done = run_program('evaluate.py', f'--out_dir={folder}/out_{name}', f'--data_dir={folder}', f'--dataset={name}',

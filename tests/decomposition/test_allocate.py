@@ -58,7 +58,7 @@ def test_many_steps_are_chosen_by_gain_a_parameter():
 
 
 def test_without_the_window_the_greedy_choice_misses_some(monkeypatch):
-    """Negative control: steps by gain a parameter alone leave a budget that a dearer step would have used."""
+    """Negative control: steps by gain per parameter alone leave a budget that a dearer step would have used."""
     gains = {2: [1.0], 5: [2.4]}
     assert best_counts(gains, 5) == {2: 0, 5: 1}
     monkeypatch.setattr(sizing, 'WINDOW', -1)

@@ -253,7 +253,7 @@ def test_the_estimate_of_a_full_gradient():
 # training FLOPs
 
 def counted(model):
-    """Matrix products of a forward and backward pass a token, as torch counts them; scores and the head's own apart."""
+    """Matrix products of a forward and backward pass per token, as torch counts them; scores and the head's own apart."""
     x = tokens()
     with FlopCounterMode(display=False) as counter:
         model(x, x)[1].backward()

@@ -129,7 +129,7 @@ class Largest(TorchDispatchMode):
 
 
 def broadcast_b_first(x, A, B):
-    """The same sum by a product a token, whose backward makes a gradient of A a token."""
+    """The same sum by a product per token, whose backward makes a gradient of A a token."""
     x = x.reshape(-1, 1, A.shape[2], B.shape[2])
     return (A @ (x @ B.mT)).sum(1).flatten(1)
 

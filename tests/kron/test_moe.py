@@ -163,7 +163,7 @@ def test_x3_expert_choice_would_be_found(monkeypatch):
     """Negative control: experts that choose their tokens look at all tokens."""
     def expert_choice(logits, top_k):
         mine = logits.softmax(-1)
-        kept = mine.topk(max(1, len(mine) * top_k // mine.shape[1]), dim=0).indices             # (tokens an expert, E)
+        kept = mine.topk(max(1, len(mine) * top_k // mine.shape[1]), dim=0).indices             # (tokens per expert, E)
         open_ = torch.zeros_like(mine).scatter(0, kept, 1.0)
         return route(logits + 5 * open_, top_k)
     model = small(mlp='kron_moe(4, 16, 8, share=None)').eval()

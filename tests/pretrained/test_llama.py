@@ -530,7 +530,7 @@ def test_prose_in_a_models_tokens(folder, capsys):
 # the programs
 
 def test_evaluate_by_hand(folder, theirs, tmp_path, run):
-    """Windows of 16, each scored alone: transformers' own loss, weighted by its tokens; bits a byte of the whole text."""
+    """Windows of 16, each scored alone: transformers' own loss, weighted by its tokens; bits per byte of the whole text."""
     (tmp_path / 'x.txt').write_text(TEXT, encoding='utf-8')
     code, out, err = run(evaluate, folder, f'--text={tmp_path}/x.txt', '--window=16', '--stride=16', '--json',
                          '--device=cpu')

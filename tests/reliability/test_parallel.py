@@ -61,7 +61,7 @@ def test_shards_gathered_in_bfloat16_train_as_copies_do(data, tmp_path):
     copies = run(data, tmp_path / 'ddp', *more, ranks=2)
     shards = run(data, tmp_path / 'fsdp', *more, '--parallel=fsdp', ranks=2)
     assert abs(copies['best_val_loss'] - shards['best_val_loss']) < 5e-3
-    assert 0 < distance(copies, shards) < 2 * 20 * 1e-3 + 1e-6            # AdamW moves a weight by lr a step at most
+    assert 0 < distance(copies, shards) < 2 * 20 * 1e-3 + 1e-6            # AdamW moves a weight by lr per step at most
     assert all(t.dtype == torch.float32 for t in shards['model'].values() if t.is_floating_point())
     narrow = run(data, tmp_path / 'narrow', *more, '--parallel=fsdp', '--residual=bfloat16', '--recompute=True', ranks=2)
     assert abs(copies['best_val_loss'] - narrow['best_val_loss']) < 1e-2

@@ -1,4 +1,4 @@
-"""The training loop on the way to a GPU: one transfer a step, float16's scaler, deterministic runs, the residual stream."""
+"""The training loop on a GPU: one transfer per step, float16's scaler, deterministic runs, the residual stream."""
 import json
 import math
 import os
@@ -41,7 +41,7 @@ def equal(a, b):
         torch.equal(t, b['optimizer'][n][k]) for n, entries in a['optimizer'].items() for k, t in entries.items())
 
 
-# ---- one transfer a step ----
+# ---- one transfer per step ----
 
 class Transfers(TorchFunctionMode):
     """The tensors that item(), tolist(), bool() and their like were asked of, which waits for their device."""

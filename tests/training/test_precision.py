@@ -150,6 +150,6 @@ def micro_steps(scaling, accumulation=2048, steps=150):
 
 @pytest.mark.slow
 def test_large_batches_fail_in_float16_without_the_scaler():
-    """2^20 tokens a step, in micro-steps of 512: most gradients of activations lie below 6e-8 and are 0."""
+    """2^20 tokens per step, in micro-steps of 512: most gradients of activations lie below 6e-8 and are 0."""
     scaled, unscaled = micro_steps(True), micro_steps(False)
     assert scaled < 0.5 and unscaled > scaled + 1, (scaled, unscaled)

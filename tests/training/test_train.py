@@ -62,7 +62,7 @@ def test_a_run_learns_and_writes_what_it_should(data, tmp_path, capsys):
     assert json.load(open(tmp_path / 'config.json'))['n_embd'] == 32
     assert {'torch', 'command', 'commit', 'device'} <= set(json.load(open(tmp_path / 'env.json')))
     assert checkpoint.best(tmp_path)['val_loss'] == min(v for _, v in log(tmp_path, 'val_loss')[1:])
-    assert 'tokens a step' in capsys.readouterr().out
+    assert 'tokens per step' in capsys.readouterr().out
 
 
 def test_logged_loss_is_the_mean_over_micro_steps(data, tmp_path):
