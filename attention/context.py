@@ -1,4 +1,4 @@
-"""What one call of GPT.forward tells every layer, and blocks whose activations are made again in the backward pass."""
+"""The context that one call of GPT.forward gives every layer, and blocks whose activations are recomputed in backward."""
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,11 +10,11 @@ from layers.losses import Losses
 
 @dataclass
 class Context:
-    """What one call of GPT.forward tells every layer; nothing else survives a call."""
+    """The context of one call of GPT.forward, shared by all layers; nothing else survives a call."""
     tokens: torch.Tensor                                # (B, T) of this call
     positions: torch.Tensor                             # (T,) theirs
     config: object                                      # GPTConfig
-    cache: dict | None = None                           # this layer's own, {} at first; None while training
+    cache: dict | None = None                           # this layer's own, initially {}; None while training
     first_value: torch.Tensor | None = None             # block 0's values, for the value residual
     first_latent: tuple | None = None                   # block 0, its latents, its W_UV: the same in mla's decoding
     losses: Losses = field(default_factory=lambda: Losses())  # of mixtures, for training; torch.compile wants the lambda
@@ -27,7 +27,7 @@ class Context:
         return self.config.block_size
 
     def share(self, key, make):
-        """What make() gave to the first layer that asked for key in this call; a key holds no tensor."""
+        """The result of make(), called for the first layer that asks for key in this call; a key contains no tensor."""
         if key not in self.shared:
             self.shared[key] = make()
         return self.shared[key]
@@ -47,9 +47,9 @@ class Context:
 
 
 def again(block, x, ctx):
-    """block(x, ctx), its activations made again in the backward pass; what it leaves in ctx comes out as results.
+    """block(x, ctx), its activations recomputed in the backward pass; what it writes into ctx is returned as results.
 
-    A compiled checkpoint may write into nothing that was there before it, so the block has a Context of its own.
+    A compiled checkpoint must not write into existing objects, so the block gets a separate Context.
     """
     def run(x, first_value):
         own = replace(ctx, first_value=first_value, losses=Losses(), measures={}, shared=dict(ctx.shared))

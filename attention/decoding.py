@@ -1,11 +1,11 @@
-"""Generation: one token at a time, either by the growing cache or by a static step that a GPU can repeat as one graph.
+"""Generation, one token at a time: by the growing cache, or by a static step that a GPU can replay as one graph.
 
-Eager decoding costs a GPU more in launches than in arithmetic. A static step reads one token at a position that only the
-device knows: no shape and no Python number depends on it. So torch.compile makes one graph of it, and on CUDA its kernels
-are captured once and replayed for every token. What it asks of a model: an attention class has static_cache(cache, size),
-its eager cache, filled by the prompt, as a dict of tensors whose shapes stay for `size` = block_size positions. Its forward
-writes them in place (heads.write, heads.keep) where ctx.seen is set. Where a class has none, and while training, decoding
-is eager. B batch, V vocabulary.
+Eager decoding costs a GPU more in launches than in arithmetic. A static step reads one token at a position that is a
+tensor on the device: no shape and no Python number depends on it. So torch.compile makes one graph of it, and on CUDA its
+kernels are captured once and replayed for every token. An attention class supports it by static_cache(cache, size): the
+eager cache, filled by the prompt, as a dict of tensors of fixed shape for `size` = block_size positions. Its forward writes
+them in place (heads.write, heads.keep) where ctx.seen is set. A class without it, and a model in training, decodes eagerly.
+B batch, V vocabulary.
 """
 import contextlib
 import copy
@@ -15,15 +15,15 @@ import torch
 import torch.nn as nn
 
 DECODE = ('auto', 'eager', 'static')
-ENOUGH = 16                             # steps that pay for a capture, which costs about as many eager ones as WARM and two
-WARM = 3                                # calls before a capture: kernels are chosen, workspaces made, code compiled
+ENOUGH = 16                             # least steps worth a capture, which costs about WARM + 2 eager steps
+WARM = 3                                # calls before a capture: kernels are chosen, workspaces allocated, code compiled
 
 
 @torch.no_grad()
 def stream(model, idx, max_new_tokens, pick, use_cache=True, decode='auto', compile=False):
     """Yield max_new_tokens tokens (B, 1), each `pick`ed from logits (B, 1, V), after the prompt idx (B, T).
 
-    Beyond block_size the last block_size tokens are read afresh for every token: learned positions shift.
+    Beyond block_size the last block_size tokens are recomputed for every token: learned positions shift.
     decode: 'static' = by static steps, captured on CUDA; 'eager'; 'auto' = static on CUDA from ENOUGH steps on.
     compile: True or a backend of torch.compile, for the static step. Raises ValueError for another decode.
     """
@@ -49,7 +49,7 @@ def stream(model, idx, max_new_tokens, pick, use_cache=True, decode='auto', comp
 
 
 def wanted(model, idx, max_new_tokens, decode):
-    """Whether the tokens after the prompt idx are read by static steps, as far as block_size goes."""
+    """Whether the tokens after the prompt idx are decoded by static steps, up to block_size."""
     steps = min(max_new_tokens - 1, model.config.block_size - idx.size(1))
     if decode == 'eager' or decode == 'auto' and not (idx.device.type in CAPTURE and steps >= ENOUGH):
         return False
@@ -57,20 +57,20 @@ def wanted(model, idx, max_new_tokens, decode):
 
 
 def able(model):
-    """Whether the model has a static step: not where FSDP2 has sharded the weights, either."""
+    """Whether the model has a static step; False where FSDP2 has sharded the weights."""
     return not model.training and not any(hasattr(p, 'full_tensor') for p in model.parameters()) and all(
         hasattr(block.attn, 'static_cache') for block in model.transformer.h)
 
 
 class Kept:
-    """The step of a model's last text, for its next one. A text takes it away, so that two at once have one each.
+    """The static step of a model's last text, kept for the next one. A text removes it, so that two texts never share one.
 
     Copies and pickles of the model have none.
     """
     step = None
 
     def take(self, key):
-        """The step if it fits, else None; it is no longer here then."""
+        """The step if it fits, else None; it is removed from here."""
         step, self.step = self.step, None
         return step if step is not None and step.key == key else None
 
@@ -79,7 +79,7 @@ class Kept:
 
 
 def prepared(model, caches, token, position, compile):
-    """A Step that goes on from caches that hold `position` tokens: the kept one if it fits, else a new one."""
+    """A Step that continues from caches of `position` tokens: the kept one if it fits, else a new one."""
     caches = [block.attn.static_cache(cache, model.config.block_size)
               for block, cache in zip(model.transformer.h, caches)]
     key = key_of(model, caches, token, compile)
@@ -92,7 +92,7 @@ def prepared(model, caches, token, position, compile):
 
 
 def key_of(model, caches, token, compile):
-    """What a step was made for. Parameters by address and version, as a captured graph and kept matrices hang on both."""
+    """What a step depends on. Parameters by address and version, as a captured graph and kept matrices depend on both."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return (compile, token.shape, half_of(token.device), torch.is_inference_mode_enabled(),
             [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors],
@@ -106,12 +106,12 @@ def half_of(device):
 
 
 def read(model, token, position, caches):
-    """The static step: logits (B, 1, V) of token (B, 1) at position (1,); the caches move on in place."""
+    """The static step: logits (B, 1, V) of token (B, 1) at position (1,); the caches are updated in place."""
     return model(token, caches=caches, start=position)[0]
 
 
 def cuda_graph(call, device):
-    """(graph of one call, its output) after some calls on a side stream, as CUDA graphs ask for."""
+    """(graph of one call, its output) after some calls on a side stream, as CUDA graphs require."""
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -129,9 +129,9 @@ CAPTURE = {'cuda': cuda_graph}          # device type -> how a call is captured 
 
 
 class Step:
-    """One token a call, in tensors whose shapes and addresses stay; on CUDA as one captured graph.
+    """One token per call, in tensors of fixed shapes and addresses; on CUDA as one captured graph.
 
-    Memory: the caches of block_size positions, under autocast the dense matrices in its type, and a graph's own pool.
+    Memory: the caches of block_size positions, under autocast the dense matrices in its type, and the graph's memory pool.
     """
 
     def __init__(self, model, key, caches, token, compile):
@@ -145,13 +145,13 @@ class Step:
             self.read = torch.compile(read, dynamic=False, backend=compile if compile is not True else 'inductor')
 
     def load(self, caches):
-        """Go on from these caches."""
+        """Continue from these caches."""
         for mine, new in zip(self.caches, caches):
             for name in mine:
                 mine[name].copy_(new[name])
 
     def record(self, token, position):
-        """Make ready: matrices that are kept, and on CUDA the graph. Leaves the caches astray."""
+        """Prepare: matrices that are kept, and on CUDA the graph. Leaves the caches in an undefined state."""
         self.token.copy_(token)
         self.position.fill_(position)
         if self.compiled:
@@ -165,13 +165,13 @@ class Step:
             return self.read(self.model, self.token, self.position, self.caches)
 
     def autocast(self):
-        """The caller's, without its cache of cast weights: that ends with the text, and a graph would read it later."""
+        """The caller's autocast without its cache of cast weights, which ends with the text; a graph would read it later."""
         if self.half is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.half, cache_enabled=False)
 
     def __call__(self, token, position):
-        """Logits (B, 1, V) of token (B, 1) at `position`; a graph's are overwritten by the next call."""
+        """Logits (B, 1, V) of token (B, 1) at `position`; with a graph the next call overwrites them."""
         self.token.copy_(token)
         self.position.fill_(position)
         if self.graph is None:
@@ -183,7 +183,7 @@ class Step:
 def twin(model, half):
     """A copy of the modules around the same tensors, for evaluation; the weights of dense linears in the type `half`.
 
-    autocast would cast those for every token. The twin holds what a graph reads, kept matrices too, whatever becomes of
+    autocast would cast those for every token. The copy keeps alive what a graph reads, kept matrices too, independent of
     the model, and is not compiled where the model is.
     """
     shared = list(itertools.chain(model.parameters(), model.buffers()))

@@ -1,4 +1,4 @@
-"""Differential attention: two attention maps per head, the second subtracted from the first.
+"""Differential attention (DIFF): two attention maps per head, the second subtracted from the first.
 
 Shapes: B batch, T tokens of this call, S tokens so far, C = n_embd, H = n_head, D = C / H, P pairs of query maps,
 G groups of keys and values, D_v size of a value (2 D in version 1, D in version 2).
@@ -17,12 +17,12 @@ PAD_FROM = 256                                          # queries; measured on a
 
 
 class TwoMaps:
-    """What heads of two maps share: version 1's lam, norm and factor, and the two outputs. Stands beside nn.Module."""
+    """Mixin for heads of two maps: version 1's lam, norm and factor, and the two outputs."""
     tags = {'lambdas': 'vector'}
     leaks = False                                       # train.py refuses those that do
 
     def make_lambda(self, config, site, map_dim, value_dim):
-        """lam's four vectors, as long as a query; the norm of a head, and the factor 1 - lambda_init."""
+        """The four vectors of lam, of a query's size; the norm per head, and the factor 1 - lambda_init."""
         self.lambdas = nn.Parameter(0.1 * torch.randn(4, map_dim))
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * int(site.split('.')[1]))         # the first layer is 0
         self.norm_head = RMSNorm(value_dim, eps=1e-5) if config.ngpt == 'none' else None
@@ -36,8 +36,8 @@ class TwoMaps:
     def outputs(self, q, k, v, scale, seen=None):
         """The maps' outputs, (B, P, T, D_v) each, by SDPA: q (B, 2, P, T, D), k (B, 2 or 1, G, S, D), v (B, G, S, D_v).
 
-        Kernels that make no T x S map want one size for q, k and v: long calls are padded with zeros to get them (short
-        ones are faster without; nor does flops count the zeros).
+        Kernels that form no T x S map need one size for q, k and v: long calls are padded with zeros for them. Short
+        calls are faster without. flops does not count the zeros.
         """
         if q.size(-2) >= PAD_FROM and v.size(-1) > q.size(-1):
             q, k = (F.pad(t, (0, v.size(-1) - t.size(-1))) for t in (q, k))
@@ -53,14 +53,14 @@ class TwoMaps:
 class DifferentialAttention(TwoMaps, nn.Module):
     """(softmax(q1 k1) - lam softmax(q2 k2)) v, by heads.
 
-    Version 1 (Ye et al. 2024, arXiv 2410.05258): P = H / 2 heads with two keys each and values 2 D wide; lam =
-    exp(l1 . l2) - exp(l3 . l4) + lambda_init, one per layer, lambda_init = 0.8 - 0.6 exp(-0.3 layer); then an RMS norm a
+    Version 1 (Ye et al. 2024, arXiv 2410.05258): P = H / 2 heads with two keys each and values of size 2 D; lam =
+    exp(l1 . l2) - exp(l3 . l4) + lambda_init, one per layer, lambda_init = 0.8 - 0.6 exp(-0.3 layer); then an RMS norm per
     head and the factor 1 - lambda_init. n_kv_head counts maps, so that grouped queries share pairs of keys.
-    Parameters of a full layer 4 C^2 + 6 D, FLOPs 6 S C per token, cache 2 n_kv_head D numbers per token.
-    Version 2 (microsoft/diff-attn-v2): P = H heads, both maps of a head with the same key and value, D wide; lam =
+    Parameters of a full layer 4 C^2 + 6 D, FLOPs 6 S C per token, cache 2 n_kv_head D elements per token.
+    Version 2 (microsoft/diff-attn-v2): P = H heads, both maps of a head with the same key and value, of size D; lam =
     sigmoid(w . x), one per token and head; no norm. Parameters 5 C^2 + H C, FLOPs 8 S C + 2 H C, cache as version 1.
 
-    qk_norm='standard' norms the two queries of a head as one vector, and its two keys; 'split' norms each map's alone.
+    qk_norm='standard' normalises the two queries of a head as one vector, and its two keys; 'split' each map separately.
     ngpt: each map's q and k are unit vectors, both maps share s_qk; the norm per head is L2, times sqrt(2 D), without
     gain (the branch's own norm hides 1 - lambda_init); w is used as a unit vector, times sqrt(C).
     Raises ValueError for another version, and in version 1 for an odd n_head or n_kv_head.

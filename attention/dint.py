@@ -1,4 +1,4 @@
-"""Differential integral attention: DIFF and, added back, the mean of the first map over the queries so far.
+"""Differential integral attention (DINT): DIFF plus the mean of the first map over the queries so far.
 
 Shapes as in attention/diff.py.
 """
@@ -17,13 +17,13 @@ class DINTAttention(DifferentialAttention):
 
     A1, A2: the two causal softmax maps; A3[t, j] says how much the queries look at key j, by version:
     1: the running mean (1 / (t+1)) sum over i <= t of A1[i, j]. A3 v is the running mean of A1 v, so that no map is
-       made: FLOPs of diff + C per token; cache of diff and one mean, C numbers.
+       formed: FLOPs of diff + C per token; cache of diff and one mean, C elements.
     2: the mean over the queries that see j, (1 / (t-j+1)) sum over i <= t of A1[i, j]; the row is then divided by its
-       sum. It needs the maps: 2 P T S numbers in memory, FLOPs 4 S C per token; cache of diff and P S column sums.
-    'published' (mean over all T queries) and 'visible' (over those that see j, then masked) see the future and stand
-    here for negative controls: `leaks` is True, train.py refuses them without allow_leak=True, and no cache holds.
+       sum. It needs the maps: 2 P T S elements in memory, FLOPs 4 S C per token; cache of diff and P S column sums.
+    'published' (mean over all T queries) and 'visible' (over those that see j, then masked) see the future and are
+    negative controls: `leaks` is True, train.py refuses them without allow_leak=True, and they cannot use a cache.
     Rows of versions 1 and 2 sum to 1, hence no factor 1 - lambda_init, which head_scale=True restores.
-    documents: the token that begins one; tokens then see their own document only, and the mean is the document's.
+    documents: the token that begins a document; tokens then see only their own document, and the mean is over it.
     """
 
     def __init__(self, config, site, version=1, head_scale=False, documents=None):
@@ -75,7 +75,7 @@ class DINTAttention(DifferentialAttention):
         return (F.scaled_dot_product_attention(q[:, i], k[:, i], v, **settings) for i in (0, 1))
 
     def mix_by_maps(self, q, k, v, lam, mask, ctx):
-        """The formula as it stands, with maps; mask (T, S) or (B, 1, T, S)."""
+        """The formula, computed with maps; mask (T, S) or (B, 1, T, S)."""
         k, v = k.repeat_interleave(self.pairs // self.groups, 2), v.repeat_interleave(self.pairs // self.groups, 1)
         scores = widen(self.norm_qk.scale * (q @ k.mT)).unbind(1)                       # two of (B, P, T, S)
         first, second = (s.masked_fill(~mask, -torch.inf).softmax(-1) for s in scores)
@@ -83,7 +83,7 @@ class DINTAttention(DifferentialAttention):
         return widen(F.dropout(whole, self.dropout, self.training).to(v.dtype) @ v)
 
     def integral(self, first, mask, ctx):
-        """A3 (B, P, T, S) of A1, for every form but 1."""
+        """A3 (B, P, T, S) of A1, for every form except 1."""
         T, S = first.shape[-2:]
         keys = torch.arange(S, device=first.device)
         if self.form == 'published':
@@ -111,7 +111,7 @@ class DINTAttention(DifferentialAttention):
 
 
 def integrate(first, second, lam, start, ctx, mask=None):
-    """O1 - lam O2 + lam M of two maps' outputs (B, P, T, D_v), M the mean of O1 so far; its last row stays in the cache.
+    """O1 - lam O2 + lam M of two maps' outputs (B, P, T, D_v), M the mean of O1 so far; its last row is cached.
 
     start: tokens before this call; mask: of documents, or None. In fp32 at least.
     """
@@ -128,16 +128,16 @@ def integrate(first, second, lam, start, ctx, mask=None):
 
 
 def running_mean(y, start, past=None):
-    """The mean of the rows of y (B, P, T, D_v) up to each, after `start` earlier ones of mean past (B, P, 1, D_v)."""
+    """Running mean over the rows of y (B, P, T, D_v), after `start` earlier rows with mean past (B, P, 1, D_v)."""
     sums = y.cumsum(2) if past is None else y.cumsum(2) + past * start
     return sums / torch.arange(start + 1, start + y.size(2) + 1, device=y.device)[:, None]
 
 
 def document_mean(y, mask, past=None):
-    """running_mean of a row's own document: mask (B, 1, T, S) says which of all S positions belong to it.
+    """running_mean within a row's document: mask (B, 1, T, S) says which of all S positions belong to it.
 
     past: the mean of the document that the last call ended with. A product with the mask, not a difference of sums,
-    which would cost digits.
+    which would lose precision.
     """
     T, weights = y.size(2), mask.to(y.dtype) / mask.sum(-1, keepdim=True)
     mean = weights[..., -T:] @ y

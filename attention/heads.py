@@ -1,4 +1,4 @@
-"""What attention classes share: norms of queries and keys, value residual, RoPE, the cache, SDPA.
+"""Shared by all attention classes: norms of queries and keys, value residual, RoPE, the cache, SDPA.
 
 Shapes: B batch, T tokens of this call, S tokens so far, C = n_embd, H heads, D head size.
 """
@@ -23,7 +23,7 @@ class QueryKeyNorm(nn.Module):
     """Norms and scales q and k before RoPE; `scale` multiplies q . k.
 
     qk_norm='standard' or 'split': RMS norm over the head size D, no gain, scale 1/sqrt(D) (so |logit| <= sqrt(D)).
-    ngpt='full': L2 norm, a learned s_qk (H, D) shared by q and k, scale sqrt(D); 'simple': no norm, one s_qk a head,
+    ngpt='full': L2 norm, a learned s_qk (H, D) shared by q and k, scale sqrt(D); 'simple': no norm, one s_qk per head,
     scale C/sqrt(D), so that logits start with std 1 (C = n_embd). Source: Loshchilov et al. 2024 (nGPT).
     """
 
@@ -49,7 +49,7 @@ class QueryKeyNorm(nn.Module):
 
 
 class ValueMix(nn.Module):
-    """Value residual: v <- (1 - lam) v + lam v_0 with block 0's raw values, one learned lam per block, 0.5 at first.
+    """Value residual: v <- (1 - lam) v + lam v_0 with block 0's raw values, one learned lam per block, initially 0.5.
 
     Block 0 keeps its v in ctx.first_value and has no lam. Source: Zhou et al. 2024, arXiv 2410.17897.
     """
@@ -80,7 +80,7 @@ def rotation(positions, size, base, dtype):
 
 
 def rotate(x, table):
-    """RoPE (Su et al. 2021): turn each adjacent pair (2i, 2i+1) of the last axis by its angle. x (..., T, size)."""
+    """RoPE (Su et al. 2021): rotate each adjacent pair (2i, 2i+1) of the last axis by its angle. x (..., T, size)."""
     cos, sin = table
     even, odd = x.unflatten(-1, (-1, 2)).to(cos.dtype).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
@@ -89,8 +89,8 @@ def rotate(x, table):
 def extend_cache(ctx, **new):
     """Append tensors (B, H, T, ...) to this layer's cache, if there is one; return all so far, in the order given.
 
-    Buffers of block_size positions are made at the first call, so that a token costs no copy of the past. In a static step
-    (see decoding.py) the whole buffers are returned, of which ctx.seen says what is filled.
+    Buffers of block_size positions are allocated at the first call, so that a token costs no copy of the past. In a static
+    step (see decoding.py) the whole buffers are returned; ctx.seen says which positions are filled.
     """
     if ctx.cache is None:
         return tuple(new.values())
@@ -106,12 +106,12 @@ def extend_cache(ctx, **new):
 
 
 def write(buffer, places, value, dim=2):
-    """value in place of what the buffer holds at these places (n,) of an axis, in its type; returns the buffer."""
+    """Write value into the buffer at these places (n,) of an axis, in the buffer's type; returns the buffer."""
     return buffer.index_copy_(dim, places, value.to(buffer.dtype))
 
 
 def keep(ctx, **new):
-    """Put tensors that do not grow into this layer's cache, over those of the last call; in place in a static step."""
+    """Put tensors that do not grow into this layer's cache, replacing those of the last call; in place in a static step."""
     for name, value in new.items():
         if ctx.seen is None:
             ctx.cache[name] = value
@@ -120,9 +120,9 @@ def keep(ctx, **new):
 
 
 def padded(cache, size, names, dim=2, value=0, filled=None):
-    """{name: tensor} of what a cache has of `names`, with `size` entries along an axis, the first `filled` of them kept.
+    """{name: tensor} of the `names` in a cache, with `size` entries along an axis, the first `filled` of them kept.
 
-    What was never written becomes `value`: a buffer may hold NaN there, which no mask would stop.
+    Entries that were never written become `value`: a buffer may contain NaN there, which no mask removes.
     """
     found = {}
     for name in names:
@@ -138,12 +138,12 @@ def mask_of(ctx, queries, keys):
 
 
 def causal_mask(queries, keys, device):
-    """(queries, keys), True where one of the last `queries` of `keys` positions may look."""
+    """(queries, keys), True where a query, one of the last `queries` of `keys` positions, may attend."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def attend_openly(q, k, v, scale):
-    """The same with scores (B H, T, T) in the open, for training in bf16 on a CPU, where SDPA's backward pass is slow.
+    """The same with explicit scores (B H, T, T), for training in bf16 on a CPU, where SDPA's backward pass is slow.
 
     Forward and backward at (B, H, T, D) = (6, 2, 128, 64), one thread: 1.7 ms, SDPA 6.5; (4, 6, 256, 64): 9.6 and 24 ms.
     """
@@ -158,7 +158,7 @@ def attend(q, k, v, scale, dropout=0.0, softcap=0.0, seen=None):
     """Causal softmax(scale q k^T) v of the last T positions of S, by SDPA; of one position with a mask `seen` (1, S).
 
     q (B, H, T, D), k (B, H_kv, S, D), v (B, H_kv, S, D_v) -> (B, H, T, D_v). softcap > 0 bounds the scores by
-    softcap tanh(score / softcap), computed in the open. SDPA's own is_causal aligns at the wrong corner for S > T.
+    softcap tanh(score / softcap), with explicit scores. SDPA's own is_causal aligns at the wrong corner for S > T.
     """
     queries, keys = q.size(2), k.size(2)
     if softcap:

@@ -1,7 +1,7 @@
-"""DIFF and DINT on latent keys and values: MLA with two attention maps per head.
+"""Differential (DIFF) and differential integral (DINT) attention on latents: MLA with two attention maps per head.
 
-Each map of a head has its own queries, its own keys from the latent and its own shared rotated key; both maps weigh the
-same values. Training multiplies the latents out, decoding absorbs the products, map by map, as in attention/mla.py.
+Each map of a head has its own queries, its own keys from the latent and its own shared rotated key; both maps weight the
+same values. Training expands the latents, decoding absorbs the products, each map separately, as in attention/mla.py.
 Sources: Ye et al. 2024, arXiv 2410.05258; Cang et al. 2025, arXiv 2501.17486; DeepSeek-V2, arXiv 2405.04434.
 """
 import torch
@@ -16,12 +16,12 @@ class LatentDifferentialAttention(TwoMaps, LatentAttention):
 
     Arguments as mla, with d_n and d_r of one map; v_head_dim d_v: None = 2 n_embd // n_head (2 d_n, unless that is set).
     k_n of each map and v come from the latent c; each map has one rotated key k_r for all heads. lam, the RMS norm per head
-    and the factor 1 - lambda_init as diff(version=1), lam's vectors d_n + d_r long.
+    and the factor 1 - lambda_init as diff(version=1), lam's vectors of size d_n + d_r.
     Parameters C 2P (d_n + d_r) + C (d_c + 2 d_r) + d_c P (2 d_n + d_v) + P d_v C + d_c + 4 (d_n + d_r) + d_v, besides
-    q_lora_rank. FLOPs 4 T P (d_n + d_r + d_v) a token naive, 4 T P (2 d_c + 2 d_r) absorbed; cache d_c + 2 d_r numbers
-    a token, and 2 P more under ngpt='full'.
+    q_lora_rank. FLOPs per token 4 T P (d_n + d_r + d_v) naive, 4 T P (2 d_c + 2 d_r) absorbed; cache d_c + 2 d_r elements
+    per token, and 2 P more under ngpt='full'.
     ngpt: unit latents; 'full' gives each map's q and its [k_n, k_r] unit length; both maps share s_qk; the norm per head
-    is L2, times sqrt(d_v). Not normed: v, lam's vectors. Raises ValueError as mla does, and for an odd n_head.
+    is L2, times sqrt(d_v). Not normalised: v, lam's vectors. Raises ValueError as mla does, and for an odd n_head.
     """
     maps = 2
 
@@ -47,9 +47,9 @@ class LatentDifferentialAttention(TwoMaps, LatentAttention):
 class LatentDINTAttention(LatentDifferentialAttention):
     """(A1 - lam A2 + lam M) v, M v the running mean of A1 v: dint(version=1) on the maps of mla_diff.
 
-    Rows sum to 1, hence no factor 1 - lambda_init. Parameters of mla_diff; FLOPs P d_v a token more; cache of mla_diff
-    and one mean, P d_v numbers per layer. (The mean is kept after W_UV: mostly shorter there than before, d_v < d_c, and
-    the naive first call has it at hand.)
+    Rows sum to 1, hence no factor 1 - lambda_init. Parameters of mla_diff; P d_v more FLOPs per token; cache of mla_diff
+    and one mean, P d_v elements per layer. (The mean is kept after W_UV: it is usually shorter there, d_v < d_c, and the
+    naive first call has it at hand.)
     """
 
     def __init__(self, config, site, kv_lora_rank, q_lora_rank=None, qk_nope_head_dim=None, qk_rope_head_dim=32,

@@ -1,4 +1,4 @@
-"""Causal Linformer: past chunks as a few mixed keys and values each, the own chunk token by token.
+"""Causal Linformer: each past chunk as a few mixed keys and values, the current chunk token by token.
 
 Wang et al. 2020 mix all T tokens into every slot, which shows the future and fixes T. Here each complete chunk of c
 tokens is mixed alone, and only later chunks see its r slots, as in Long-Short Transformer's autoregressive attention
@@ -14,25 +14,25 @@ from layers.basic import RMSNorm
 
 
 def block_average(slots, chunk):
-    """(slots, chunk): slot i is the mean of the i-th of `slots` runs of neighbours, as equal in length as can be."""
+    """(slots, chunk): slot i is the mean of the i-th of `slots` runs of adjacent tokens, of nearly equal length."""
     run = torch.arange(chunk) * slots // chunk
     member = (run == torch.arange(slots)[:, None]).float()
     return member / member.sum(1, keepdim=True)
 
 
 class LinformerAttention(nn.Module):
-    """One softmax over r slots of every past chunk and over the own chunk's keys up to t.
+    """One softmax over r slots of every past chunk and over the keys of the current chunk up to t.
 
     Chunk n, once complete, has slot keys E K_n and slot values F V_n. E, F (r, c) are learned and shared over
     chunks and heads; they start as block averages with N(0, 0.02) added. Keys are mixed before RoPE and before their
-    norm; a slot is then normed like a key and turned to the position of its chunk's last token.
+    norm; a slot is then normalised like a key and rotated to the position of its chunk's last token.
     slots: r, at most chunk; 0 = attention within chunks. chunk: c, tokens. per_head: E, F for every key head.
     dynamic: weights softmax over the chunk of x W_p instead of E and F, for keys and values alike, W_p (C -> H_kv r).
-    slot_norm: RMS norm with a gain on slot keys, which averaging makes shorter.
-    Parameters 2 C^2 (1 + H_kv/H) + 2 r c; scores 4 C (c + r T/c) FLOPs per token; cache 2 H_kv D (c + r T/c) numbers
+    slot_norm: RMS norm with a gain on slot keys, whose norm averaging reduces.
+    Parameters 2 C^2 (1 + H_kv/H) + 2 r c; scores 4 C (c + r T/c) FLOPs per token; cache 2 H_kv D (c + r T/c) elements
     (dynamic: r H_kv more per token of the open chunk). Raises ValueError for arguments that do not fit.
     """
-    tags = {'E': 'vector', 'F': 'vector', 'W_p': 'vector'}      # mixing weights: no decay, no Muon
+    tags = {'E': 'vector', 'F': 'vector', 'W_p': 'vector'}      # mixing weights: no weight decay, no Muon
 
     def __init__(self, config, site, slots, chunk=64, per_head=False, dynamic=False, slot_norm=False):
         super().__init__()
@@ -71,7 +71,7 @@ class LinformerAttention(nn.Module):
         v, groups = raw['v'], self.n_head // self.n_kv_head
         if groups > 1:
             k, v, slot_k, slot_v = (t.repeat_interleave(groups, 1) for t in (k, v, slot_k, slot_v))
-        if q.size(2) == 1:                                              # sees all but its own chunk's slots
+        if q.size(2) == 1:                                              # sees all slots except its own chunk's
             k, v = torch.cat((slot_k[:, :, :before], k), 2), torch.cat((slot_v[:, :, :before], v), 2)
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop, scale=self.norm_qk.scale)
         else:
@@ -81,7 +81,7 @@ class LinformerAttention(nn.Module):
     def static_step(self, q, raw, ctx):
         """The outputs (B, H, 1, D) of one token: buffers hold a whole chunk and the slots of all chunks of block_size.
 
-        The open chunk is mixed at every token, into slots that nobody sees before its last token has made them right.
+        The open chunk is mixed at every token, into slots that no query sees before the chunk is complete.
         """
         c, r, groups = self.chunk, self.slots, self.n_head // self.n_kv_head
         number, place = ctx.positions // c, ctx.positions % c           # (1,) of the chunk, and in it
@@ -105,7 +105,7 @@ class LinformerAttention(nn.Module):
         return self.dropout if self.training else 0.0
 
     def reopen(self, ctx, raw):
-        """This call's raw tensors behind those of the open chunk; what is open afterwards stays in the cache."""
+        """The open chunk's raw tensors followed by this call's; what is open afterwards stays in the cache."""
         if not ctx.cache:
             opened = raw
         else:
@@ -148,7 +148,7 @@ class LinformerAttention(nn.Module):
         return ctx.rotate(k, places[:count * c].view(count, c)[:, -1].repeat_interleave(r)), v
 
     def attend(self, q, k, v, slot_k, slot_v, before):
-        """One softmax over slots and own chunk. q (B, H, T, D): the last T of the L tokens of k and v (B, H, L, D).
+        """One softmax over slots and current chunk. q (B, H, T, D): the last T of the L tokens of k and v (B, H, L, D).
 
         The first `before` slots belong to chunks before k; slot_k, slot_v (B, H, before + N r, D).
         """
@@ -156,7 +156,7 @@ class LinformerAttention(nn.Module):
         M = -(-L // c)                                                  # chunks, the last perhaps partial
         q = F.pad(q, (0, 0, L - T, M * c - L)).unflatten(2, (M, c))     # (B, H, M, c, D)
         k, v = (F.pad(t, (0, 0, 0, M * c - L)).unflatten(2, (M, c)) for t in (k, v))
-        seen = before + self.slots * torch.arange(M, device=q.device)   # slots that chunk m may look at
+        seen = before + self.slots * torch.arange(M, device=q.device)   # slots that chunk m may attend to
         hidden = torch.arange(far, device=q.device) >= seen[:, None, None]
         past = (q.flatten(2, 3) @ slot_k.mT).unflatten(2, (M, c)).masked_fill(hidden, -torch.inf)
         later = torch.ones(c, c, dtype=torch.bool, device=q.device).triu(1)
@@ -167,7 +167,7 @@ class LinformerAttention(nn.Module):
         return y.flatten(2, 3)[:, :, L - T:L]
 
     def flops(self, context):
-        """Forward FLOPs per token: scores and sums over the own chunk and all slots, and the mixing of slots."""
+        """Forward FLOPs per token: scores and sums over the current chunk and all slots, and the mixing of slots."""
         r, c, width, keys = self.slots, self.chunk, self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         scores = 4 * width * (min(c, context) + r * (context // c))
         return scores + 4 * r * keys + (2 * self.W_p.numel() if self.dynamic else 0)

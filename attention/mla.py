@@ -1,7 +1,7 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of all heads from one small latent.
+"""Multi-head latent attention (MLA; DeepSeek-V2, arXiv 2405.04434): keys and values of all heads from one small latent.
 
-Training multiplies the latents out ("naive"). Decoding moves the products to the query and to the output instead
-("absorbed"), so that the cache holds one latent and one small rotated key per token, for all heads together.
+Training expands the latents to keys and values ("naive"). Decoding moves the products to the query and to the output
+instead ("absorbed"), so that the cache has one latent and one small rotated key per token, for all heads together.
 """
 import torch
 import torch.nn as nn
@@ -20,9 +20,9 @@ class LatentScale(nn.Module):
     """What multiplies q . k: 1/sqrt(d) of d = d_n + d_r features, and nGPT's norms and learned scales.
 
     nGPT 'full': q and each head's [k_n, k_r] get unit length, then s_qk, (H, d_n) and, as heads share one k_r, (d_r);
-    scale sqrt(d). 'simple': no norm, one s_qk a head, and the scale with which logits of unit latents start at std 1.
-    The key's share of s_qk is given to the query too, and its norm is handed out as a number (B, H, T), so that
-    the key stays linear in the latent: score = (q_n . k_n + q_r . k_r) inverse.
+    scale sqrt(d). 'simple': no norm, one s_qk per head, and the scale with which logits of unit latents start at std 1.
+    The key's share of s_qk is applied to the query too, and its norm is returned separately, (B, H, T), so that the key
+    stays linear in the latent: score = (q_n . k_n + q_r . k_r) inverse.
     """
 
     def __init__(self, config, heads, nope, rope, rank, query_rank):
@@ -64,9 +64,9 @@ class LatentAttention(nn.Module):
 
     kv_lora_rank: d_c, features of the latent; q_lora_rank: the same for queries, None = W_Q without a latent;
     qk_nope_head_dim d_n and v_head_dim d_v: None = n_embd // n_head; qk_rope_head_dim d_r: even, 0 = none. Queries and
-    keys carry RoPE on their last d_r features whatever `rope` says; with rope=False a position table comes on top.
+    keys have RoPE on their last d_r features whatever `rope` says; with rope=False a position table is added.
     Parameters C H (d_n + d_r) + C (d_c + d_r) + d_c H (d_n + d_v) + H d_v C + d_c, besides q_lora_rank.
-    FLOPs 2 T H (d_n + d_r + d_v) a token naive, 2 T H (2 d_c + d_r) absorbed; cache d_c + d_r numbers per token, and H
+    FLOPs per token 2 T H (d_n + d_r + d_v) naive, 2 T H (2 d_c + d_r) absorbed; cache d_c + d_r elements per token, and H
     more under ngpt='full'. The absorbed path forms W_UKV of a structured linear once per call.
     Raises ValueError for arguments and settings that do not fit.
     Subclasses may have several maps per head, each with its own queries and keys: an axis after B.
@@ -123,7 +123,7 @@ class LatentAttention(nn.Module):
         return x
 
     def outputs(self, q, k, v, scale):
-        """The heads' outputs, (B, H, T, d_v), or one such a map."""
+        """The heads' outputs, (B, H, T, d_v), or one such tensor per map."""
         return attend(q, k, v, scale, self.dropout if self.training else 0.0)
 
     def combine(self, y, start, ctx):
@@ -140,7 +140,7 @@ class LatentAttention(nn.Module):
         return q_n, self.turn(q_r, ctx)
 
     def latents(self, x):
-        """The normed latent (B, T, d_c) and the shared key before RoPE (B, T, d_r)."""
+        """The normalised latent (B, T, d_c) and the shared key before RoPE (B, T, d_r)."""
         c, k_r = self.c_kv_a(x).split((self.rank, self.maps * self.rope), -1)
         return self.norm_kv(c).to(k_r.dtype), self.by_map(k_r[:, None]).squeeze(-3)
 
@@ -167,7 +167,7 @@ class LatentAttention(nn.Module):
         return self.by_map(keys.mT[None])[0].mT, values
 
     def absorbed(self, q_n, q_r, latent, inverse, ctx):
-        """The same as outputs() of the multiplied-out keys and values, for the last T of the S tokens of latent.
+        """The same as outputs() of the expanded keys and values, for the last T of the S tokens of latent.
 
         score = (W_UK^T q_n) . c + q_r . k_r; y = W_UV (sum_j a_j c_j). The key's bias adds the same to every score of a
         query, so it is left out. (B, H, T, d_n), (B, H, T, d_r), (B, S, d_c + maps d_r) -> (B, H, T, d_v).
@@ -190,7 +190,7 @@ class LatentAttention(nn.Module):
         return y
 
     def place(self, q_r):
-        """q_r as a vector over all maps' rotated keys: zero but for the own map's."""
+        """q_r as a vector over the rotated keys of all maps: zero except for its own map's."""
         if self.maps == 1:
             return q_r
         own = torch.eye(self.maps, dtype=q_r.dtype, device=q_r.device)[:, None, None, :, None]
@@ -199,7 +199,7 @@ class LatentAttention(nn.Module):
     def read(self, weights, latents, up_v):
         """sum_j a_j v_j = W_UV (sum_j a_j c_j) + b_v, as the weights (B, H, T, S) of a query sum to 1.
 
-        The weights may be another block's, with other heads: these then share out the features of v anew.
+        The weights may be another block's, with other heads: these then divide the features of v differently.
         """
         heads = weights.size(-3), -1
         mean = (weights.flatten(1, -2) @ latents).unflatten(1, weights.shape[1:-1])
@@ -210,12 +210,12 @@ class LatentAttention(nn.Module):
         return y + bias.flatten().unflatten(0, heads)[:, None]
 
     def flops(self, context):
-        """Forward FLOPs per token of scores and weighted sums over `context` keys, multiplied out as in training."""
+        """Forward FLOPs per token of scores and weighted sums over `context` keys, expanded as in training."""
         return 2 * context * self.n_head * self.maps * (self.nope + self.rope + self.value)
 
 
 def check_sizes(kv_lora_rank, q_lora_rank, nope, rope, value):
-    """Refuse sizes that are not; each ValueError says what would work."""
+    """Refuse invalid sizes; each ValueError says what would work."""
     sizes = {'kv_lora_rank': kv_lora_rank, 'qk_nope_head_dim': nope, 'v_head_dim': value}
     if q_lora_rank is not None:
         sizes['q_lora_rank'] = q_lora_rank
@@ -227,7 +227,7 @@ def check_sizes(kv_lora_rank, q_lora_rank, nope, rope, value):
 
 
 def check_settings(config, site, rope, value, heads):
-    """Refuse settings that latents rule out; each ValueError says what would work."""
+    """Refuse settings that do not work with latents; each ValueError says what would work."""
     if config.n_kv_head not in (None, config.n_head):
         raise ValueError('mla has one latent for all heads, so there are no groups of heads; set n_kv_head=None')
     if config.qk_norm != 'none':

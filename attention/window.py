@@ -1,7 +1,7 @@
-"""Sliding-window attention: token t sees the tokens t - W + 1 .. t, token-exact, with W fixed or on a schedule.
+"""Sliding-window attention: token t sees exactly the tokens t - W + 1 .. t, with W fixed or on a schedule.
 
 On a CUDA GPU FlexAttention computes it, with W as a tensor that the kernel reads, so that one graph serves all windows;
-elsewhere SDPA under a mask gives the same numbers. Layers with the same arguments share one mask per call.
+elsewhere SDPA under a mask gives the same results. Layers with the same arguments share one mask per call.
 """
 import functools
 import math
@@ -15,10 +15,10 @@ from attention.heads import QueryKeyNorm, ValueMix, keep, merge_heads, padded, s
 
 try:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-except ImportError:                                     # a build of torch without it: the mask does
+except ImportError:                                     # a build of torch without it: use the mask
     flex_attention = None
 
-STEP = 128                                              # windows on a schedule are multiples of it
+STEP = 128                                              # windows on a schedule are multiples of this
 
 # share of the largest window at x = step / max_iters; cubic: fast, flat, fast (modded-nanogpt, 2025-04-22)
 SCHEDULES = {'linear': lambda x: x, 'cubic': lambda x: ((4 * x - 6) * x + 3) * x}
@@ -31,7 +31,7 @@ def scheduled(size, schedule, fraction):
 
 
 def visible(window, queries, keys, query_documents=None, key_documents=None):
-    """Mask (T, S), or (B, 1, T, S) with documents (B, T), (B, S): key not later, near, same text."""
+    """Mask (T, S), or (B, 1, T, S) with documents (B, T), (B, S): key not later, within the window, same document."""
     distance = queries[:, None] - keys
     mask = (distance >= 0) & (distance < window)
     if query_documents is None:
@@ -42,7 +42,7 @@ def visible(window, queries, keys, query_documents=None, key_documents=None):
 def block_mask(window, positions, documents=None):
     """FlexAttention's form of visible() for positions (T,) and documents (B, T) or None; window a 0-d tensor.
 
-    Keeps 4 lists of (B or 1, 1, T/128, T/128) blocks. They are counted from B T^2 booleans, which are never in memory once
+    Keeps 4 lists of (B or 1, 1, T/128, T/128) blocks. They are counted from B T^2 booleans, which are never in memory when
     this is compiled.
     """
     def mask(b, h, i, j):
@@ -69,14 +69,14 @@ def compiled(function):
 
 
 def kernel(function):
-    """The function as part of what is being compiled, else compiled on its own."""
+    """The function as part of what is being compiled, else compiled separately."""
     return function if torch.compiler.is_compiling() else compiled(function)
 
 
 def extend_ring(cache, size, **new):
-    """Put tensors (B, H, T, ...) into rings of `size` entries -> (what this call's tokens may look at, in that order).
+    """Put tensors (B, H, T, ...) into ring buffers of `size` entries -> (what this call's tokens may attend to, in order).
 
-    One token finds the ring as it is then; several find what was there before, and themselves.
+    One token sees the ring after its own entry; several see the previous entries and themselves.
     """
     start = cache.setdefault('length', 0)               # tokens seen, however many are kept
     T = next(iter(new.values())).size(2)
@@ -95,14 +95,14 @@ def extend_ring(cache, size, **new):
 
 
 class WindowAttention(nn.Module):
-    """softmax(q k^T / sqrt(D) + mask) v, the mask open for the last `size` tokens, the own one among them.
+    """softmax(q k^T / sqrt(D) + mask) v, the mask open for the last `size` tokens, the current one included.
 
     size: tokens, any from 1; with a schedule the largest window, reached at the end of the run and rounded up to a
-    multiple of 128. schedule: None, 'linear' or 'cubic' in step / max_iters. long: numbers of the blocks that have this
+    multiple of 128. schedule: None, 'linear' or 'cubic' in step / max_iters. long: indices of the blocks that have this
     window, the others half of it (with a schedule at least 128); None = all. documents: the token that begins a
-    document (GPT-2's 50256), so that tokens see their own document only; None = one document.
-    The current window is a buffer, so that checkpoints hold it.
-    Parameters as causal attention; scores 4 min(size, T) C FLOPs per token; cache 2 H_kv D min(size, block_size) numbers.
+    document (GPT-2's 50256), so that tokens see only their own document; None = one document.
+    The current window is a buffer, so that checkpoints include it.
+    Parameters as causal attention; scores 4 min(size, T) C FLOPs per token; cache 2 H_kv D min(size, block_size) elements.
     Raises ValueError for arguments that do not fit. Source: modded-nanogpt, token-exact here.
     """
 
@@ -127,7 +127,7 @@ class WindowAttention(nn.Module):
         return max(STEP if self.schedule else 1, window // 2) if self.short else window
 
     def set_progress(self, fraction):
-        """Move the window to where the schedule has it at `fraction` = step / max_iters."""
+        """Set the window to the schedule's value at `fraction` = step / max_iters."""
         self.window.fill_(self.window_at(fraction))
 
     def forward(self, x, ctx):
@@ -138,14 +138,14 @@ class WindowAttention(nn.Module):
         return self.resid_dropout(self.c_proj(merge_heads(y)))
 
     def prepare(self, ctx):
-        """Make what layers with these arguments share in one call; GPT.forward asks before the first block runs."""
+        """Make what layers with these arguments share in one call; GPT.forward calls this before the first block runs."""
         if ctx.cache is None:
             self.mask(ctx)
 
     def mask(self, ctx):
-        """What this call's tokens see of each other: block_mask() for FlexAttention, else visible(); once per call.
+        """The mask among this call's tokens: block_mask() for FlexAttention, else visible(); once per call.
 
-        The key says which window it is without reading it: equal arguments, equal windows at any progress.
+        The key identifies the window without reading it: equal arguments, equal windows at any progress.
         """
         by_flex, positions, documents = self.flex_fits(ctx), ctx.positions, self.number_documents(ctx)
 
@@ -156,7 +156,7 @@ class WindowAttention(nn.Module):
         return ctx.share((type(self), self.size, self.schedule, self.short, self.eot, by_flex), make)
 
     def attend(self, q, k, v, ctx):
-        """(B, H, T, D) of q, k, v at this call's positions, and of what the cache holds."""
+        """(B, H, T, D) of q, k, v at this call's positions, and of the cache."""
         scale = self.norm_qk.scale
         if ctx.cache is None:
             mask = self.mask(ctx)
@@ -165,7 +165,7 @@ class WindowAttention(nn.Module):
         else:
             documents = self.number_documents(ctx)
             k, v, places, texts = self.remember(ctx, k, v, documents)
-            # one query on a ring sees all of it, but what a static step has not filled yet
+            # one query sees the whole ring, except what a static step has not filled yet
             mask = None if ctx.seen is None and q.size(2) == 1 and texts is None else visible(
                 self.window, ctx.positions, places, documents, texts)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
@@ -191,7 +191,7 @@ class WindowAttention(nn.Module):
         return k, v, places[0, 0], texts[0][:, 0] if texts else None
 
     def number_documents(self, ctx):
-        """(B, T) the number of each token's document, so far counted; an end-of-text token belongs to the next one."""
+        """(B, T) the index of each token's document; an end-of-text token belongs to the next document."""
         if self.eot is None:
             return None
         found = ctx.share(('documents', self.eot), lambda: (ctx.tokens == self.eot).cumsum(1))
@@ -201,7 +201,7 @@ class WindowAttention(nn.Module):
         return found
 
     def static_cache(self, cache, size):
-        """The rings, with the entries that no token has taken at a position that none sees, `size`."""
+        """The rings; unused entries get a position that no query sees, `size`."""
         entries, filled = cache['size'], min(cache['length'], cache['size'])
         return {**padded(cache, entries, ('k', 'v', 'document'), filled=filled),
                 **padded(cache, entries, ('position',), value=size, filled=filled),

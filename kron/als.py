@@ -1,9 +1,9 @@
-"""Sums of Kronecker products fitted to what a linear does to its inputs, not to its weights: alternating least squares.
+"""Sums of Kronecker products fitted to a linear's outputs, not to its weights: alternating least squares.
 
     minimise over A_i, B_i    tr(H (T - Ŵ) C (T - Ŵ)^T),    Ŵ = sum_i A_i ⊗ B_i
 
 C (in, in) is E[x x^T] of the linear's inputs plus a ridge, H (out, out) the identity or E[g g^T] of the loss's gradients
-g with respect to its outputs, T the dense weight or what stands for it. With C = H = I this is Van Loan's problem. For
+g with respect to its outputs, T the dense weight or another target. With C = H = I this is Van Loan's problem. For
 fixed B it is a linear least-squares problem in A, and for fixed A one in B, so that solving them in turn never raises
 the objective. Sizes as in linear.py: A (terms, m, n), B (terms, p, q), out = m p, in = n q, r = terms. All in float64.
 
@@ -13,7 +13,7 @@ rows of A share one normal matrix, (r n, r n):
     G[(i, b), (j, b')] = sum_{d d'} RC[(b, b'), (d, d')] K_ij[d, d'],  K_ij = B_i^T B_j,  A_rows G = RT contracted with B
 
 and with A fixed the same holds for R(C)^T, RT^T. Where n = 1 or q = 1 there is a closed form for H = I. With an H that is
-not I the rows are coupled, (r m n)^2 numbers, unless m = 1 or p = 1, and with many terms of long rows G itself is large:
+not I the rows are coupled, (r m n)^2 entries, unless m = 1 or p = 1, and with many terms of long rows G itself is large:
 then the normal equations are solved by a few steps of conjugate gradients, which lower the objective at each step too, and
 G is never formed. The other half-step, of the shorter rows, may still be direct.
 """
@@ -24,14 +24,14 @@ from kron.solve import by_products, conjugate_gradients, dense, normal_matrix, r
 from kron.van_loan import canonical, nearest_in_outputs, nearest_kronecker_sum, rearrange
 
 RIDGE = 0.01            # of C's typical diagonal entry; 0.003 to 0.03 do equally well, 0.3 is too much
-HESSIAN_RIDGE = 1.0     # of H's: what the gradients show holds near the dense model, and errors are not small
+HESSIAN_RIDGE = 1.0     # of H's: the gradients are valid near the dense model, and errors are not small
 SWEEPS = 60             # at most
 GAIN = 3e-4             # a sweep that lowers the objective by less than this share of it is the last
 CG_STEPS = 3            # of a half-step with a large G, which starts near its end
 H_STEPS = 6             # of one with H
 DIRECT = 4096           # unknowns r n or r q above which G is large: half a second of a core to factorise, 134 MB
-EXTRAPOLATION = 0.7     # of B's last change, in front of the next sweep: fewer sweeps for as low an objective
-PROXIMAL = 1e-12        # of the mean diagonal of G: keeps terms that G does not determine where they are
+EXTRAPOLATION = 0.7     # of B's last change, before the next sweep: fewer sweeps for an equally low objective
+PROXIMAL = 1e-12        # of the mean diagonal of G: keeps terms that G does not determine unchanged
 
 
 def als(weight, stats, m, n, terms):
@@ -40,7 +40,7 @@ def als(weight, stats, m, n, terms):
 
 
 def als_hessian(weight, stats, m, n, terms):
-    """The same weighted by H = stats.gradient + ridge, (out, out): errors count by what they do to the loss -> A, B, s = 1.
+    """The same weighted by H = stats.gradient + ridge, (out, out): errors count by their effect on the loss -> A, B, s = 1.
 
     Two-sided, as K-FAC's curvature is. Source of the weighting: Martens and Grosse 2015, arXiv 1503.05671.
     """
@@ -49,7 +49,7 @@ def als_hessian(weight, stats, m, n, terms):
 
 
 def als_sequential(weight, stats, m, n, terms):
-    """argmin E||W x - Ŵ x'||^2, x what the dense model feeds this site, x' what the compressed one does; s = 1."""
+    """argmin E||W x - Ŵ x'||^2, x the site's inputs in the dense model, x' in the compressed one; s = 1."""
     return *fit(*shifted(weight, stats), m, n, terms)[:2], 1.0
 
 
@@ -67,7 +67,7 @@ FITTED = {'als': als, 'als_hessian': als_hessian, 'als_sequential': als_sequenti
 # what is minimised
 
 def seen(stats, name, weight):
-    """stats.name in float64 where weight is; ValueError in one sentence when the calibration pass did not gather it."""
+    """stats.name in float64 on weight's device; ValueError in one sentence when the calibration pass did not collect it."""
     value = getattr(stats, name, None)
     if value is None:
         raise ValueError(f'this method needs stats.{name}, which the calibration pass did not gather')
@@ -83,7 +83,7 @@ def moment(stats, weight):
 def ridge_of(C, share=RIDGE):
     """share * typical, typical = min(mean, 3 median) of C's diagonal (mean where the median is 0, 1 where C is 0).
 
-    The median keeps the ridge from a few massive activations, which would drown all other inputs.
+    The median keeps a few massive activations from setting the ridge for all other inputs.
     """
     mean, median = C.diagonal().mean().item(), C.diagonal().median().item()
     return share * (min(mean, 3 * median) or mean or 1.0)
@@ -98,7 +98,7 @@ def shifted(weight, stats):
     """T = W (M + ridge I)(C + ridge I)^-1 with M = E[x x'^T] and C = E[x' x'^T] -> T, C + ridge I.
 
     E||W x - Ŵ x'||^2 = tr((T - Ŵ) C (T - Ŵ)^T) + a constant: the best matrix for the shifted inputs is T, and
-    the sum is fitted to that. The ridge stands on both, so that T = W where the inputs say nothing.
+    the sum is fitted to that. The ridge is on both, so that T = W where the inputs have no variance.
     """
     C = moment(stats, weight)
     M = seen(stats, 'cross', weight) + torch.outer(seen(stats, 'source_mean', weight), seen(stats, 'mean', weight))
@@ -129,7 +129,7 @@ def fit(target, C, m, n, terms, H=None, sweeps=SWEEPS, gain=GAIN):
         if problem.objective(*best) < objectives[0]:
             A, B, sweeps = *best, sweeps * (H is not None)
             objectives.append(problem.objective(A, B))
-    old = B                                             # of the sweep before
+    old = B                                             # of the previous sweep
     for _ in range(sweeps):
         new = problem.sweep(A, B, B + EXTRAPOLATION * (B - old))
         now, last = problem.objective(*new), objectives[-1]
@@ -146,7 +146,7 @@ def fit(target, C, m, n, terms, H=None, sweeps=SWEEPS, gain=GAIN):
 
 
 def fit_rows(target, C, m, n, terms, H, sweeps, gain):
-    """fit where H meets one factor alone, m = 1 or p = 1: with H = L L^T the objective is that of L^T T without H.
+    """fit where H acts on one factor alone, m = 1 or p = 1: with H = L L^T the objective is that of L^T T without H.
 
     L^T (A ⊗ B) is A ⊗ (L^T B) for m = 1 and (L^T A) ⊗ B for p = 1.
     """
@@ -161,7 +161,7 @@ def fit_rows(target, C, m, n, terms, H, sweeps, gain):
 
 
 class Problem:
-    """tr(H (T - Ŵ) C (T - Ŵ)^T) with what all half-steps share."""
+    """tr(H (T - Ŵ) C (T - Ŵ)^T) with the quantities that all half-steps share."""
 
     def __init__(self, target, C, H, m, n):
         self.C, self.H, self.kept, self.steps = C, H, (None, None), CG_STEPS if H is None else H_STEPS
@@ -176,14 +176,14 @@ class Problem:
     def direct(self, moving, fixed):
         """Whether a half-step forms its normal matrix: it is small, and so is what it takes to form it."""
         (r, _, width), (_, height, inner) = moving.shape, fixed.shape
-        steps = self.steps * self.RT.numel() * len(self.C)                        # multiply-adds of the other way
+        steps = self.steps * self.RT.numel() * len(self.C)                        # multiply-adds without it
         return r * width <= DIRECT and (r * inner <= DIRECT or solve.gram_cost(r, height, inner, width) <= steps)
 
     def objective(self, A, B):
         """The objective at a sum: constant - 2 <RT, R(Ŵ)> + tr(H Ŵ C Ŵ^T)."""
         r = len(A)
         cross = (self.RT * (A.reshape(r, -1).t() @ B.reshape(r, -1))).sum()
-        moving, fixed = (B, A) if self.direct(B, A) else (A, B)             # G of B's rows is there behind a sweep
+        moving, fixed = (B, A) if self.direct(B, A) else (A, B)             # G of B's rows is available after a sweep
         if self.H is not None or not self.direct(moving, fixed):
             W = dense(A, B)
             return (self.constant - 2 * cross + (self.weighted(W) * W).sum()).item()
@@ -191,7 +191,7 @@ class Problem:
         return (self.constant - 2 * cross + (X @ G * X).sum()).item()
 
     def normal_matrix(self, fixed, left):
-        """G (r n, r n) for A's rows with B fixed (left), (r q, r q) for B's rows with A fixed; the last one is kept."""
+        """G (r n, r n) for A's rows with B fixed (left), (r q, r q) for B's rows with A fixed; the last one is cached."""
         if self.kept[0] is not fixed:
             self.kept = fixed, normal_matrix(fixed, self.RC if left else self.RC.t(), DIRECT)
         return self.kept[1]

@@ -1,6 +1,6 @@
 """A linear with many matrices: a sum of Kronecker products with a gate per term and token, y = sum_e g_e (A_e ⊗ B_e) x.
 
-A factor may be shared by all experts: then it costs one product per token, in front of the others or behind their sum.
+A factor may be shared by all experts: then it costs one product per token, before the others or after their sum.
 Sizes in this file: E experts, k = top_k, T tokens, A (E or 1, m, n), B (E or 1, p, q), out = m p, in = n q; G groups
 of R rows as in kron/router.py.
 """
@@ -18,14 +18,14 @@ __all__ = ['CALIBRATED', 'METHODS', 'ExpertLinear']
 
 
 def left(X, A):
-    """A_g X for every row: X (G, R, n, q), A (G, m, n) -> (G, R, m, q), as one product a group."""
+    """A_g X for every row: X (G, R, n, q), A (G, m, n) -> (G, R, m, q), as one product per group."""
     G, R, n, q = X.shape
     Y = X.transpose(2, 3).reshape(G, R * q, n) @ A.mT                                   # (G, R q, m)
     return Y.view(G, R, q, -1).transpose(2, 3)
 
 
 def right(X, B):
-    """X B_g^T for every row: X (G, R, n, q), B (G, p, q) -> (G, R, n, p), as one product a group."""
+    """X B_g^T for every row: X (G, R, n, q), B (G, p, q) -> (G, R, n, p), as one product per group."""
     G, R, n, q = X.shape
     return (X.reshape(G, R * n, q) @ B.mT).view(G, R, n, -1)
 
@@ -35,7 +35,7 @@ class ExpertLinear(nn.Module):
 
     in_features, out_features: sizes; bias: bool; experts E, m x n: size of the left factors; top_k: experts per token;
     share: 'A' or 'B', the factor that all experts have in common, or None. m = out and n = in leave a 1 x 1 right factor,
-    which is left out: dense experts, weight (E, out, in). Parameters E m n + E p q + out, a shared factor once. FLOPs a
+    which is left out: dense experts, weight (E, out, in). Parameters E m n + E p q + out, a shared factor once. FLOPs per
     token: k times those of an A_e ⊗ B_e in the cheaper order, a shared factor's product once. Otherwise no
     (out, in) matrix is formed, forward or backward. Raises ValueError, one sentence, for sizes that do not divide.
     """
@@ -67,12 +67,12 @@ class ExpertLinear(nn.Module):
 
     @property
     def spec(self):
-        """What the site table calls it."""
+        """Its name in the site table."""
         what = f'kron({self.m}, {self.n})' if self.weight is None else 'dense'
         return f'{self.top_k} of {self.experts} {what}' + (f', one {self.share}' if self.share else '')
 
     def arguments(self):
-        """What makes another one of the same structure, beside sizes and bias."""
+        """The arguments that build another one of the same structure, besides sizes and bias."""
         return {'experts': self.experts, 'm': self.m, 'n': self.n, 'top_k': self.top_k, 'share': self.share}
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ class ExpertLinear(nn.Module):
         return tokens * min(self.order_flops())
 
     def active(self):
-        """Parameters that a token meets."""
+        """Parameters used per token."""
         each = [f.numel() if f.shape[0] < self.experts else self.top_k * f[0].numel() for f in self.factors]
         return sum(each) + (0 if self.bias is None else self.bias.numel())
 
@@ -149,7 +149,7 @@ class ExpertLinear(nn.Module):
 
     @torch.no_grad()
     def realise(self):
-        """Put the dense matrix in the place of every expert's factors, in place: the same function."""
+        """Replace every expert's factors by the dense matrix, in place: the same function."""
         if self.weight is None:
             self.weight = nn.Parameter(self.dense_weight(), requires_grad=self.A.requires_grad)
             self.A = self.B = self.share = None
@@ -160,7 +160,7 @@ class ExpertLinear(nn.Module):
         """The experts that stand for a dense matrix while the router's weight is 0; see at_start.
 
         With share=None the first top_k experts are the terms of `method`'s Kronecker sum of top_k terms, times top_k because
-        gates are 1 / top_k, and the others the terms of the nearest sum to what that leaves. With a shared factor, or
+        gates are 1 / top_k, and the others the terms of the nearest sum to the remainder. With a shared factor, or
         dense experts, every expert is the one-term sum (the matrix itself). Arguments and errors otherwise as in
         KroneckerLinear.from_dense.
         """
@@ -181,5 +181,5 @@ class ExpertLinear(nn.Module):
         return module
 
     def at_start(self):
-        """The dense linear that it is while the router's weight is 0: ties go to the first top_k experts, equal gates."""
+        """The dense linear that it equals while the router's weight is 0: ties go to the first top_k experts."""
         return Linear.from_dense(self.dense_weight()[:self.top_k].mean(0), self.bias)

@@ -4,8 +4,8 @@
     unmix(y, M):  v[t, k, a] = sum_c y[t, a, c] M[k, c]      rows to planes, the adjoint
 
 With these A-first is unmix (a transposition), x A^T, mix by B, and B-first unmix by B, z A^T, mix (a transposition); of
-one column or row the transposition is none. Each kernel reads and writes every number once, sums in fp32, and rounds once.
-Their backward passes are each other and a sum over (t, a) for M, which one more kernel takes in a fixed order.
+one column or row the transposition is none. Each kernel reads and writes every element once, sums in fp32, and rounds once.
+Each is the other's backward pass, plus a sum over (t, a) for M, which one more kernel takes in a fixed order.
 Triton is a part of torch's CUDA wheels and may be missing elsewhere; TRITON_INTERPRET=1 runs the kernels on a CPU.
 
 A program of mix or unmix has BLOCK neighbours a of one t: a thread has as many of them as 16 bytes hold, all C columns of
@@ -24,7 +24,7 @@ except ImportError:
     triton = None
 
 BLOCK = 512             # positions a of one program, at most
-DOT = 64                # numbers of M beyond which their sums are a product on tensor cores
+DOT = 64                # elements of M beyond which their sums are a product on tensor cores
 PROGRAMS = 2048         # programs of the sum for M, at most: over ten for each multiprocessor
 
 
@@ -97,15 +97,15 @@ def power(n):
 
 
 def tile(N, C, size):
-    """What mix_kernel and unmix_kernel are compiled for besides K and C, with numbers of size bytes: 16 bytes a thread."""
+    """Compile-time sizes of mix_kernel and unmix_kernel besides K and C, for elements of size bytes: 16 bytes per thread."""
     block = min(BLOCK, power(N))
     return dict(WIDTH=power(C), BLOCK=block, num_warps=max(1, block * size // 16 // 32))
 
 
 def moment_tile(N, K, C, size):
-    """The same for moment_kernel: one (PLANES, WIDTH) sum by tensor cores, or up to DOT numbers one for every position.
+    """The same for moment_kernel: one (PLANES, WIDTH) sum by tensor cores, or up to DOT elements one for every position.
 
-    Numbers of 2 bytes are exact in tf32; one of 4 bytes is taken as a sum of tf32 numbers.
+    Elements of 2 bytes are exact in tf32; one of 4 bytes is taken as a sum of tf32 values.
     """
     planes, width = power(K), power(C)
     dot = planes * width > DOT

@@ -1,6 +1,6 @@
-"""Products whose backward pass is written out, so that it keeps the factors and x alone: B-first, and W itself.
+"""Products with an explicit backward pass that keeps only the factors and x: B-first, and W itself.
 
-Sizes as in products.py. What autograd would keep besides, T r n p numbers or W, costs less to make again.
+Sizes as in products.py. What autograd would keep besides, T r n p elements or W, costs less to recompute.
 """
 import functools
 import itertools
@@ -8,11 +8,11 @@ import itertools
 import torch
 
 THIN = 8        # a B of at most this many rows and columns may be contracted by planes or in blocks
-WIDE = 16       # numbers of a row that a block of a thin product has on its longer side
+WIDE = 16       # row length of a block of a thin product, on its longer side
 
 
 def computed_in(x):
-    """The type that a product with x has here: autocast's, else x's own."""
+    """The type of a product with x here: autocast's, else x's own."""
     kind = x.device.type
     if kind != 'meta' and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -28,14 +28,14 @@ def broadcasts(x):
 
 
 class Nothing:
-    """The context of a forward pass that no backward pass follows."""
+    """The context of a forward pass without a backward pass."""
 
     def save_for_backward(self, *tensors):
         pass
 
 
 def explicit(function, x, *rest):
-    """function.apply(x, *rest) without autocast: what has a written backward pass is given the types it computes in."""
+    """function.apply(x, *rest) without autocast: functions with an explicit backward pass get the types they compute in."""
     call = function.apply if torch.is_grad_enabled() else functools.partial(function.forward, Nothing())
     kind = x.device.type
     if kind == 'meta' or not torch.is_autocast_enabled(kind):
@@ -71,13 +71,13 @@ def together(size, k, l):
 # B first
 
 def first_b(x, A, B, g):
-    """sum_i (X B_i^T) A_i^T of every row x, as BFirst lays it out, in the type that products with x have here."""
+    """sum_i (X B_i^T) A_i^T of every row x, as BFirst lays it out, in the type of products with x here."""
     kind = computed_in(x)
     return explicit(BFirst, x.to(kind), A.to(kind), B.to(kind), g)
 
 
 class BFirst(torch.autograd.Function):
-    """z = X [B_1 .. B_r]^T, laid out so that y = z A' is one product; x, A and B are kept, and z is made again.
+    """z = X [B_1 .. B_r]^T, laid out so that y = z A' is one product; x, A and B are kept, and z is recomputed.
 
     g = 0: planes, z (p T, r n) -> y (p T, m). g > 0: rows, z (T p, n r) -> y (T p, m), with g rows at once in B's product.
     With p = r = 1 both are z (T, n) -> y (T, m), and B may be broadcast.
@@ -162,7 +162,7 @@ def unform(dW, A, B):
 
 
 class Materialised(torch.autograd.Function):
-    """y = x W^T; W is formed for it, and formed again for backward, which keeps x, A and B alone."""
+    """y = x W^T; W is formed for it, and formed again for backward, which keeps only x, A and B."""
 
     @staticmethod
     def forward(ctx, x, A, B):
@@ -171,7 +171,7 @@ class Materialised(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        """dx = g W, and dW = g^T x handed on to the factors."""
+        """dx = g W, and dW = g^T x passed on to the factors."""
         x, A, B = ctx.saved_tensors
         dx = gradient @ form(A, B).to(gradient.dtype) if ctx.needs_input_grad[0] else None
         factors = unform(gradient.t() @ x, A, B) if any(ctx.needs_input_grad[1:]) else (None, None)

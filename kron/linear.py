@@ -1,7 +1,7 @@
 """A linear map whose matrix is a sum of Kronecker products, W = sum_i s_i A_i ⊗ B_i, applied by one of several plans.
 
 products.py has the plans: a term costs two small products, in either order, and the orders differ in FLOPs by up to m or
-n, so that an expanding and a contracting linear want opposite ones. plan.py chooses. Sizes in this file: A (terms, m, n),
+n, so that an expanding and a contracting linear need opposite ones. plan.py chooses. Sizes in this file: A (terms, m, n),
 B (terms, p, q), out = m p, in = n q.
 """
 import math
@@ -20,20 +20,20 @@ class KroneckerLinear(Structured):
     """y = (sum_i s_i A_i ⊗ B_i) x + b with A_i (m, n) and B_i (out/m, in/n).
 
     in_features, out_features: sizes; bias: bool; m must divide out_features and n in_features; terms >= 1;
-    scale: one learnable s_i a term, 1 at first, else s_i = 1. Factors A (terms, m, n), B (terms, out/m, in/n).
-    More terms than min(m n, p q) are allowed and useless. exact_columns, weight_norm, guide: see structured.Structured.
+    scale: one learnable s_i per term, initially 1, else s_i = 1. Factors A (terms, m, n), B (terms, out/m, in/n).
+    More terms than min(m n, p q) are allowed and add nothing. exact_columns, weight_norm, guide: see structured.Structured.
 
     plans: two tuples of (tokens, plan), without and with gradients, as plan.assign sets them; where they are empty the plan
     is the rule's, by FLOPs. No (out, in) matrix is formed, forward or backward, unless the plan says so.
-    merge: without gradients, a plan that forms W keeps it until the factors change or `train()`; off at first. A change
-    through `.data` is not seen, so only programs that never train switch it on. A compiled call takes the W that the last
-    eager one kept, as it is (attention/decoding.py makes one first), and forms W each time where there is none.
+    merge: without gradients, a plan that forms W keeps it until the factors change or `train()`; initially off. A change
+    through `.data` is not detected, so only programs that never train turn it on. A compiled call uses the W that the last
+    eager call kept (attention/decoding.py makes one first), and forms W each time where there is none.
     Raises ValueError for sizes that do not divide or are not positive.
     Source: Krony-PT (arXiv 2412.12351) for the model; it forms W, which this class does not.
     """
     tags = {'A': 'factor', 'B': 'factor', 'scale': 'vector', 'bias': 'vector'}
     size_argument = 'terms'                 # the argument to lower for fewer parameters
-    zero_factor = 'B'                       # zeros in it make W zero, and gradients still flow
+    zero_factor = 'B'                       # zeros here make W zero, and gradients still flow
 
     def __init__(self, in_features, out_features, bias, m, n, terms=1, scale=False, *, exact_columns=0, weight_norm=False,
                  guide=False):
@@ -69,11 +69,11 @@ class KroneckerLinear(Structured):
         """A_i, B_i Gaussian, then rescaled to ||A_i||_F = ||B_i||_F = (std^2 out in / terms)^(1/4); s = 1.
 
         So every term has the norm std sqrt(out in / terms), and entries of W have that std: exactly with one term, on
-        average with more; N(0, 0.02) for both factors would give 4e-4. Of the ways to share a norm between A_i and
-        B_i this is the one that van_loan makes and that gradient flow keeps. Equal rms was the alternative: AdamW
-        moves every entry by about lr per step, so W then moves equally fast, relative to its size, through A as through
-        B, but at lr / sqrt(std), where a dense W moves at lr / std. With equal norms the entries of the larger factor
-        are nearly as small as a dense W's and it learns as fast; the few of the other are near 1 and move little.
+        average with more; N(0, 0.02) for both factors would give 4e-4. Equal norms are also what van_loan gives and what
+        gradient flow preserves. Equal rms was the alternative: AdamW moves every entry by about lr per step, so W then
+        moves equally fast, relative to its size, through A as through B, but at lr / sqrt(std), where a dense W moves at
+        lr / std. With equal norms the entries of the larger factor are nearly as small as a dense W's, and it learns as
+        fast; the few entries of the other factor are near 1 and move little.
         Validation loss of a small character model (4 layers, n_embd 128, 1000 steps of AdamW, mean of 2 seeds) with
         equal norms, equal rms, N(0, 0.02): at lr 1e-3 2.07, 2.11, 2.27 with kron(256, 64) and 2.14, 2.23, 2.28 with
         kron(64, 16, terms=4), dense 2.10; at lr 3e-3 1.93, 2.17, 2.27 with kron(256, 64), dense 1.94 (one seed).
@@ -100,32 +100,32 @@ class KroneckerLinear(Structured):
     def plan(self, tokens):
         """The plan's name for that many rows, here and now."""
         evaluation, training = self.plans
-        plans = training if torch.is_grad_enabled() else evaluation     # torch 2.11 compiles no index that is a bool
+        plans = training if torch.is_grad_enabled() else evaluation     # torch 2.11 cannot compile a bool index
         return taken(plans, tokens) if plans else by_rule(self.rule, tokens)
 
     def keeps(self):
-        """Whether a W that is formed here and now stays for the next call."""
+        """Whether a W that is formed in this call is kept for the next one."""
         return self.merge and not torch.is_grad_enabled() and (self.merged is not None
                                                                or not torch.compiler.is_compiling())
 
     @torch.no_grad()
     def merged_weight(self, dtype):
-        """W in that type, made once a version of the factors. The factors are held, so that no other has their address."""
+        """W in that type, formed once per version of the factors, which are kept alive so that no address is reused."""
         if torch.compiler.is_compiling():           # which cannot ask for addresses
             return self.merged[1].to(dtype)
         parameters = [p for p in self.sources() if p is not None]
         version = [dtype, *((p.data_ptr(), p._version) for p in parameters)]
         if self.merged is None or self.merged[0] != version:
-            self.merged = None                      # before another takes as much memory
+            self.merged = None                      # before the new one takes as much memory
             self.merged = version, self.product_weight().to(dtype), [p.detach() for p in parameters]
         return self.merged[1]
 
     def sources(self):
-        """The parameters that W is made of; None for one that is off."""
+        """The parameters of W; None for one that is off."""
         return self.A, self.B, self.scale
 
     def train(self, mode=True):
-        """nn.Module's; the kept W goes where training begins."""
+        """nn.Module's train; drops the kept W when training begins."""
         self.merged = None if mode else self.merged
         return super().train(mode)
 
@@ -177,12 +177,12 @@ class KroneckerLinear(Structured):
     @classmethod
     def from_dense(cls, weight, bias, *, method='van_loan', stats=None, correct_bias=True, m, n, terms=1, scale=False,
                    exact_columns=0, index=None, **options):
-        """The structure that stands for a dense matrix, with its dtype and device.
+        """The structure that replaces a dense matrix, with its dtype and device.
 
-        weight (out, in), bias (out,) or None; method: a name in METHODS; stats: what a calibration pass saw, an object
-        with mean (in,), covariance (in, in) about the mean, and gradient, cross and source_mean where the method asks for
+        weight (out, in), bias (out,) or None; method: a name in METHODS; stats: statistics of a calibration pass, an object
+        with mean (in,), covariance (in, in) about the mean, and gradient, cross and source_mean where the method needs
         them (calibrate.Stats): needed by CALIBRATED methods, unused by the others. With correct_bias a calibrated
-        method fits about the means and the bias takes W E[x] - Ŵ E[x'], which is the best of all biases; a site
+        method fits about the means and W E[x] - Ŵ E[x'] is added to the bias, which is the optimal bias; a site
         without a bias is fitted to the second moments. With scale, a method's scale goes there, else into B.
         Cost: nearest_kronecker_sum, and kron.als.fit. Raises ValueError for an unknown method, stats that are missing,
         or sizes that do not divide.
@@ -192,7 +192,7 @@ class KroneckerLinear(Structured):
                              f'{did_you_mean(method, METHODS)}')
         if method in CALIBRATED and stats is None:
             raise ValueError(f'method={method!r} needs what a calibration pass saw; give it text, or take van_loan')
-        if exact_columns and 'sequential' in method:        # what is left beside exact columns is not W on other inputs
+        if exact_columns and 'sequential' in method:        # what remains besides exact columns is not W on other inputs
             weight, taken, stats = moved(weight, bias if correct_bias else None, stats)
             bias, method = taken if correct_bias else bias, method.replace('_sequential', '')
         shift = correct_bias and bias is not None and method in CALIBRATED
@@ -218,5 +218,5 @@ class KroneckerLinear(Structured):
 
 
 def nearest_divisor(size, wanted):
-    """The divisor of size nearest to wanted."""
+    """The divisor of size closest to wanted."""
     return min((k for k in range(1, size + 1) if size % k == 0), key=lambda k: abs(k - wanted))

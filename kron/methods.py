@@ -1,4 +1,4 @@
-"""The methods by which a sum of Kronecker products stands for a dense matrix, by name."""
+"""The methods that fit a sum of Kronecker products to a dense matrix, by name."""
 import copy
 
 import torch
@@ -16,8 +16,8 @@ def van_loan(weight, stats, m, n, terms):
 def van_loan_normalised(weight, stats, m, n, terms):
     """The nearest sum times s = ||W||_F / ||sum_i A_i ⊗ B_i||_F, Krony-PT's scale -> A, B, s.
 
-    Gives back the norm, and so the size of activations, that truncation took; the Frobenius error grows, as the
-    nearest sum is its own least-squares scale. A zero W keeps s = 1. Source: Krony-PT, arXiv 2412.12351.
+    Restores the norm, and so the size of activations, that truncation reduced; the Frobenius error grows, as s = 1 is
+    the least-squares scale of the nearest sum. A zero W keeps s = 1. Source: Krony-PT, arXiv 2412.12351.
     """
     A, B = nearest_kronecker_sum(weight.double(), m, n, terms)
     kept = (A.square().sum((1, 2)) * B.square().sum((1, 2))).sum().sqrt()      # the terms are orthogonal
@@ -42,9 +42,9 @@ CALIBRATED = frozenset(FITTED)          # the methods that need stats
 def fit_beside(method, weight, stats, index, m, n, terms):
     """A, B, s of a method for weight (out, in) where the columns of `index`, None for none, are kept exactly beside it.
 
-    Those columns of the sum count for nothing, and what they had best be is not known: fitted twice, to W and to W with
-    zeros there, both with the inputs of `index` silenced, and the one of less error in the other columns is taken; so it
-    is never worse there than the sum without exact columns. Cost: two fits.
+    Those columns of the sum are not used, and their best values are not known. So it is fitted twice, to W and to W with
+    zeros there, both with the inputs of `index` set to zero, and the fit with the smaller error in the other columns is
+    taken. It is never worse there than the sum without exact columns. Cost: two fits.
     """
     if index is None:
         return method(weight, stats, m, n, terms)
@@ -59,7 +59,7 @@ def fit_beside(method, weight, stats, index, m, n, terms):
 
 
 def centred(stats):
-    """The same stats about their means: what is left to fit once the bias follows the means."""
+    """The same stats about their means: what remains to fit when the bias follows the means."""
     stats = copy.copy(stats)
     stats.mean = torch.zeros_like(stats.mean)
     if getattr(stats, 'source_mean', None) is not None:
@@ -68,7 +68,7 @@ def centred(stats):
 
 
 def bias_shift(weight, kept, stats):
-    """W E[x] - Ŵ E[x'], (out,): what the bias gains so that the mean output is as it was (x' = x without a source)."""
+    """W E[x] - Ŵ E[x'], (out,): added to the bias, it keeps the mean output (x' = x without a source)."""
     mean = seen(stats, 'mean', weight)
     source = mean if getattr(stats, 'source_mean', None) is None else seen(stats, 'source_mean', weight)
     return weight.double() @ source - kept.double() @ mean

@@ -1,7 +1,7 @@
-"""A mixture of Kronecker experts: an MLP whose two matrices are gated sums of Kronecker products, a gate per term and token.
+"""A mixture of Kronecker experts: an MLP with two gated sums of Kronecker products, one gate per term and token.
 
 c_fc x = sum_e g_e(x) (A_e ⊗ B_e) x + b over the top_k experts that a router chooses for the token, and c_proj the
-same with other factors and the same gates. With equal gates it is a static sum: the gates are what a mixture adds.
+same with other factors and the same gates. With equal gates it is a static sum; a mixture adds the gates.
 """
 import math
 
@@ -13,9 +13,9 @@ from kron.router import Router, Slots, balance_loss, route, z_loss
 
 
 class KronMoE(nn.Module):
-    """c_proj(gelu(c_fc x)), 4 C wide, both gated sums over the top_k of `experts` Kronecker experts, by one router.
+    """c_proj(gelu(c_fc x)), hidden size 4 C, both gated sums over the top_k of `experts` Kronecker experts, by one router.
 
-    experts E; m x n: size of c_fc's left factors, c_proj's are n x m; None: what leaves right factors of b x b, b the
+    experts E; m x n: size of c_fc's left factors, c_proj's are n x m; None: such that right factors are b x b, b the
     largest divisor of C up to 8. top_k: experts per token, gates a softmax over their k router scores; share: 'A' or 'B',
     the factor that experts have in common, or None. balance, z: weights of the load-balance loss and of the router
     z-loss, which join the training loss only. approximate: of GELU, 'tanh' is GPT-2's.
@@ -37,7 +37,7 @@ class KronMoE(nn.Module):
         self.approximate, self.dropout = approximate, nn.Dropout(config.dropout)
 
     def forward(self, x, ctx):
-        """x (B, T, C) -> (B, T, C); leaves auxiliary losses and loads in ctx."""
+        """x (B, T, C) -> (B, T, C); writes auxiliary losses and loads to ctx."""
         rows = x.flatten(0, -2)                         # (T, C), all sequences
         logits = self.router(rows)
         gates, chosen = route(logits, self.top_k)
@@ -58,18 +58,18 @@ class KronMoE(nn.Module):
                 ctx.measures[name, self.site] = loss.detach()
 
     def realise(self):
-        """Every expert dense, in place: the same function."""
+        """Make every expert dense, in place: the same function."""
         self.c_fc.realise()
         self.c_proj.realise()
 
     @staticmethod
     def realised(arguments, width):
-        """The arguments of the spec that a realised one has."""
+        """The arguments of the spec after realise()."""
         return {**arguments, 'm': 4 * width, 'n': width, 'share': None}
 
 
 def small_side(width):
-    """The side of the right factors when nothing says otherwise."""
+    """The default side of the right factors."""
     return max(b for b in range(1, 9) if width % b == 0)
 
 

@@ -1,4 +1,4 @@
-"""A sum of Kronecker products whose left factors are a unit matrix in part: the same sums, terms^2 fewer parameters."""
+"""A sum of Kronecker products whose left factors are partly a unit matrix: the same sums, terms^2 fewer parameters."""
 import torch
 import torch.nn as nn
 
@@ -10,18 +10,18 @@ from layers.structured import pivoted, with_others
 class KroneckerPivot(KroneckerLinear):
     """y = (sum_i A_i ⊗ B_i) x + b, where row i of [vec A_1, vec A_2, ...]^T is [e_i, R_i] in some order of the entries.
 
-    Any invertible mix of the A_i, undone in the B_i, is the same matrix, as in lowrank.pivot: here every A_i has a 1 at an
-    entry of its own, where the others have 0, and B_i is that block of W. in_features, out_features: sizes; bias: bool; m
-    must divide out_features and n in_features; 1 <= terms <= m n. R (terms, m n - terms), B (terms, out/m, in/n) and the
-    buffer `order` of the entries, those ones first, which checkpoints carry. Parameters
-    terms (m n + out in / (m n) - terms); FLOPs and plans are kron's, for the A that is made of R at each call.
+    Any invertible mix of the A_i, undone in the B_i, is the same matrix, as in lowrank.pivot: here every A_i has a 1 at a
+    pivot entry where the others have 0, and B_i is that block of W. in_features, out_features: sizes; bias: bool; m must
+    divide out_features and n in_features; 1 <= terms <= m n. R (terms, m n - terms), B (terms, out/m, in/n) and the
+    buffer `order` of the entries, pivots first, which checkpoints include. Parameters
+    terms (m n + out in / (m n) - terms); FLOPs and plans are kron's, for the A that is formed from R at each call.
     exact_columns, weight_norm, guide: see structured.Structured. Raises ValueError for sizes that do not fit.
     """
     tags = {'R': 'factor', 'B': 'factor', 'bias': 'vector'}
     scale = None
 
     def __init__(self, in_features, out_features, bias, m, n, terms=1, *, exact_columns=0, weight_norm=False, guide=False):
-        nn.Module.__init__(self)                        # not kron's, which would make an A of its own
+        nn.Module.__init__(self)                        # not kron's, which would create an A
         self.weight_numel(in_features, out_features, m, n, terms, exact_columns, weight_norm, guide)    # refuses bad sizes
         self.m, self.n = m, n
         self.R = nn.Parameter(torch.empty(terms, m * n - terms))
@@ -33,7 +33,7 @@ class KroneckerPivot(KroneckerLinear):
 
     @property
     def A(self):
-        """(terms, m, n), made of R; differentiable."""
+        """(terms, m, n), formed from R; differentiable."""
         terms = len(self.R)
         both = torch.cat((torch.eye(terms, dtype=self.R.dtype, device=self.R.device), self.R), 1)
         return torch.zeros_like(both).index_copy(1, self.order, both).view(terms, self.m, self.n)
@@ -60,7 +60,7 @@ class KroneckerPivot(KroneckerLinear):
         self.B.mul_(std * (self.out_features * self.in_features / square).sqrt())
 
     def sources(self):
-        """The parameters that W is made of."""
+        """The parameters of W."""
         return self.R, self.B
 
     def fans(self):

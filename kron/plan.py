@@ -1,11 +1,11 @@
-"""Which way of applying a sum of Kronecker products to take: by FLOPs (`rule`), or as timing.py found and wrote down.
+"""The contraction plan of a sum of Kronecker products: by FLOPs (`rule`), or as measured by timing.py and stored.
 
-A choice is written as one entry of a dict of texts, which a checkpoint and config.json hold:
+A choice is one entry of a dict of strings that is stored in checkpoints and config.json:
 
     '3072x768 by 768x768x1 train 4096 float32 cpu': 'a_blocks'
 
-out x in by m x n x terms; 'train' where gradients are wanted, else 'eval'; tokens of a call; type of the computation;
-device. `assign` gives every module the entries of its shape; where there are none the rule holds.
+out x in by m x n x terms; 'train' with gradients, else 'eval'; tokens per call; type of the computation; device.
+`assign` gives every module the entries of its shape; without entries the rule applies.
 """
 import math
 from typing import NamedTuple
@@ -32,7 +32,7 @@ class Shape(NamedTuple):
 class Plan(NamedTuple):
     """apply: (x (T, in), A, B) -> (T, out), right for every shape; order: 'A', 'B' or 'W' first; suits: shapes it is for.
 
-    most: tokens of a call beyond which it is another plan's work; runs: whether it runs on a device.
+    most: tokens per call above which another plan takes over; runs: whether it runs on a device.
     """
     apply: object
     order: str
@@ -117,7 +117,7 @@ def rule_flops(A_shape, B_shape, tokens):
 
 
 def by_rule(rule, tokens):
-    """The name that a rule gives for that many tokens."""
+    """The plan of a rule for that many tokens."""
     order, many = rule
     return order if many is None or tokens < many else 'materialise'
 
@@ -137,7 +137,7 @@ def kronecker(model):
 
 
 def check(plans):
-    """ValueError, in one sentence, for an entry that is none or a plan that does not exist."""
+    """ValueError, in one sentence, for an invalid entry or an unknown plan."""
     for key, name in plans.items():
         if len(str(key).split()) != 7 or str(name) not in PLANS:
             raise ValueError(f'{key!r}: {name!r} is no plan; an entry is written '
@@ -145,7 +145,7 @@ def check(plans):
 
 
 def assign(model, plans, dtype, device):
-    """Every module takes its entries of {entry: plan}; those of other shapes, types and devices do not count."""
+    """Every module takes its entries of {entry: plan}; those of other shapes, types and devices are ignored."""
     check(plans)
     for module in kronecker(model):
         shape = shape_of(module.A, module.B)
@@ -153,7 +153,7 @@ def assign(model, plans, dtype, device):
 
 
 def limits(plans, shape, training, dtype, device):
-    """(tokens, plan) of the entries that are meant for a shape."""
+    """(tokens, plan) of the entries for a shape."""
     for key, name in plans.items():
         tokens = key.split()[4]
         if key == entry(shape, training, tokens, dtype, device):

@@ -1,8 +1,8 @@
 """Ways to apply W = sum_i A_i ⊗ B_i to rows x, each a function (x (T, in), A, B) -> (T, out): orders, layouts, W itself.
 
 With x as a matrix X (n, q), row-major, (A ⊗ B) x is the matrix A X B^T (m, p), row-major. So a term costs two small
-products, in either order, with the sum over terms inside the second one. The rest is where numbers lie: a layout is a
-way to have long rows in both products and few copies around them. Sizes: A (terms, m, n), B (terms, p, q), out = m p,
+products, in either order, with the sum over terms inside the second one. Plans differ in memory layout: the aim is long
+rows in both products and few copies around them. Sizes: A (terms, m, n), B (terms, p, q), out = m p,
 in = n q, r = terms, T tokens. FLOPs per token: A-first 2 r m q (n + p), B-first 2 r n p (q + m).
 """
 import torch
@@ -56,7 +56,7 @@ def b_planes(x, A, B):
 
 
 def interleaved(planes):
-    """Planes (p, N) -> (N, p); a single plane lies right as it is."""
+    """Planes (p, N) -> (N, p); a single plane needs no copy."""
     return planes.t() if len(planes) == 1 else explicit(Interleave, planes)
 
 
@@ -96,8 +96,8 @@ def b_blocks(x, A, B):
 
 
 # ---------------------------------------------------------------------------------------------------
-# one term whose B is a single column or row: hardly any calls, which is what counts with few tokens; where lean.broadcasts
-# says so, rows and planes are these too
+# one term whose B is a single column or row: hardly any calls, which matters with few tokens; where lean.broadcasts
+# says so, rows and planes use these too
 
 def outer(x, A, B):
     """y = (A x) b^T for B = b (p, 1): a product and a broadcast."""

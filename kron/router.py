@@ -10,9 +10,9 @@ from layers.structured import no_autocast
 
 
 class Router(nn.Module):
-    """Scores x W^T, (T, C) -> (T, E), in fp32 at least, without bias; to AdamW, without decay, as all gates.
+    """Scores x W^T, (T, C) -> (T, E), in fp32 at least, without bias; trained by AdamW without weight decay, as all gates.
 
-    width C, experts E. Parameters E C, FLOPs twice that a token.
+    width C, experts E. Parameters E C, FLOPs per token twice that.
     """
     tags = {'weight': 'vector'}
     spec = 'router'
@@ -62,13 +62,13 @@ SPARE = 4           # groups per mean load of an expert: more of them pad less a
 
 
 class Slots:
-    """Where every (token, choice) stands among G groups of R rows, each group of one expert; nothing is dropped.
+    """The place of every (token, choice) among G groups of R rows, each group of one expert; nothing is dropped.
 
-    chosen (T, k), experts E. An expert takes ceil(load / R) groups; rows that are left over hold token 0 and are never
-    read. Whatever the loads, their sum is at most (T k + E (R - 1)) // R = G, so that no size depends on a value: nothing
-    waits for a GPU, and torch.compile makes one graph. R is 1 / SPARE of the mean load, which pads at most as large a
-    share of the rows; a few tokens stand alone (R = 1), each with a copy of its experts' factors, so that decoding reads
-    only what it uses. load (E,): assignments of every expert.
+    chosen (T, k), experts E. An expert takes ceil(load / R) groups; unused rows contain token 0 and are never read.
+    Whatever the loads, their sum is at most (T k + E (R - 1)) // R = G, so that no size depends on a value: no GPU
+    synchronisation, and one graph under torch.compile. R is 1 / SPARE of the mean load, so padding adds at most that share
+    of rows. With a few tokens R = 1, each token with a copy of its experts' factors, so that decoding reads only what it
+    uses. load (E,): assignments of every expert.
     """
 
     def __init__(self, chosen, experts):

@@ -41,7 +41,7 @@ def products_of(fixed):
 def normal_matrix(fixed, RC, most):
     """G (r s, r s) of the moving factors' rows, G[(i, b), (j, b')] = sum_{d d'} RC[(b, b'), (d, d')] K_ij[d, d'].
 
-    fixed (r, height, w) are the other factors, RC (s^2, w^2) is C rearranged. With more than `most` = r w numbers a side
+    fixed (r, height, w) are the other factors, RC (s^2, w^2) is C rearranged. With more than `most` = r w elements per side
     K is not formed, and C is multiplied by the fixed factors' rows, one after another.
     """
     (r, height, width), side = fixed.shape, int(RC.shape[0] ** 0.5 + 0.5)
@@ -59,7 +59,7 @@ def gram_cost(r, height, width, side):
 
 
 def by_products(fixed, RC):
-    """A function X (height, r s) -> X G without G, see normal_matrix: r s^2 w^2 + s r^2 w^2 multiply-adds a row of X."""
+    """A function X (height, r s) -> X G without G, see normal_matrix: r s^2 w^2 + s r^2 w^2 multiply-adds per row of X."""
     (r, _, width), side = fixed.shape, int(RC.shape[0] ** 0.5 + 0.5)
     K = products_of(fixed).permute(0, 1, 3, 2).reshape(r * width * width, r)
     C = RC.reshape(side, -1)
@@ -75,7 +75,7 @@ def separable_inverse(fixed, RC, proximal):
 
     fixed (r, p, q) are the other factors, RC (width^2, q^2) is C rearranged. With C near C1 ⊗ C2, both traces of C over
     one of its parts, M_ij = tr(F_i C2 F_j^T): exact where C is such a product, and so where q = 1. Cost: a Cholesky
-    factor of r and of width unknowns, and r + width multiply-adds a number of X, where G has (r width)^2.
+    factor of r and of width unknowns, and r + width multiply-adds per element of X, where G has (r width)^2.
     """
     (r, _, q), width = fixed.shape, int(RC.shape[0] ** 0.5 + 0.5)
     C1 = (RC @ torch.eye(q, dtype=RC.dtype, device=RC.device).flatten()).view(width, width)

@@ -1,4 +1,4 @@
-"""Contraction plans by the clock: which one takes least time for a shape, a number of tokens, a type and a device."""
+"""Contraction plans by measurement: the fastest for a shape, a number of tokens, a type and a device."""
 import contextlib
 import itertools
 import math
@@ -11,24 +11,24 @@ from kron import lean
 from kron.plan import PLANS, assign, by_rule, column, entry, kronecker, order_flops, row, rule, shape_of, sizes_of
 
 NEAR = 1.6          # an order of contraction with that many times the FLOPs of the other is not timed
-LOOKS = {512: 2.0, 2048: 1.35}  # tokens of a first look: a plan that took that many times the best is not timed with more
-MOST = 8192         # tokens of a timing at most
-SLOW = 2.0          # a plan whose first calls took that many times the best is timed no more
-ROUNDS = 3, 5, 60   # timings of each plan, by turns, at least, at least between the best, at most: no more after ENOUGH_S
-CLOSE = 1.25        # times the best: plans that are timed once more
+LOOKS = {512: 2.0, 2048: 1.35}  # tokens of a first pass: a plan that took that many times the best is not timed with more
+MOST = 8192         # most tokens of a timing
+SLOW = 2.0          # a plan whose first calls took that many times the best is dropped
+ROUNDS = 3, 5, 60   # interleaved timings per plan: at least, at least among the best, at most; no more after ENOUGH_S
+CLOSE = 1.25        # times the best: plans that are timed again
 ENOUGH_S = 0.5
 TURN_S = 2e-3       # of one timing, s: so many calls
 HALF = (torch.bfloat16, torch.float16)
-CACHES = 2 ** 27    # bytes of weights that a timing with fewer than 512 tokens goes round, where the model has as many
+CACHES = 2 ** 27    # bytes of weights that a timing with fewer than 512 tokens cycles through, where the model has as many
 GAIN = 0.03         # share of time that another plan than the rule's must save
 BROADCAST = {('a_rows', 'a_planes', 'a_outer'): column, ('b_rows', 'b_planes', 'b_inner'): row}     # the same there
 BACKEND = 'inductor'                # of torch.compile, where plans are timed compiled: as parallel.wrap's
 
 
 def candidates(shape, tokens, device, compiled=False):
-    """Names of the plans that may be the fastest for a shape and so many tokens on a device.
+    """Names of the plans that may be the fastest for a shape and a number of tokens on a device.
 
-    Where a single column or row is broadcast (lean.broadcasts), of the plans that are then the same only the rule's.
+    Where a single column or row is broadcast (lean.broadcasts), only the rule's of the plans that are then the same.
     """
     flops = dict(zip('AB', order_flops((shape.terms, shape.m, shape.n), (shape.terms, shape.p, shape.q))))
     least, same = min(flops.values()), set()
@@ -39,14 +39,14 @@ def candidates(shape, tokens, device, compiled=False):
 
 
 def layers(numel, tokens, most):
-    """Layers of so many numbers that a timing goes round: with few tokens CACHES bytes of them, `most` at most."""
+    """Number of layers of that size that a timing cycles through: with few tokens CACHES bytes of them, `most` at most."""
     return 1 if tokens >= min(LOOKS) else max(1, min(most, CACHES // (4 * numel)))
 
 
 class Trial:
     """Random factors and rows of one shape in which plans are timed; under autocast to dtype unless `half`.
 
-    copies: layers that calls go round: a token that is decoded reads every weight of a model once, from memory where they
+    copies: layers that calls cycle through: decoding a token reads every weight of a model once, from memory where there
     are many; merged: materialise has its W already; compiled: every plan by torch.compile, seconds at its first call.
     """
 
@@ -71,7 +71,7 @@ class Trial:
         apply, weights = PLANS[name].apply, itertools.cycle(self.factors)
         if self.merged and name == 'materialise':
             apply, weights = (lambda x, W: x @ W.t()), itertools.cycle((W,) for W in self.W)
-        if self.compiled:                               # dynamo counts versions by function, and every plan is its own
+        if self.compiled:                               # dynamo counts versions per function: each plan is separate
             apply = torch.compile(apply, backend=BACKEND, dynamic=False)
 
         def forward():
@@ -87,12 +87,12 @@ class Trial:
 
 
 def clock(device):
-    """Processor time where one CPU thread does all the work, which other programs disturb less, else wall time."""
+    """CPU time where one CPU thread does all the work, as other programs disturb it less, else wall-clock time."""
     return time.process_time if device.type == 'cpu' and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def seconds(call, times, device):
-    """Time of `times` calls, s; on a GPU until the last is done."""
+    """Time of `times` calls, in seconds; on a GPU until the last is done."""
     now = clock(device)
     wait = getattr(torch, device.type).synchronize
     wait()
@@ -104,10 +104,10 @@ def seconds(call, times, device):
 
 
 def timings(calls, device, warm=1):
-    """{name: seconds of a call} of {name: call}, the median of rounds by turns; one that is SLOW at once is timed no more.
+    """{name: seconds per call} of {name: call}, the median of interleaved rounds; one that is SLOW at first is dropped.
 
-    warm: calls before each timing that do not count, so that caches hold what this plan and not the last one reads.
-    Not the least of the rounds: that of a plan was at times a third below what it took otherwise (records/LOG.md).
+    warm: untimed calls before each timing, so that caches contain what this plan reads and not the last one's data.
+    Not the minimum of the rounds: that was at times a third below a plan's usual time (records/LOG.md).
     """
     for call in calls.values():
         call()                                          # kernels are chosen and loaded
@@ -117,8 +117,8 @@ def timings(calls, device, warm=1):
             first[name] = min(first[name], max(seconds(calls[name], 1, device), 1e-9))
     calls = {name: call for name, call in calls.items() if first[name] <= SLOW * min(first.values())}
     rounds = {name: [] for name in calls}
-    for least in ROUNDS[:2]:                            # the second time between the best alone: a burst of the machine's
-        by_turns(calls, rounds, first, least, device, warm)                     # other work may outlast the first rounds
+    for least in ROUNDS[:2]:                            # the second time among the best only: a burst of
+        by_turns(calls, rounds, first, least, device, warm)                     # other work on the machine may outlast the first rounds
         medians = {name: statistics.median(times) for name, times in rounds.items()}
         calls = {name: call for name, call in calls.items() if medians[name] <= CLOSE * min(medians.values())}
         if len(calls) == 1:
@@ -142,10 +142,10 @@ def by_turns(calls, rounds, first, least, device, warm):
 
 
 def fastest(shape, tokens, dtype, device, training, merged=False, half=False, copies=1, compiled=False):
-    """(name of the plan that takes least time here, {name: seconds per call}); arguments as Trial's.
+    """(name of the fastest plan here, {name: seconds per call}); arguments as Trial's.
 
-    With many tokens only plans that were near the best in LOOKS are tried; compiled ones, whose compilation is what takes
-    time, are looked at once. The rule's plan stays unless another saves GAIN. What was compiled before is dropped.
+    With many tokens only plans that were near the best in LOOKS are tried; compiled plans, whose compilation takes the
+    time, are timed once. The rule's plan stays unless another saves GAIN. Earlier compiled code is dropped.
     """
     device, names = torch.device(device), candidates(shape, tokens, device, compiled)
     for size in [*(look for look in LOOKS if look < tokens and not compiled), min(tokens, MOST)]:
@@ -160,11 +160,11 @@ def fastest(shape, tokens, dtype, device, training, merged=False, half=False, co
 
 def measured(model, tokens, dtype, device, known=None, half=False, phases=(True, False), compiled=False,
              choose=None):
-    """`known` and what it lacks for the model's shapes: {entry: plan}, by timing each once.
+    """`known` plus the missing entries for the model's shapes: {entry: plan}, by timing each once.
 
-    model: its shapes count, so that it may be on 'meta'; tokens: numbers of tokens of calls; phases: with gradients,
-    without; compiled: as the model will run. An entry does not say so: what was chosen once stays chosen. choose: what
-    gives the name of a plan in the place of fastest.
+    model: only its shapes are used, so that it may be on 'meta'; tokens: numbers of tokens per call; phases: with
+    gradients, without; compiled: as the model will run. An entry does not record this: a choice is kept. choose: a
+    function that names a plan, in place of fastest.
     """
     found, modules = dict(known or {}), kronecker(model)
     shapes = {shape_of(module.A, module.B): 0 for module in modules}
@@ -178,9 +178,10 @@ def measured(model, tokens, dtype, device, known=None, half=False, phases=(True,
 
 
 def prepare(model, tokens, dtype, device, keep=True):
-    """Plans for a model that is only evaluated: timed without gradients for these numbers of tokens of a call.
+    """Plans for a model that is only evaluated: timed without gradients for these numbers of tokens per call.
 
-    keep: a W that is formed stays (KroneckerLinear.merge), as many bytes as the dense matrix; torch.compile forms it anew.
+    keep: a W that is formed is kept (KroneckerLinear.merge), as many bytes as the dense matrix; torch.compile forms it
+    at each call.
     """
     for module in kronecker(model):
         module.merge = keep

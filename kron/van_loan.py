@@ -1,4 +1,4 @@
-"""Sums of Kronecker products from a matrix alone: the nearest one in Frobenius norm, and Krony-PT's pruning form.
+"""Sums of Kronecker products from weights alone: the nearest one in Frobenius norm, and Krony-PT's pruning form.
 
 A rearrangement R turns A ⊗ B into the rank-one matrix vec(A) vec(B)^T and keeps the Frobenius norm, so the
 best sum of r products is the best rank-r approximation of R(W) (Van Loan and Pitsianis, Approximation with
@@ -16,7 +16,7 @@ def rearrange(weight, m, n):
 def nearest_kronecker_sum(weight, m, n, terms):
     """argmin ||W - sum_i A_i ⊗ B_i||_F: A (terms, m, n), B (terms, p, q), balanced: ||A_i||_F = ||B_i||_F.
 
-    weight (m*p, n*q), of any floating dtype, which A and B take over. The squared error is the sum of the
+    weight (m*p, n*q), of any floating dtype, which A and B get too. The squared error is the sum of the
     squared singular values of R(W) after the first `terms`. Terms come in falling order of norm, the entry of
     largest magnitude of each A_i is positive, and terms beyond min(m*n, p*q), which already reproduce any W,
     are zero. Deterministic; float64 inside; an exact SVD of (m*n, p*q), as a randomised one loses accuracy that
@@ -67,8 +67,8 @@ def pruned_sum(weight, m, n, terms, leak=0.1):
     """Krony-PT's pruning form: A_i = every p-th row and q-th column of W, B_i a unit matrix with 1 where A_i was taken.
 
     W is cut into blocks of p x q. Term i keeps entry i of every block, row by row: A_1 = W[0::p, 0::q]. Entries that no
-    term keeps are not lost: B_1 holds `leak` there, so that they are that share of the first entry. With
-    kron(out, in/2) that is Krony-PT's 96M: every second input survives and B = [1, 0.1]. Where B is the larger factor the
+    term keeps are not lost: B_1 is `leak` there, so that they are that share of the first entry. With
+    kron(out, in/2) that is Krony-PT's 96M: every second input is kept and B = [1, 0.1]. Where B is the larger factor the
     roles change: B_i = block i of W. terms = min(m n, p q) is exact. weight (m*p, n*q) -> A, B of its dtype.
     Source: Krony-PT, arXiv 2412.12351, section III-G (its script has B = [1, 0]).
     """

@@ -1,1 +1,1 @@
-"""What every variant stands on: the dense linear, norms and tags, the base of structures, sums, losses."""
+"""Shared by every variant: the dense linear, norms and tags, the base of structures, sums, losses."""

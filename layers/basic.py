@@ -1,4 +1,4 @@
-"""Small layers that every variant stands on: the dense linear, norms, learned scales, and parameter tags."""
+"""Small layers that every variant uses: the dense linear, norms, learned scales, and parameter tags."""
 import math
 
 import torch
@@ -9,10 +9,10 @@ from torch.nn import functional as F
 class Linear(nn.Linear):
     """The dense linear, y = x W^T + b, with the contract that every structured linear keeps.
 
-    in_features, out_features: sizes; bias: bool. Parameters out*in (+ out); FLOPs 2*out*in a token.
+    in_features, out_features: sizes; bias: bool. Parameters out*in (+ out); FLOPs per token 2*out*in.
     """
     tags = {'weight': 'matrix', 'bias': 'vector'}
-    zero_factor = 'weight'                  # zeros in it make W zero, and gradients still flow
+    zero_factor = 'weight'                  # zeros here make W zero, and gradients still flow
 
     def __init__(self, in_features, out_features, bias):
         super().__init__(in_features, out_features, bias)
@@ -46,7 +46,7 @@ class Linear(nn.Linear):
 
     @classmethod
     def from_dense(cls, weight, bias, *, method='van_loan', stats=None):
-        """The matrix as it is: every method is exact for the dense structure. weight (out, in), bias (out,) or None."""
+        """The matrix unchanged: every method is exact for the dense structure. weight (out, in), bias (out,) or None."""
         out_features, in_features = weight.shape
         module = cls(in_features, out_features, bias is not None).to(weight.device, weight.dtype)
         with torch.no_grad():
@@ -58,7 +58,7 @@ class Linear(nn.Linear):
 
 @torch.no_grad()
 def zero_(module):
-    """A linear's W to 0 by the tensors that its zero_factor names, gradients flowing."""
+    """Set a linear's W to 0 by the tensors that its zero_factor names; gradients still flow."""
     for name in module.zero_factor.split():
         module.get_parameter(name).zero_()
 
@@ -91,7 +91,7 @@ class RMSNorm(nn.Module):
 
 def rms(x, eps=1e-6):
     """x / sqrt(mean(x^2) + eps) over the last axis, computed in fp32 at least; zeros stay zeros."""
-    return F.rms_norm(x, x.shape[-1:], None, eps).to(x.dtype)       # no autocast may widen it
+    return F.rms_norm(x, x.shape[-1:], None, eps).to(x.dtype)       # autocast must not widen it
 
 
 def unit(x):
@@ -101,7 +101,7 @@ def unit(x):
 
 
 def as_stream(x, kind):
-    """x as the residual stream keeps it: in bfloat16 where config.residual asks for that and autocast computes in it."""
+    """x in the residual stream's type: bfloat16 where config.residual says so and autocast computes in it."""
     device = x.device.type
     half = kind == 'bfloat16' and device != 'meta' and torch.is_autocast_enabled(device)
     return x.bfloat16() if half and torch.get_autocast_dtype(device) == torch.bfloat16 else x
@@ -117,7 +117,7 @@ def norm(config):
 
 
 class Learned(nn.Module):
-    """nGPT's scale: stored at init_scale, acts as init_value at first, so that AdamW moves it lr * value / scale per step.
+    """nGPT's scale: stored at init_scale, initially acts as init_value, so that AdamW moves it lr * value / scale per step.
 
     shape: of the scale. forward() -> the effective scale. Source: NVIDIA/ngpt.
     """
@@ -134,7 +134,7 @@ class Learned(nn.Module):
 def hidden_scale(config, hidden, features):
     """nGPT's s_u sqrt(features), which gives the inputs of the activation std 1; None without ngpt.
 
-    hidden: how many there are; features: of the unit vectors whose products they are.
+    hidden: size of the scale; features: size of the unit vectors whose products it scales.
     """
     return None if config.ngpt == 'none' else Learned((hidden,), features ** 0.5, 1.0)
 
@@ -157,7 +157,7 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     probs = F.softmax(logits, dim=-1)
     if top_p is not None and top_p < 1:
         ranked, order = probs.sort(descending=True)
-        before = ranked.cumsum(-1) - ranked             # mass in front of a token; the first always stays
+        before = ranked.cumsum(-1) - ranked             # mass before a token; the first is always kept
         probs = probs.masked_fill(torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, before >= top_p), 0)
     return torch.multinomial(probs, 1, generator=generator)
 
@@ -165,8 +165,8 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 def tags_of(model):
     """{parameter name: tag}, each parameter once (a tied one under its first name).
 
-    Optimizer groups, weight decay and freezing read these tags and never ndim. The tags stand on the
-    modules, not on the tensors, so that they outlive a move to another device, a copy or sharding.
+    Optimizer groups, weight decay and freezing read these tags and never ndim. The tags are on the
+    modules, not on the tensors, so that they survive a move to another device, a copy or sharding.
     Raises ValueError for a parameter whose module gives it no tag.
     """
     tags = {}

@@ -1,10 +1,10 @@
-"""Loss functions, and what layers add to the loss."""
+"""Loss functions, and auxiliary losses of layers."""
 import torch
 from torch.nn import functional as F
 
 
 class Losses:
-    """Auxiliary losses of one call. No list: FSDP2 hands a block a copy of every list that holds tensors with gradients."""
+    """Auxiliary losses of one call. No list: FSDP2 gives a block a copy of every list of tensors with gradients."""
 
     def __init__(self):
         self.found = []
@@ -28,8 +28,8 @@ def cross_entropy(logits, targets, reduction='mean'):
 def stablemax(logits, targets, reduction='mean'):
     """Mean (or sum) of -log(s_target / sum s), s = x + 1 for x >= 0 and 1 / (1 - x) below, in float64; -1 ignored.
 
-    For small vocabularies only: p grows with the logit and not its exponential, so that among 50,304 tokens a
-    probability of 0.9 takes a logit near 450,000. Source: Prieto et al. 2025, arXiv 2501.04697.
+    For small vocabularies only: p grows with the logit and not its exponential, so that with 50,304 tokens a
+    probability of 0.9 needs a logit near 450,000. Source: Prieto et al. 2025, arXiv 2501.04697.
     """
     x = logits.double()
     s = torch.where(x >= 0, x + 1, 1 / (1 - x.clamp(max=0)))            # clamped: the unused branch has a pole at 1
@@ -40,8 +40,8 @@ def stablemax(logits, targets, reduction='mean'):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """cross_entropy(cap(x W^T), targets), `chunk` rows of logits at a time, cap(z) = softcap tanh(z / softcap).
 
-    x (N, C), weight (V, C), targets (N,). The forward pass makes both gradients, so that nothing is computed twice and
-    no more than chunk x V logits exist; memory chunk V + V C numbers. Plain tensor code, so that torch.compile takes it.
+    x (N, C), weight (V, C), targets (N,). The forward pass computes both gradients, so that nothing is computed twice and
+    at most chunk x V logits exist; memory chunk V + V C elements. Plain tensor code, so that torch.compile accepts it.
     """
 
     @staticmethod
@@ -62,7 +62,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss = loss + cross_entropy(logits, target, 'sum')
             if not wanted:
                 continue
-            d = logits.softmax(-1) - (classes == target[:, None]).to(wide)     # one_hot makes 8 bytes a logit
+            d = logits.softmax(-1) - (classes == target[:, None]).to(wide)     # one_hot takes 8 bytes per logit
             d = d * ((target != -1) / count)[:, None]
             d = (d if slope is None else d * slope).to(piece.dtype)
             dx[start:start + chunk] = d @ weight.to(d.dtype)

@@ -10,18 +10,18 @@ import variants
 from layers.structured import Structured, loudest, options_numel, silenced
 from variants import did_you_mean
 
-# in a method's name, both under the inputs x' that the compressed layers in front really give
+# in a method's name, both with the inputs x' from the compressed earlier layers
 SEQUENTIAL = '_sequential'      # fitted to the dense model's outputs W x
 STREAMED = '_streamed'          # fitted to W x'
-METHODS = {}                    # none of its own: each part takes the first method that its class knows
-ROUNDS, GAIN = 3, 1e-3          # of refitting every part to what the others leave; a round that gains less is the last
-RIDGE = 0.01                    # of the typical power of an input, in the measure of a fit
+METHODS = {}                    # no methods: each part takes the first one that its class has
+ROUNDS, GAIN = 3, 1e-3          # of refitting every part to the remainder of the others; a round that gains less is the last
+RIDGE = 0.01                    # of the typical power of an input, in the error of a fit
 
 
 def choose(cls, wanted, arguments):
-    """(method, whether it needs stats): the first of `wanted`, names with commas, that the class knows.
+    """(method, whether it needs stats): the first of `wanted`, names with commas, that the class has.
 
-    A name may end in _sequential or _streamed where the class knows it without. Of a sum: one name a part, with commas.
+    A name may end in _sequential or _streamed where the class has it without. For a sum: one name per part, with commas.
     Raises ValueError in one sentence when none is known.
     """
     if cls is SumLinear:
@@ -50,7 +50,7 @@ def name_of(cls):
 
 
 def part_of(text):
-    """(class, arguments) of one part's spec; ValueError in one sentence for one that is no linear or takes no such thing."""
+    """(class, arguments) of one part's spec; ValueError in one sentence for anything but a linear with valid arguments."""
     try:
         spec = variants.parse_spec(text, variants.LINEARS)
         cls = variants.LINEARS[spec.name]
@@ -64,11 +64,11 @@ def part_of(text):
 
 
 class SumLinear(Structured):
-    """y = sum_i W_i x + b, each W_i a linear of its own without a bias.
+    """y = sum_i W_i x + b, each W_i a linear without a bias.
 
     in_features, out_features: sizes; bias: bool; parts: specs of two or more linears, as texts; guide: see
     structured.Structured. Parameters, FLOPs and intermediates are the sums of the parts'.
-    Raises ValueError for a part that is no spec or does not fit the sizes.
+    Raises ValueError for a part that is not a spec or does not fit the sizes.
     """
     tags, zero_factor = {}, ''                          # the parts have their own
 
@@ -92,7 +92,7 @@ class SumLinear(Structured):
 
     @classmethod
     def remedy(cls, in_features, out_features, parts, guide=False):
-        """What to change in one part, so that the sum has fewer parameters than the dense matrix; '' where no part can."""
+        """A change of one part with which the sum has fewer parameters than the dense matrix; '' where there is none."""
         numel = cls.weight_numel(in_features, out_features, parts)
         for text, (part, arguments) in zip(parts, map(part_of, parts)):
             limit = in_features * out_features - numel + part.weight_numel(in_features, out_features, **arguments)
@@ -108,7 +108,7 @@ class SumLinear(Structured):
             part.reset_parameters(std / len(self.parts) ** 0.5)
 
     def product(self, x, bias=None):
-        """sum_i W_i x + bias for x (..., in); no part forms its W unless it would alone."""
+        """sum_i W_i x + bias for x (..., in); a part forms its W only where it would by itself."""
         y = sum(part(x) for part in self.parts)
         return y if bias is None else y + bias.to(y.dtype)
 
@@ -122,14 +122,14 @@ class SumLinear(Structured):
 
     @classmethod
     def from_dense(cls, weight, bias, *, method='van_loan', stats=None, parts, guide=False):
-        """The sum that stands for a dense matrix: the first part fitted to W, each next one to what is left, then rounds.
+        """The sum that replaces a dense matrix: the first part fitted to W, each next one to the remainder, then refits.
 
         weight (out, in), bias (out,) or None; method: names with commas, of which each part takes the first that it
-        knows; stats: as the parts' methods want them. A round refits every part to W minus the others, and keeps what
+        has; stats: as the parts' methods need them. A round refits every part to W minus the others, and keeps what
         lowers the error: E||(W - Ŵ) x||^2 plus a ridge where a method is calibrated (weighted by the gradients' covariance
         with a hessian one), ||W - Ŵ||^2 elsewhere. Never worse than the first pass. With a bias and calibrated methods
-        all is fitted about the means, and the bias takes (W - Ŵ) E[x]. Fits in float64.
-        Cost: up to ROUNDS + 1 fits of each part. Raises ValueError for a method that a part does not know, missing stats.
+        all parts are fitted about the means, and (W - Ŵ) E[x] is added to the bias. Fits in float64.
+        Cost: up to ROUNDS + 1 fits of each part. Raises ValueError for a method that a part does not have, missing stats.
         """
         cls.weight_numel(weight.shape[1], weight.shape[0], parts)
         classes, names = list(map(part_of, parts)), choose(cls, method, {'parts': parts})
@@ -140,7 +140,7 @@ class SumLinear(Structured):
         centre = names[1] and bias is not None
         seen, W = about_mean(stats) if centre else stats, weight.detach().double()
         kept = next((loudest(W, seen, a['exact_columns']) for _, a in classes if a.get('exact_columns')), None)
-        quiet = silenced(seen, kept)                    # of inputs whose columns one part keeps exactly
+        quiet = silenced(seen, kept)                    # indices of inputs whose columns one part keeps exactly
         fits = [lambda rest, c=c, a=a, n=n: fitted(c, rest, a | {'index': kept}, n, seen, bias) if a.get('exact_columns')
                 else fitted(c, rest, a, n, quiet, bias) for (c, a), n in zip(classes, names[0].split(','))]
         made = alternate(W, fits, measure(W, seen, names))
@@ -161,7 +161,7 @@ class SumLinear(Structured):
 # the fit
 
 def alternate(W, fits, error):
-    """The modules of all parts: in turn, each to what the others leave of W (out, in) float64; see from_dense."""
+    """The modules of all parts, fitted in turn, each to W (out, in) float64 minus the others; see from_dense."""
     made, kept = [], [torch.zeros_like(W) for _ in fits]
     for i, fit in enumerate(fits):
         made.append(fit(W - sum(kept)))
@@ -182,7 +182,7 @@ def alternate(W, fits, error):
 
 
 def fitted(cls, rest, arguments, method, stats, bias):
-    """One part, without a bias, for what is left: the zero bias is for methods that ask for one."""
+    """One part, without a bias, for the remainder: the zero bias is for methods that need one."""
     zeros = None if bias is None else rest.new_zeros(len(rest))
     part = cls.from_dense(rest, zeros, method=method, stats=stats, **arguments)
     part.bias = None
@@ -190,7 +190,7 @@ def fitted(cls, rest, arguments, method, stats, bias):
 
 
 def about_mean(stats):
-    """The same stats about their means: what is left to fit once the bias follows the means."""
+    """The same stats about their means: what remains to fit when the bias follows the means."""
     stats = copy.copy(stats)
     stats.mean = torch.zeros_like(stats.mean)
     return stats

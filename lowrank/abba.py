@@ -13,25 +13,25 @@ from layers.structured import Structured, no_autocast, options_numel
 from lowrank.hadamard import nearest_hadamard
 from lowrank.svd import seen
 
-ROWS = 256          # rows of W that exist at a time while its norms are taken
+ROWS = 256          # rows of W in memory while its norms are computed
 
 
 def nearest(weight, stats, rank1, rank2):
-    """A small Frobenius error: nearest_hadamard -> B1, A1, B2, A2."""
+    """nearest_hadamard: a small Frobenius error -> B1, A1, B2, A2."""
     return nearest_hadamard(weight, rank1, rank2)
 
 
 def als(weight, stats, rank1, rank2):
-    """The same with the error in column j counted as often as E[x_j^2] says -> B1, A1, B2, A2.
+    """The same with the squared error of column j weighted by E[x_j^2] -> B1, A1, B2, A2.
 
-    The diagonal of the second moment only: all of it would tie the columns of A together.
+    Only the diagonal of the second moment: the full matrix would couple the columns of A.
     """
     return nearest_hadamard(weight, rank1, rank2, seen(stats, 'moment', weight, 'als').diagonal())
 
 
 # method of from_dense -> function (weight (out, in) detached, stats, rank1, rank2) -> B1, A1, B2, A2
 METHODS = {
-    'van_loan': nearest,    # the name that every structure knows: its nearest member in Frobenius norm
+    'van_loan': nearest,    # the name that every structure has: its nearest member in Frobenius norm
     'als': als,
 }
 CALIBRATED = frozenset({'als'})             # the methods that need stats
@@ -40,7 +40,7 @@ CALIBRATED = frozenset({'als'})             # the methods that need stats
 class ABBALinear(Structured):
     """y = s ((B1 A1) o (B2 A2)) x + b with B1 (out, rank1), A1 (rank1, in), B2 (out, rank2), A2 (rank2, in).
 
-    in_features, out_features: sizes; bias: bool; rank1, rank2 >= 1; scale: s is one learnable number, 1 at first, else
+    in_features, out_features: sizes; bias: bool; rank1, rank2 >= 1; scale: s is one learnable scalar, initially 1, else
     s = 1. Parameters (rank1 + rank2) (out + in), and the rank of W up to rank1 rank2: most where the ranks are equal.
     The factors are applied one after the other, or W is formed once per call, as `materialises` says: a rule by FLOPs.
     guide: see structured.Structured. Raises ValueError for sizes that are not positive.
@@ -49,7 +49,7 @@ class ABBALinear(Structured):
     """
     tags = {'B1': 'factor', 'A1': 'factor', 'B2': 'factor', 'A2': 'factor', 'scale': 'vector', 'bias': 'vector'}
     size_argument = 'rank1'                 # the argument to lower for fewer parameters
-    zero_factor = 'B1'                      # zeros in it make W zero, and gradients still flow
+    zero_factor = 'B1'                      # zeros here make W zero, and gradients still flow
 
     def __init__(self, in_features, out_features, bias, rank1, rank2, scale=False, *, guide=False):
         super().__init__()
@@ -80,11 +80,11 @@ class ABBALinear(Structured):
     def reset_factors(self, std):
         """Factors N(0, sigma^2), sigma = (std^2 / (rank1 rank2))^(1/8), so that entries of W have std; s = 1.
 
-        Each is rescaled to a mean square of sigma^2 exactly, which takes half of the chance out of the norm of W.
+        Each is rescaled to a mean square of exactly sigma^2, which removes half of the randomness of the norm of W.
         An entry of B1 A1 is a sum of rank1 products of independent entries, variance rank1 sigma^4; that of B2 A2
-        rank2 sigma^4; and the variance of a product of independent centred numbers is the product of theirs,
-        rank1 rank2 sigma^8 = std^2. Entries are no Gaussians: their kurtosis is (3 + 6 / rank1) (3 + 6 / rank2), 14 at
-        ranks of 8, so a few are large. Zeros in B2, as adapters start, would leave a weight of zero here.
+        rank2 sigma^4; and the variance of a product of independent centred variables is the product of theirs,
+        rank1 rank2 sigma^8 = std^2. Entries are not Gaussian: their kurtosis is (3 + 6 / rank1) (3 + 6 / rank2), 14 at
+        ranks of 8, so a few are large. Zeros in B2, as adapters start, would give a zero weight here.
         """
         sigma = (std ** 2 / (self.rank1 * self.rank2)) ** 0.125
         for factor in (self.B1, self.A1, self.B2, self.A2):
@@ -97,12 +97,12 @@ class ABBALinear(Structured):
     # the map
 
     def materialises(self, tokens):
-        """Whether a call on that many tokens forms W: where that takes fewer FLOPs, or factors would take W's memory.
+        """Whether a call on that many tokens forms W: where that takes fewer FLOPs, or the factors would need W's memory.
 
         Applying the factors takes 2 tokens rank1 rank2 (out + in), forming W and applying it
         2 out in (rank1 + rank2 + tokens). Backward takes twice as many either way, so the rule is right for training
         too. The largest tensor of the first way that does not grow with the tokens has min(tokens, rank2) rank1
-        max(out, in) numbers, which must be fewer than W has.
+        max(out, in) elements, which must be fewer than W has.
         """
         r1, r2, out, cols = self.rank1, self.rank2, self.out_features, self.in_features
         applied, formed = tokens * r1 * r2 * (out + cols), out * cols * (r1 + r2 + tokens)
@@ -133,7 +133,7 @@ class ABBALinear(Structured):
         return F.linear(F.linear(x, A), B, bias)
 
     def few_tokens(self, x, B1, bias):
-        """The same sums token by token, without B* and A*, which would cost more than a few tokens do."""
+        """The same sums token by token, without B* and A*, which cost more than a few tokens save."""
         z = F.linear(x[..., None, :] * self.A1, self.A2)                        # (..., r1, r2)
         z = F.linear(z, self.B2)                                                # (..., r1, out)
         y = (z * B1.t()).sum(-2)
@@ -155,8 +155,8 @@ class ABBALinear(Structured):
     def normalise_(self, dim):
         """Every row (dim=1) or column (dim=0) of W to unit length, in place, by rows of B1 or columns of A1.
 
-        The norms are exact, from ROWS rows of W at a time: (rank1 + rank2) out in multiply-adds. The form without any
-        of W, ||W_i||^2 = B*_i (A* A*^T) B*_i^T, takes (rank1 rank2)^2 (out + in), more from ranks of 12 or so.
+        The norms are exact, from ROWS rows of W at a time: (rank1 + rank2) out in multiply-adds. The form without
+        W, ||W_i||^2 = B*_i (A* A*^T) B*_i^T, takes (rank1 rank2)^2 (out + in), more from ranks of 12 or so.
         """
         self.refuse_to_normalise(dim)
         dtype = torch.promote_types(self.B1.dtype, torch.float32)
@@ -173,10 +173,10 @@ class ABBALinear(Structured):
 
     @classmethod
     def from_dense(cls, weight, bias, *, method='van_loan', stats=None, rank1, rank2, scale=False, guide=False):
-        """The structure that stands for a dense matrix, with its dtype and device; s = 1.
+        """The structure that replaces a dense matrix, with its dtype and device; s = 1.
 
         weight (out, in), bias (out,) or None (kept as it is); method: 'van_loan', a small Frobenius error, or 'als',
-        errors weighted by the second moment of each input; stats: what a calibration pass saw (see svd.seen).
+        errors weighted by the second moment of each input; stats: statistics of a calibration pass (see svd.seen).
         Never a larger (weighted) error than the truncated SVD of rank max(rank1, rank2). Cost: nearest_hadamard.
         Raises ValueError for an unknown method, stats that are missing or sizes below 1.
         """

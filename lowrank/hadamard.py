@@ -1,28 +1,28 @@
 """The Hadamard product of two low-rank products, W ~ (B1 A1) o (B2 A2), near a matrix in Frobenius norm.
 
-No closed form is known, unlike a single low-rank product's: two starts, then alternating least squares. With all but
-one factor fixed the error is a least squares of its own in every row (or column) of that factor: row i of B1 is fitted
-to row i of W by the rows of A1, each multiplied by row i of Q = B2 A2, so Q^2 weighs the entries.
+No closed form is known, unlike for a single low-rank product: two starts, then alternating least squares. With all but
+one factor fixed the error is a separate least-squares problem in every row (or column) of that factor: row i of B1 is
+fitted to row i of W by the rows of A1, each multiplied by row i of Q = B2 A2, so Q^2 weights the entries.
 """
 import torch
 
 from lowrank.svd import truncated_svd
 
-TRIAL = 5                       # sweeps from either start, before the better one goes on
-SWEEPS, ENOUGH = 50, 1e-3       # a fit ends after so many more, or when one lowers the error by less than this part
+TRIAL = 5                       # sweeps from either start, before the better one continues
+SWEEPS, ENOUGH = 50, 1e-3       # a fit ends after that many more, or when one lowers the error by less than this share
 STEPS = 3                       # of conjugate gradients in a least-squares problem
 
 
 def nearest_hadamard(weight, rank1, rank2, importance=None):
     """B1 (out, rank1), A1 (rank1, in), B2 (out, rank2), A2 (rank2, in) with a small ||W - (B1 A1) o (B2 A2)||_F.
 
-    weight (out, in), of any floating dtype, which the factors take over; importance (in,), zero or more: the squared
-    error of column j counts so many times. Never a larger error than that of the nearest matrix of rank max(rank1,
-    rank2), which one of the starts is (up to rounding into the dtype), nor than the other start; a local minimum at
-    best. Deterministic, no random numbers; float64 inside. The two products have the same norm, and component k of a
-    product has it in equal parts: ||B[:, k]|| = ||A[k]||.
+    weight (out, in), of any floating dtype, which the factors get too; importance (in,), zero or more: weight of the
+    squared error of column j. Never a larger error than that of the nearest matrix of rank max(rank1, rank2), which is
+    one of the starts (up to rounding into the dtype), nor than the other start; a local minimum at best.
+    Deterministic, no random numbers; float64 inside. The two products have the same norm, and component k of a
+    product is balanced: ||B[:, k]|| = ||A[k]||.
     Cost: up to 2 TRIAL + SWEEPS sweeps of about 20 out in (rank1 + rank2) multiply-adds, a few matrices of W's size in
-    memory: a few seconds for 1536 x 384 at ranks 38 and 38 to 77 and 76 on one CPU thread.
+    memory; a few seconds for 1536 x 384 at ranks 38 and 38 to 77 and 76 on one CPU thread.
     Source: the starts are FedPara's and ABBA's form (arXiv 2108.06098, 2505.14238) solved for a given W, our own.
     """
     if rank1 < rank2:
@@ -52,7 +52,7 @@ def svd_and_ones(W, rank1, rank2):
     """The nearest matrix P of rank1, times ones: the other components of B2 A2 are zero in B2.
 
     Their rows of A2 are the leading right singular vectors of P o (W - P), the direction in which the error falls
-    fastest as B2 A2 leaves the ones; zeros there would stay zeros.
+    fastest as B2 A2 moves away from the ones; zeros there would stay zeros.
     """
     B1, A1 = truncated_svd(W, rank1)
     P = B1 @ A1
@@ -117,7 +117,7 @@ def solved_rows(W, B, A, Q, steps=STEPS):
 def balanced(B1, A1, B2, A2):
     """The same function with ||B[:, k]|| = ||A[k]|| in every component, and the same norm of both products.
 
-    A component of which one side is zero stays: with both at zero no gradient would ever reach it.
+    A component with one zero side is not changed: with both at zero no gradient would ever reach it.
     """
     norms = [(B1 @ A1).norm(), (B2 @ A2).norm()]
     share = (norms[1] / norms[0]).sqrt().item() if min(norms) > 0 else 1.0

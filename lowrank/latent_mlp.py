@@ -10,9 +10,9 @@ class LatentMLP(nn.Module):
     """c = c_a x; y = c_proj c_b (silu(c_gate c) * c_fc c): SwiGLU between two latents of `rank` features.
 
     rank r: features of both latents; hidden F: width of the activation, None = 8/3 C, up to a multiple of 64; norm: RMS
-    norm with gain on c (nGPT: c is a unit vector in any case). Parameters r (2 C + 3 F), FLOPs twice that a token; dense
+    norm with gain on c (nGPT: c is a unit vector in any case). Parameters r (2 C + 3 F), FLOPs per token twice that; dense
     SwiGLU has 3 C F, so that r = C/4 keeps 31 % at F = 8/3 C. At the start the products c_fc c_a, c_gate c_a and
-    c_proj c_b have the standard deviations of the dense matrices. Raises ValueError for arguments that are no sizes.
+    c_proj c_b have the standard deviations of the dense matrices. Raises ValueError for arguments that are not sizes.
     """
 
     def __init__(self, config, site, rank, hidden=None, norm=False):
@@ -39,7 +39,7 @@ class LatentMLP(nn.Module):
 
     @staticmethod
     def refuse_waste(config, rank, hidden=None, norm=False):
-        """Raises ValueError when a dense SwiGLU of the same hidden width has no more parameters."""
+        """Raises ValueError when a dense SwiGLU of the same hidden size has no more parameters."""
         hidden = default_hidden(config, hidden)
         check(rank, hidden, norm)
         dense, each = 3 * config.n_embd * hidden, 2 * config.n_embd + 3 * hidden

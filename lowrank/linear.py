@@ -10,30 +10,30 @@ from lowrank.svd import moved, seen, truncated_svd, two_sided_svd, whitened_svd
 
 
 def svd(weight, stats, rank):
-    """The nearest product in Frobenius norm -> U, V and no mean: the bias stays."""
+    """The nearest product in Frobenius norm -> U, V and no mean: the bias is unchanged."""
     return *truncated_svd(weight, rank), None
 
 
 def svd_whitened(weight, stats, rank):
-    """The product with the nearest outputs, min E ||W x - U V x||^2 over the inputs that stats saw -> U, V, no mean."""
+    """The product with the nearest outputs, min E ||W x - U V x||^2 over the calibration inputs -> U, V, no mean."""
     count, moment = (seen(stats, name, weight, 'svd_whitened') for name in ('count', 'moment'))
     return *whitened_svd(weight, rank, moment, count), None
 
 
 def svd_whitened_bias(weight, stats, rank):
-    """The same where the bias takes over what the mean input m loses, so that U V need fit x - m only -> U, V, m."""
+    """The same where the bias absorbs what the mean input m loses, so that U V need only fit x - m -> U, V, m."""
     count, mean, covariance = (seen(stats, name, weight, 'svd_whitened_bias') for name in ('count', 'mean', 'covariance'))
     return *whitened_svd(weight, rank, covariance, count), mean
 
 
 def svd_whitened_hessian(weight, stats, rank):
-    """The product that costs the least loss, to second order: output errors weighted by the covariance of its gradients."""
+    """The product with the smallest loss increase, to second order: errors weighted by the gradients' covariance."""
     count, moment, gradient = (seen(stats, name, weight, 'svd_whitened_hessian') for name in ('count', 'moment', 'gradient'))
     return *two_sided_svd(weight, rank, moment, gradient, count), None
 
 
 def svd_whitened_sequential(weight, stats, rank):
-    """The product with the nearest outputs to the dense model's, under what the compressed layers in front really give.
+    """The product with the nearest outputs to the dense model's, on the inputs from the compressed earlier layers.
 
     For a site without a bias, for which from_dense has the best one: svd_whitened of svd.moved's target.
     """
@@ -43,7 +43,7 @@ def svd_whitened_sequential(weight, stats, rank):
 
 # method of from_dense -> function (weight (out, in) detached, stats, rank) -> U, V, the mean input or None
 METHODS = {
-    'van_loan': svd,        # the name that every structure knows: its nearest member in Frobenius norm
+    'van_loan': svd,        # the name that every structure has: its nearest member in Frobenius norm
     'svd': svd,
     'svd_whitened': svd_whitened,
     'svd_whitened_bias': svd_whitened_bias,
@@ -56,14 +56,14 @@ CALIBRATED = frozenset(name for name in METHODS if 'whitened' in name)      # th
 class LowRankLinear(Structured):
     """y = U (V x) + b with U (out, rank) and V (rank, in).
 
-    in_features, out_features: sizes; bias: bool; rank >= 1. Parameters rank (out + in) (+ out), FLOPs twice that
-    a token. A rank beyond min(out, in) is allowed and useless. No (out, in) matrix is formed, forward or backward.
+    in_features, out_features: sizes; bias: bool; rank >= 1. Parameters rank (out + in) (+ out), FLOPs per token twice
+    that. A rank beyond min(out, in) is allowed and adds nothing. No (out, in) matrix is formed, forward or backward.
     exact_columns, weight_norm, guide: see structured.Structured.
     Raises ValueError for sizes that are not positive.
     """
     tags = {'U': 'factor', 'V': 'factor', 'bias': 'vector'}
     size_argument = 'rank'                  # the argument to lower for fewer parameters
-    zero_factor = 'U'                       # zeros in it make W zero, and gradients still flow
+    zero_factor = 'U'                       # zeros here make W zero, and gradients still flow
 
     def __init__(self, in_features, out_features, bias, rank, *, exact_columns=0, weight_norm=False, guide=False):
         super().__init__()
@@ -85,8 +85,8 @@ class LowRankLinear(Structured):
     def reset_factors(self, std):
         """U V = the part of `rank` largest singular values of a Gaussian matrix, rescaled to entries of std.
 
-        "Spectral" initialisation: U^T U = V V^T = diag(S), so that both factors get gradients of one size.
-        Truncation takes norm (all but about rank/in of it when rank << in <= out), so U V is rescaled to
+        "Spectral" initialisation: U^T U = V V^T = diag(S), so that both factors get gradients of equal size.
+        Truncation reduces the norm (to about rank/in of it when rank << in <= out), so U V is rescaled to
         ||U V||_F = std sqrt(out in) exactly. The SVD of the Gaussian G comes from an eigh of its smaller Gram matrix,
         G^T G = Q L Q^T, hence U = G Q L^-1/4 and V = L^1/4 Q^T: exact, as U V = G Q Q^T whatever L's rounding, at a
         third of the cost of an SVD (0.1 s for 3072 x 768). Ranks beyond min(out, in) start as zeros in U and
@@ -153,10 +153,10 @@ class LowRankLinear(Structured):
 
     @classmethod
     def from_dense(cls, weight, bias, *, method='van_loan', stats=None, rank, exact_columns=0, index=None, **options):
-        """The structure that stands for a dense matrix, with its dtype and device.
+        """The structure that replaces a dense matrix, with its dtype and device.
 
         weight (out, in), bias (out,) or None; method: 'van_loan' or 'svd', both the nearest matrix of that rank in
-        Frobenius norm; 'svd_whitened', the one with the nearest outputs on the inputs that stats saw (count, mean and
+        Frobenius norm; 'svd_whitened', the one with the nearest outputs on the inputs of stats (count, mean and
         covariance, see seen); 'svd_whitened_bias', which also adds (W - U V) mean to the bias;
         'svd_whitened_sequential', the dense model's outputs under other inputs (cross, source_mean), bias included;
         'svd_whitened_hessian', errors weighted by the gradients' covariance too (gradient). Others keep the bias.
@@ -173,7 +173,7 @@ class LowRankLinear(Structured):
             target, bias, stats = moved(weight, bias, stats)
             method = 'svd_whitened' if bias is None else 'svd_whitened_bias'
         index, whole = loudest(target, stats, exact_columns) if index is None else index, target.to(weight.dtype)
-        if index is not None:                       # the factors leave these columns at 0, which is the best that they can
+        if index is not None:                       # the factors are 0 in these columns, which is the best choice
             target, stats = target.index_fill(1, index, 0), silenced(stats, index)
         U, V, mean = METHODS[method](target, stats, rank)
         if mean is not None:

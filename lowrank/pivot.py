@@ -1,4 +1,4 @@
-"""A low-rank map with one of its factors an identity in part, W = U [I R] P: the same matrices, rank^2 fewer parameters."""
+"""A low-rank map with one factor partly an identity, W = U [I R] P: the same matrices, rank^2 fewer parameters."""
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -11,9 +11,9 @@ class PivotLinear(LowRankLinear):
     """y = U (x_S + R x_rest) + b: S are `rank` inputs, U (out, rank) the columns of W there, R (rank, in - rank).
 
     Every matrix of that rank is of this form: U V = (U V_S) [I, V_S^-1 V_rest]. in_features, out_features: sizes; bias:
-    bool; 1 <= rank <= in_features. The numbers of S, then of the other inputs, are the buffer `order`, which checkpoints
-    carry. Parameters rank (out + in - rank) (+ out), FLOPs twice that a token: fewer than the dense matrix's at every rank
-    below min(out, in); lowrank's are fewer only below rank out in / (out + in).
+    bool; 1 <= rank <= in_features. The indices of S, then of the other inputs, are the buffer `order`, which checkpoints
+    include. Parameters rank (out + in - rank) (+ out), FLOPs per token twice that: fewer than the dense matrix's at every
+    rank below min(out, in); lowrank's are fewer only below rank out in / (out + in).
     exact_columns, weight_norm, guide: see structured.Structured.
     Raises ValueError for sizes that are not positive, or a rank above in_features.
     Source of the idea: pivoting factorization, Zhao et al. 2025, arXiv 2501.19090.
@@ -21,7 +21,7 @@ class PivotLinear(LowRankLinear):
     tags = {'U': 'factor', 'R': 'factor', 'bias': 'vector'}
 
     def __init__(self, in_features, out_features, bias, rank, *, exact_columns=0, weight_norm=False, guide=False):
-        nn.Module.__init__(self)                        # not low rank's, which would make a V
+        nn.Module.__init__(self)                        # not lowrank's, which would create a V
         self.weight_numel(in_features, out_features, rank, exact_columns, weight_norm, guide)       # refuses bad sizes
         self.rank = rank
         self.U = nn.Parameter(torch.empty(out_features, rank))
@@ -56,7 +56,7 @@ class PivotLinear(LowRankLinear):
         return F.linear(first + F.linear(others, self.R), self.U, bias)
 
     def product_weight(self):
-        """[U, U R] with its columns in their places, (out, in), in fp32 at least."""
+        """[U, U R] with its columns permuted back, (out, in), in fp32 at least."""
         dtype = torch.promote_types(self.U.dtype, torch.float32)
         with no_autocast(self.U):
             U = self.U.to(dtype)
@@ -80,7 +80,7 @@ class PivotLinear(LowRankLinear):
     def normalise_(self, dim):
         """Every row (dim=1) or column (dim=0) of W to unit length, in place and without forming W.
 
-        A column of U that is divided by its length multiplies that row of R, so that U R stays; then R's columns follow.
+        Dividing a column of U by its length multiplies that row of R, so that U R is unchanged; then R's columns follow.
         """
         if dim == 1:
             super().normalise_(dim)
@@ -108,9 +108,9 @@ class PivotLinear(LowRankLinear):
 
 
 class Reordered(torch.autograd.Function):
-    """x[..., order], x (..., in) and a permutation order (in,); keeps the permutation alone for backward.
+    """x[..., order], x (..., in) and a permutation order (in,); keeps only the permutation for backward.
 
-    The gradient is put back by the inverse permutation; indexing's own would add it up number by number on one core.
+    The gradient is permuted back by the inverse; the backward of indexing would add it up element by element on one core.
     """
 
     @staticmethod

@@ -1,14 +1,14 @@
-"""The matrix of a given rank nearest to a matrix: in Frobenius norm, or in what it does to the inputs it meets."""
+"""The matrix of a given rank nearest to a matrix: in Frobenius norm, or in its outputs on given inputs."""
 import torch
 
-RIDGE = 0.01            # of a covariance, as a part of its typical diagonal entry
-GRADIENT_RIDGE = 0.1    # of the gradients', likewise: what they show holds near the dense model
+RIDGE = 0.01            # of a covariance, as a share of its typical diagonal entry
+GRADIENT_RIDGE = 0.1    # of the gradients', likewise: they are valid near the dense model
 
 
 def truncated_svd(weight, rank):
     """argmin ||W - U V||_F: U (out, rank), V (rank, in), balanced: U^T U = V V^T = diag(singular values).
 
-    weight (out, in), of any floating dtype, which U and V take over. The squared error is the sum of the squared
+    weight (out, in), of any floating dtype, which U and V get too. The squared error is the sum of the squared
     singular values after the first `rank`, which come in falling order; the entry of largest magnitude of each
     column of U is positive; a rank beyond min(out, in), which already reproduces any W, adds zeros.
     Deterministic; float64 inside; an exact SVD, as a randomised one loses accuracy that shows in perplexity:
@@ -27,8 +27,8 @@ def truncated_svd(weight, rank):
 def whitened_svd(weight, rank, moment, count=None):
     """argmin tr((W - U V) (C + ridge) (W - U V)^T): U (out, rank), V (rank, in), balanced as truncated_svd's.
 
-    weight (out, in); moment C (in, in): E[x x^T] of the inputs, or their covariance where the bias takes their mean;
-    count: of the inputs seen, None for plenty. With C + ridge = S S^T (Cholesky) the objective is ||W S - U V S||_F^2,
+    weight (out, in); moment C (in, in): E[x x^T] of the inputs, or their covariance where the bias absorbs their mean;
+    count: number of inputs seen, None for plenty. With C + ridge = S S^T (Cholesky) the objective is ||W S - U V S||_F^2,
     so that U V = P W with P the projection on the `rank` leading left singular vectors of W S: the same as their
     truncated SVD times S^-1, without the inverse. C = I gives truncated_svd. Float64 inside; two exact SVDs and a
     Cholesky of C. Raises ValueError when C is not finite. Source: SVD-LLM (arXiv 2403.07378); it has no ridge.
@@ -58,11 +58,11 @@ def two_sided_svd(weight, rank, moment, gradient, count=None):
 
 
 def moved(weight, bias, stats):
-    """What a plain method is to fit for E||W x + b - Ŵ x' - b'||^2, x of the dense model, x' of the compressed one.
+    """What a plain method must fit for E||W x + b - Ŵ x' - b'||^2, x of the dense model, x' of the compressed one.
 
     T = W (M + lambda) (C + lambda)^-1, M = E[x x'^T], C = E[x' x'^T], lambda that of with_ridge: the least-squares matrix
-    on the new inputs, as the error is tr((T - Ŵ)(C + lambda)(T - Ŵ)^T) + a constant. With a bias all is about the
-    means, and it takes W E[x] - T E[x']. -> T in float64, the bias, stats of x' alone. One solve of `in` unknowns.
+    on the new inputs, as the error is tr((T - Ŵ)(C + lambda)(T - Ŵ)^T) + a constant. With a bias everything is about
+    the means, and W E[x] - T E[x'] is added to it. -> T in float64, the bias, stats of x' alone. One solve of `in` unknowns.
     """
     method = 'svd_whitened_sequential'
     W, parts = weight.detach().double(), ('count', 'mean', 'covariance', 'cross', 'source_mean')
@@ -79,8 +79,8 @@ def moved(weight, bias, stats):
 def with_ridge(moment, count=None, ridge=RIDGE):
     """C + lambda I, positive definite, in float64: lambda = ridge min(mean, 3 median) of C's diagonal.
 
-    The median bounds what a few massive inputs do to it. Fewer inputs than features leave C singular and say little of
-    the directions that they missed: lambda grows by features / count. C = 0, of a site that saw nothing, becomes I.
+    The median bounds the effect of a few massive inputs. With fewer inputs than features C is singular and says little
+    about the missing directions: lambda grows by features / count. C = 0, of a site without inputs, becomes I.
     """
     C = moment.double()
     if not C.isfinite().all():
@@ -97,9 +97,9 @@ def with_ridge(moment, count=None, ridge=RIDGE):
 def seen(stats, name, weight, method):
     """One entry of stats, an object or a dict, on the device of weight (out, in) in float64.
 
-    stats hold of the inputs x of a site: count, mean = E[x] (in,), covariance = E[(x - mean)(x - mean)^T] (in, in); the
-    entry 'moment', E[x x^T], is made of them. Raises ValueError, in one sentence, where they are missing or of another
-    size.
+    stats has, of the inputs x of a site: count, mean = E[x] (in,), covariance = E[(x - mean)(x - mean)^T] (in, in); the
+    entry 'moment', E[x x^T], is computed from them. Raises ValueError, in one sentence, where they are missing or of
+    another size.
     """
     if name == 'moment':
         covariance, mean = (seen(stats, part, weight, method) for part in ('covariance', 'mean'))
