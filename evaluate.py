@@ -152,7 +152,7 @@ def open_text(config, data, vocab_size, dataset):
     from sample import Numbers, load_tokenizer
     text, kind = read_text(config.text), load_tokenizer(config, data, vocab_size)
     if isinstance(kind, Numbers):
-        raise UserError(f'the tokenizer of {config.out_dir} ({vocab_size} tokens) is not known; pass --dataset=NAME, whose '
+        raise UserError(f'the {vocab_size} tokens of {config.out_dir} have no known tokenizer; pass --dataset=NAME, whose '
                         'tokenizer it has', 'dataset')
     tokens = np.asarray(kind.encode_ordinary(text), np.int64)
     size = None if hasattr(kind, 'centres') else len(text.encode('utf-8'))

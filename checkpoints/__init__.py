@@ -1,1 +1,1 @@
-"""Files that are whole or not there."""
+"""Durable files: written completely or not at all."""

@@ -1,14 +1,14 @@
-"""Durable checkpoints: files that are whole or not there, whatever stops the machine, and that no one can trap.
+"""Durable checkpoints: files that are complete or absent, whatever stops the machine, and that cannot run code.
 
     ckpt_00000020.pt      torch.save of {schema, step, model, ...}: tensors and plain values only
-    ckpt_00000020/        in its place where the ranks' shards are saved as they are: see sharded.py
-    ckpt_00000020.json    its manifest {sha256, size, step, schema}, written last: without it the data does not count
-    best.json             {step, val_loss}: the checkpoint that pruning spares
-    previous/             what set_aside moved out of the way of a fresh run
+    ckpt_00000020/        instead, where every rank saves its own shards: see sharded.py
+    ckpt_00000020.json    its manifest {sha256, size, step, schema}, written last: without it the data is not valid
+    best.json             {step, val_loss}: the checkpoint that pruning keeps
+    previous/             an earlier run that set_aside moved out of the way
     .lock                 held by the trainer
 
-torch.load compares no checksums: of 200 flipped bits it let 198 through as wrong weights (we measured), so the
-SHA-256 comes first. Nothing here opens a path that a checkpoint names.
+torch.load compares no checksums: of 200 flipped bits it loaded 198 as wrong weights (measured), so the SHA-256 is checked
+first. Nothing here opens a path that a checkpoint names.
 """
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints import sharded, torchfile
-from checkpoints.durable import DISK, FileOps, Lock, write_whole  # noqa: F401 - callers take FileOps and Lock from here
+from checkpoints.durable import DISK, FileOps, Lock, write_whole  # noqa: F401 - callers import FileOps and Lock from here
 from checkpoints.manifest import NAME, SCHEMA, Damaged, data_path, data_paths, in_order, newer, read_json, verify
 from variants import UserError
 
@@ -32,11 +32,11 @@ def save(folder, state, keep=3, ops=DISK, group=None):
     """Write ckpt_<step>.pt and its manifest, then prune; returns the path.
 
     state: dict of tensors, numbers, strings, None, lists and dicts with an int state['step']; the schema is added.
-    keep: newest checkpoints that stay (>= 2), besides the best; those of later steps go, for that run was given up.
-    group: ranks that hold parts of the state's sharded tensors; all of them call, and write a folder ckpt_<step>/.
-    A file needs its size in memory once more. A process killed or a machine stopped at any point leaves the old
-    newest checkpoint or the new one. Raises ValueError (nothing written) for a non-finite model tensor or for what
-    load would refuse, and OSError with the MiB needed when the disk does; what was there before is intact then.
+    keep: newest checkpoints to keep (>= 2), besides the best; those of later steps are deleted: that run was abandoned.
+    group: ranks that hold shards of the state's tensors; all of them call, and write a folder ckpt_<step>/.
+    A file needs its size in memory once more. A process killed or a machine stopped at any point leaves the previous
+    newest checkpoint or the new one. Raises ValueError (nothing written) for a non-finite model tensor or a state that
+    load would refuse, and OSError with the MiB needed when the disk fails; earlier checkpoints are intact then.
     """
     if keep < 2:
         raise UserError(f'keep_checkpoints must be at least 2, so that one can be damaged, got {keep}')
@@ -60,7 +60,7 @@ def save(folder, state, keep=3, ops=DISK, group=None):
 
 
 def _save_parts(folder, state, keep, ops, group):
-    """save() of a folder: written aside by all ranks, renamed and given its manifest by the first."""
+    """save() of a folder: written under a temporary name by all ranks, renamed and given its manifest by the first."""
     path, main = data_path(folder, state['step'], ''), dist.get_rank(group) == 0
     aside = path.with_suffix('.tmp')
     sharded.together(group, lambda: _refuse_non_finite(state.get('model', {})))
@@ -80,7 +80,7 @@ def _save_parts(folder, state, keep, ops, group):
 
 
 def set_best(folder, step, val_loss, ops=DISK):
-    """Name the saved checkpoint of this step as the best; val_loss in nats. best.json is replaced at one stroke."""
+    """Name the saved checkpoint of this step as the best; val_loss in nats. best.json is replaced atomically."""
     if step not in steps(folder) or not math.isfinite(val_loss):
         raise ValueError(f'step {step} with loss {val_loss} cannot be the best: it must be saved and finite')
     write_whole(Path(folder) / 'best.json', json.dumps({'step': step, 'val_loss': float(val_loss)}).encode(), ops)
@@ -111,9 +111,9 @@ def newest(folder, which='last'):
 def load(folder, which='last', *, allow_unverified=False, quiet=False):
     """The state of the newest valid checkpoint, or of the best, on the CPU; folder may also be one .pt file.
 
-    A damaged one costs one line on stderr, and the next older is taken ('best' has none). allow_unverified takes a
-    single file that has no manifest; quiet keeps the line to itself. Raises UserError if nothing is left. Time: one
-    SHA-256 pass, then torch.load.
+    For a damaged one it prints one line on stderr and takes the next older (not for 'best'). allow_unverified accepts a
+    single file without a manifest; quiet prints no line. Raises UserError if nothing is left. Time: one SHA-256 pass,
+    then torch.load.
     """
     single = Path(folder).suffix == '.pt' and not Path(folder).is_dir()
     paths, wrong = [Path(folder)] if single else _candidates(folder, which), []
@@ -137,8 +137,8 @@ def load(folder, which='last', *, allow_unverified=False, quiet=False):
 def set_aside(folder, ops=DISK):
     """Move a former run's files into <folder>/previous, replacing what was there; nothing happens without any.
 
-    Stopped anywhere it loses nothing: the rest follows at the next call. The oldest checkpoint goes first and the log
-    last, so that a run caught half-way can still be resumed, and the older generation goes when all are safe.
+    If stopped anywhere it loses nothing: the rest is moved at the next call. The oldest checkpoint is moved first and the
+    log last, so that a half-moved run can still be resumed, and the older generation is deleted when all are safe.
     """
     folder = Path(folder)
     incoming, previous = folder / 'previous.new', folder / 'previous'
@@ -148,7 +148,7 @@ def set_aside(folder, ops=DISK):
         return
     incoming.mkdir(exist_ok=True)
     for path in files:
-        if (incoming / path.name).is_dir():             # which nothing can be renamed to
+        if (incoming / path.name).is_dir():             # a file cannot be renamed to it
             ops.remove(incoming / path.name)
         ops.replace(path, incoming / path.name)
     ops.fsync_dir(incoming)
@@ -160,14 +160,14 @@ def set_aside(folder, ops=DISK):
 
 
 def _clear(folder, ops):
-    """Remove what saves that were stopped have left."""
+    """Remove the leftovers of interrupted saves."""
     for path in folder.glob('*.tmp'):
         if path.is_file() or NAME.fullmatch(path.stem):
             ops.remove(path)
 
 
 def _commit(path, put, facts, step, ops):
-    """Data by put(), then manifest. A step that is saved again has a manifest that takes either content in between."""
+    """Data by put(), then manifest. A step that is saved again has a manifest that accepts either content in between."""
     note = path.with_suffix('.json')
     manifest = {'sha256': facts[0], 'size': facts[1], 'step': step, 'schema': SCHEMA}
     for former in data_paths(path.parent, step) if note.exists() else ():
@@ -178,7 +178,7 @@ def _commit(path, put, facts, step, ops):
         put()
         write_whole(note, json.dumps(manifest).encode(), ops)
     except OSError:
-        if not note.exists():           # data that nothing vouches for would only fill the disk
+        if not note.exists():           # data without a manifest would only fill the disk
             with contextlib.suppress(OSError):
                 ops.remove(path)
         raise
@@ -188,7 +188,7 @@ def _commit(path, put, facts, step, ops):
 
 
 def _swap(aside, path, ops):
-    """Put the folder `aside` in the place of `path`; the folder that was there keeps counting as .old until then."""
+    """Put the folder `aside` in the place of `path`; the folder there remains valid as .old until then."""
     old = path.with_suffix('.old')
     if path.exists():
         if old.exists():
@@ -199,7 +199,7 @@ def _swap(aside, path, ops):
 
 
 def _prune(folder, step, keep, ops):
-    """Remove what save no longer keeps; the manifest goes before its data. A failure is only told: the new one is safe."""
+    """Remove what save no longer keeps; the manifest before its data. A failure is only reported: the new one is safe."""
     spared = (best(folder) or {}).get('step')
     kept = {spared, *[s for s in steps(folder) if s <= step and s != spared][-keep:]}
     try:

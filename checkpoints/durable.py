@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever stops the machine, and a folder that one process holds."""
+"""Files that are complete or absent, whatever stops the machine, and a lock on a folder."""
 import contextlib
 import os
 import shutil
@@ -9,12 +9,12 @@ from variants import UserError
 
 try:
     import fcntl
-except ImportError:                     # Windows: no lock there
+except ImportError:                     # Windows: no lock
     fcntl = None
 
 
 class FileOps:
-    """What a save does to the disk, one method each, so that a test can stop after any or lose what was not synced."""
+    """The disk operations of a save, one method each, so that a test can stop after any or lose what was not synced."""
 
     def open(self, path):
         return open(path, 'wb')
@@ -30,7 +30,7 @@ class FileOps:
         os.replace(source, target)
 
     def fsync_dir(self, folder):
-        if os.name == 'nt':             # has no such call; its renames are journalled
+        if os.name == 'nt':             # has no such call; renames are journalled
             return
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -49,7 +49,7 @@ DISK = FileOps()
 
 
 def write_whole(path, data, ops):
-    """Aside, sync, rename, sync the folder: path then holds all of data, or what it held before; no .tmp stays.
+    """Write a temporary file, sync, rename, sync the folder: path has all of data or its old content; no .tmp stays.
 
     data: bytes or a memoryview. Raises OSError, with the errno of the step that failed.
     """
@@ -67,9 +67,9 @@ def write_whole(path, data, ops):
 
 
 class Lock:
-    """One trainer a folder: holds <folder>/.lock until release() or the end of the process, however it ends.
+    """One trainer per folder: holds <folder>/.lock until release() or the end of the process, however it ends.
 
-    Raises UserError with the holder's pid. A file that a dead process left is no obstacle: the kernel holds the lock.
+    Raises UserError with the holder's pid. The file of a dead process does not block: the lock is the kernel's.
     """
 
     def __init__(self, folder):

@@ -1,7 +1,7 @@
-"""GGUF files, llama.cpp's, through the `gguf` library: settings in Hugging Face's terms, tensors, tokenizer. No torch.
+"""GGUF files (llama.cpp) through the `gguf` library: settings in Hugging Face's terms, tensors, tokenizer. No torch.
 
-A GGUF holds metadata, `llama.block_count` and so on, and tensors in one of many quantisations, which become float32.
-For the architecture `llama` the rows of queries and keys already stand in adjacent pairs, as ours do.
+A GGUF has metadata, such as `llama.block_count`, and tensors in one of many quantisations, which become float32.
+For the architecture `llama` the rows of queries and keys are already in adjacent pairs, as ours are.
 """
 import json
 from pathlib import Path
@@ -15,15 +15,15 @@ ARCHITECTURE = 'llama'
 SIZES = {'hidden_size': 'embedding_length', 'intermediate_size': 'feed_forward_length',
          'num_hidden_layers': 'block_count', 'num_attention_heads': 'attention.head_count',
          'max_position_embeddings': 'context_length', 'rms_norm_eps': 'attention.layer_norm_rms_epsilon'}
-# optional ones: what they mean where they are missing is Hugging Face's default too
+# optional ones: where they are missing Hugging Face's default applies too
 OPTIONAL = {'num_key_value_heads': 'attention.head_count_kv', 'rope_theta': 'rope.freq_base', 'vocab_size': 'vocab_size',
             'head_dim': 'attention.key_length'}
-# may stand there, and only so: anything else, and any other name, would change the function
+# allowed with these values only: anything else, and any other name, would change the function
 ONLY = {'rope.scaling.type': 'none', 'rope.scale_linear': 1.0, 'attention.sliding_window': 0, 'attention.causal': True,
         'expert_count': 0, 'expert_used_count': 0}
 EQUAL = ('rope.dimension_count', 'attention.value_length', 'attention.key_length')      # all of them the head size
 SILENT = ('tensor_data_layout',)
-# how a text is cut before the byte pairs, by llama.cpp's name for it
+# pre-tokenizers before byte-pair encoding, by llama.cpp's names
 BYTES = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
 CUTS = {'gpt-2': BYTES, 'smollm': {'type': 'Sequence', 'pretokenizers': [{'type': 'Digits', 'individual_digits': True},
                                                                        BYTES]}}
@@ -31,7 +31,7 @@ CONTROL, USER_DEFINED = 3, 4                            # types of tokens
 
 
 def open_file(path):
-    """The library's reader of a file, which it maps and does not load; raises UserError in one line."""
+    """The library's reader of a file, memory-mapped; raises UserError in one line."""
     try:
         import gguf
     except ImportError:
@@ -50,7 +50,7 @@ def value(reader, name, default=None):
 
 
 def settings(reader, path):
-    """The settings in the names of Hugging Face's config.json; raises UserError for what is no plain Llama."""
+    """The settings in the names of Hugging Face's config.json; raises UserError for anything but a plain Llama."""
     found = value(reader, 'general.architecture')
     if found != ARCHITECTURE:
         raise UserError(f"{path}: the architecture is {found!r}, and only {ARCHITECTURE!r} is read", 'init_from')
@@ -73,7 +73,7 @@ def settings(reader, path):
 
 
 def check_others(own, raw, path):
-    """Refuse metadata that would make another model, and names that nobody here knows."""
+    """Refuse metadata of another model, and unknown names."""
     for name, found in own.items():
         if name in ONLY and found != ONLY[name]:
             raise UserError(f'{path}: {ARCHITECTURE}.{name} is {found!r}, and only {ONLY[name]!r} is read', 'init_from')
@@ -85,12 +85,12 @@ def check_others(own, raw, path):
 
 
 def short(number):
-    """A float32 of the file as the decimal number that was meant: 1e-05 and not 9.999999747378752e-06."""
+    """A float32 of the file as the shortest decimal number: 1e-05 and not 9.999999747378752e-06."""
     return float(str(np.float32(number)))
 
 
 def tensors(reader, path):
-    """Yield (name, float32 array) one at a time; raises UserError for a quantisation that the library cannot undo."""
+    """Yield (name, float32 array) one at a time; raises UserError for a quantisation that the library cannot dequantise."""
     from gguf.quants import dequantize
     for tensor in reader.tensors:
         try:
@@ -101,9 +101,10 @@ def tensors(reader, path):
 
 
 def tokenizer(reader, path):
-    """The text of a tokenizer.json with the tokens of the file; None for a kind of tokenizer that is not read.
+    """The text of a tokenizer.json with the tokens of the file; None for a kind of tokenizer that is not supported.
 
-    Read are byte pairs (`tokenizer.ggml.model` gpt2) under the cuts of CUTS. Raises UserError for lists that contradict.
+    Supported: byte-pair encoding (`tokenizer.ggml.model` gpt2) with the pre-tokenizers of CUTS. Raises UserError for
+    inconsistent lists.
     """
     cut = CUTS.get(value(reader, 'tokenizer.ggml.pre', 'gpt-2'))
     if value(reader, 'tokenizer.ggml.model') != 'gpt2' or cut is None:
@@ -123,7 +124,7 @@ def tokenizer(reader, path):
 
 
 def begin(reader, tokens):
-    """The part of a tokenizer.json that puts the first token in front of a text, or None."""
+    """The part of a tokenizer.json that prepends the first token to a text, or None."""
     first = value(reader, 'tokenizer.ggml.bos_token_id')
     if not value(reader, 'tokenizer.ggml.add_bos_token', False) or first is None or not 0 <= first < len(tokens):
         return None

@@ -1,4 +1,4 @@
-"""Manifests: the small JSON beside a checkpoint that says what was written, so that nothing else is taken for it.
+"""Manifests: a small JSON file per checkpoint that identifies what was written, so that nothing else is taken for it.
 
     {sha256, size, step, schema}: of a file its SHA-256 and bytes; of a folder the SHA-256 of its listing (a line
     `sha256 size name` for each file, by name) and the bytes of all files together
@@ -10,13 +10,13 @@ from pathlib import Path
 
 from variants import UserError
 
-SCHEMA = 1                          # goes up when an older reader would misread a newer file
+SCHEMA = 1                          # increases when an older reader would misread a newer file
 MAX_JSON = 4096                     # bytes of a manifest or best.json that are read
 NAME = re.compile(r'ckpt_(\d{8,})(?:\.pt|\.json|\.old)?')
 
 
 class Damaged(ValueError):
-    """One line: which file is not what was saved, and how that shows."""
+    """One line: which file is not what was saved, and the evidence."""
 
 
 def data_path(folder, step, suffix='.pt'):
@@ -24,13 +24,13 @@ def data_path(folder, step, suffix='.pt'):
 
 
 def data_paths(folder, step):
-    """What may hold a step's data: a file, a folder, or a folder that its successor was about to replace."""
+    """Where a step's data may be: a file, a folder, or a folder that was about to be replaced."""
     paths = [data_path(folder, step, suffix) for suffix in ('.pt', '', '.old')]
     return [path for path in paths if (path.is_file() if path.suffix == '.pt' else path.is_dir())]
 
 
 def in_order(path):
-    """(step, is data, name) of a checkpoint's path: a manifest goes before its data; None for other files."""
+    """(step, is data, name) of a checkpoint's path: a manifest sorts before its data; None for other files."""
     name = NAME.fullmatch(path.name)
     return name and (int(name[1]), path.suffix != '.json', path.name)
 
@@ -71,7 +71,7 @@ def measure(path):
 
 
 def verify(path):
-    """SHA-256 of a file or folder whose manifest takes it; raises Damaged, and UserError for a newer schema."""
+    """SHA-256 of a file or folder that matches its manifest; raises Damaged, and UserError for a newer schema."""
     try:
         noted = read_json(path.with_suffix('.json'), sha256=str, size=int, step=int, schema=int)
         name = NAME.fullmatch(path.name)

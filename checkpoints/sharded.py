@@ -1,11 +1,11 @@
-"""Sharded checkpoints: a folder into which every rank writes its own parts, by torch.distributed.checkpoint (DCP).
+"""Sharded checkpoints: a folder into which every rank writes its own shards, by torch.distributed.checkpoint (DCP).
 
-    state.pt                            what no rank shares: settings, progress, step counts, which tensor belongs where
+    state.pt                            what is not sharded: settings, progress, step counts, which tensor belongs where
     shard-00001-model-....safetensors   the parts of one rank, each with its place in the whole tensor
 
-DCP's usual files cannot be used: its index, .metadata, is a pickle that FileSystemReader hands to pickle.load, which
-runs what it says (torch 2.11 to 2.13). DCP's safetensors files have no index but JSON in their headers. What is read here
-was hashed before (manifest.py), and is checked for holes and sizes all the same.
+DCP's default files cannot be used: its index, .metadata, is a pickle that FileSystemReader passes to pickle.load, which
+runs code from it (torch 2.11 to 2.13). DCP's safetensors files have no index but JSON in their headers. Files read here
+were hashed before (manifest.py), and are checked for gaps and sizes all the same.
 """
 import math
 import warnings
@@ -22,9 +22,9 @@ WHOLE = 'state.pt'
 
 
 def split(state):
-    """(state without its sharded tensors, {key: sharded tensor}); the former lists under 'sharded' what was where.
+    """(state without its sharded tensors, {key: sharded tensor}); the former lists their places under 'sharded'.
 
-    A tensor that stands there twice (tied weights) is kept once.
+    A tensor that occurs twice (tied weights) is kept once.
     """
     tensors, keys, places = {}, {}, []
 
@@ -42,7 +42,7 @@ def split(state):
 
 
 def together(group, action):
-    """action() on every rank; what it raises on any of them (OSError, ValueError) is raised on all, first rank first."""
+    """action() on every rank; an OSError or ValueError on any rank is raised on all of them, the first rank's first."""
     result = error = None
     try:
         result = action()
@@ -63,7 +63,7 @@ def write(folder, state, group, ops):
     """Write a state's parts into a new folder, synced; returns folder_digest of it. All ranks of the group call.
 
     state: as checkpoint.save takes it, with DTensors where tensors are sharded, the same keys on every rank. A rank
-    writes and reads back (for the hash) its own parts only. Raises OSError and ValueError, on all ranks alike.
+    writes and reads back (for the hash) only its own parts. Raises OSError and ValueError, on all ranks alike.
     """
     main, number = dist.get_rank(group) == 0, dist.get_rank(group) + 1
     plain, tensors = split(state)
@@ -91,10 +91,10 @@ def write(folder, state, group, ops):
 
 
 def read(folder):
-    """The state of a folder, its tensors whole and on the CPU; no ranks are needed. Raises torchfile.Refused and OSError.
+    """The state of a folder with full tensors on the CPU; no ranks are needed. Raises torchfile.Refused and OSError.
 
-    Nothing in it is run: JSON, safetensors, and torch.save's format as torchfile reads it. It never allocates more than
-    the folder's bytes at 8 bytes per number.
+    No code in it is run: JSON, safetensors, and torch.save's format as torchfile reads it. It never allocates more than
+    the folder's bytes at 8 bytes per element.
     """
     state = torchfile.load(folder / WHOLE)
     places = state.pop('sharded', None)
@@ -119,7 +119,7 @@ def load_tensors(folder):
             raise torchfile.Refused(f'lacks a part of {key}')
         tensors[key] = torch.zeros(noted.size, dtype=noted.properties.dtype)
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='torch.distributed is disabled')          # it says no_dist back
+        warnings.filterwarnings('ignore', message='torch.distributed is disabled')          # it sets no_dist and says so
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 

@@ -1,8 +1,9 @@
-"""Files of torch.save that hold tensors and plain values only: written so, and read without trusting them.
+"""torch.save files with tensors and plain values only: written so, and read without trusting them.
 
-torch.load(weights_only=True) runs no code, but it does as it is told with memory: a file of 300 bytes can make it
-allocate 4 GB, with a bytearray, an unfilled tensor or a compressed member, or return a tensor of 7 GB over one number.
-So a file is examined before it is loaded, and what is written is examined likewise: what dumps takes, load gives back.
+torch.load(weights_only=True) runs no code, but a file controls how much memory it allocates: 300 bytes can make it
+allocate 4 GB, by a bytearray, an unfilled tensor or a compressed member, or return a tensor of 7 GB over one element.
+So a file is checked before it is loaded, and data is checked the same way before it is written: load accepts all that
+dumps writes.
 """
 import io
 import pickletools
@@ -15,19 +16,19 @@ MEMBER = re.compile(r'data\.pkl|data/\d+|byteorder|version|\.\w+(/\w+)?')       
 BUILDERS = {'collections OrderedDict', 'torch._utils _rebuild_tensor_v2', 'torch._utils _rebuild_parameter',
             *(f'torch {kind}Storage' for kind in ('Double', 'Float', 'Half', 'BFloat16', 'Long', 'Int', 'Short', 'Char',
                                                   'Byte', 'Bool'))}
-MAX_INDEX = 4 << 20         # bytes of the zip's directory, and of the stream that says where each tensor lies
+MAX_INDEX = 4 << 20         # bytes of the zip's directory, and of the stream that locates each tensor
 MAX_CODES = 250_000         # instructions in that stream, besides a hundred for each member; a tensor takes about 45
 MAX_DEPTH = 32              # dicts, lists and tuples inside one another
 
 
 class Refused(ValueError):
-    """One line that says what about a file is not as torch.save writes tensors and plain values."""
+    """One line: how a file differs from what torch.save writes for tensors and plain values."""
 
 
 def dumps(state):
-    """The bytes of torch.save(state), as a memoryview; raises Refused for what load would not give back.
+    """The bytes of torch.save(state), as a memoryview; raises Refused for anything that load would not accept.
 
-    In memory and not to a file, because torch.save tells of a full disk without its errno.
+    In memory and not to a file, because torch.save reports a full disk without its errno.
     """
     buffer = io.BytesIO()
     try:
@@ -55,7 +56,7 @@ def load(path):
             state = torch.load(file, map_location='cpu', weights_only=True)
         except (MemoryError, OSError, Refused):
             raise
-        except Exception as error:      # zipfile and torch raise some ten kinds for a file that is not what it says
+        except Exception as error:      # zipfile and torch raise some ten kinds of exceptions for invalid files
             raise Refused(f'cannot be read: {one_line(error)}') from error
     _examine_values(state, size)
     return state
@@ -89,7 +90,7 @@ def _examine_container(file, size):
             raise Refused('has other members than torch.save writes')
         if any(m.compress_type != zipfile.ZIP_STORED or m.compress_size != m.file_size for m in members):
             raise Refused('has compressed members, which torch.save never writes')
-        # overlapping members add up to more; with bytes ahead of the zip, torch and zipfile would read different ones
+        # overlapping members add up to more; with bytes before the zip, torch and zipfile would read different ones
         if sum(m.file_size for m in members) > size or min((m.header_offset for m in members), default=1) != 0:
             raise Refused('has members that overlap or do not lie where they should')
         index = archive.read(f'{root}/data.pkl')

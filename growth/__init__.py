@@ -1,1 +1,1 @@
-"""Changes of a model in the course of a run: blocks added, frozen, dropped in, guided, made dense; their reports."""
+"""Changes of a model during a run: blocks added or frozen, structures dropped in, guided, made dense; their reports."""

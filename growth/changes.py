@@ -1,9 +1,9 @@
-"""Changes of the model in the course of a run: blocks are added, earlier ones frozen, structured sites made dense, and
-(dropin.py) dense ones structured.
+"""Changes of the model during a run: blocks are added, earlier ones frozen, structured sites made dense, and (dropin.py)
+dense ones structured.
 
-A change is a checkpoint in memory that another model resumes: the state of the run is gathered, the model is changed,
-and everything around it (optimizer, DDP or FSDP2, compile) is built anew from that state. `built` is what a checkpoint
-holds of it: {'layers', 'dense', 'changed', 'losses', 'drop'} and the model's fields that differ from the configuration.
+A change is a checkpoint in memory that another model resumes: the state of the run is collected, the model is changed,
+and everything around it (optimizer, DDP or FSDP2, compile) is rebuilt from that state. `built` is the part of it in a
+checkpoint: {'layers', 'dense', 'changed', 'losses', 'drop'} and the model's fields that differ from the configuration.
 """
 import math
 
@@ -16,11 +16,11 @@ from layers.basic import tags_of
 from model import GPT
 from variants import UserError
 
-PLATEAU = 0.005                                         # nats that three evaluations must gain
+PLATEAU = 0.005                                         # nats that three evaluations must gain together
 
 
 def begin(config):
-    """What a run from scratch has built before its first step."""
+    """`built` of a run from scratch before its first step."""
     layers = config.grow_from or config.n_layer
     model = fields(config, layers, dense=config.drop_in != 'none')      # which drops structures into a dense model
     return {'layers': layers, 'dense': False, 'changed': None, 'losses': [], 'guided': config.self_guided > 0,
@@ -56,7 +56,7 @@ def due(config, built, step):
 
 
 def frozen(config, built):
-    """Numbers of the blocks that do not train: with grow_freeze all but the newest, until the model is made dense."""
+    """Indices of the blocks that do not train: with grow_freeze all but the newest, until the model is made dense."""
     grown = built['layers'] > (config.grow_from or config.n_layer)
     return range(built['layers'] - 1) if config.grow_freeze and grown and not built['dense'] else range(0)
 
@@ -69,7 +69,7 @@ def freeze(model, config, built):
 
 
 def warmth(config, built, step):
-    """What the learning rate is multiplied by: a line from 1 / (rewarm + 1) to 1 after a change."""
+    """Factor of the learning rate: linear from 1 / (rewarm + 1) to 1 after a change."""
     if built['changed'] is None:
         return 1.0
     rewarm = config.drop_in_rewarm if built['drop']['done'] and not built['dense'] else config.grow_rewarm
@@ -80,7 +80,7 @@ def training_flops(model):
     """FLOPs per token of a forward and a backward pass at full context; nothing frozen: 3 x the forward pass.
 
     A frozen matrix needs no gradient of its weight: 2 x. Blocks below the first parameter that trains are reached by no
-    gradient: 1 x, attention too. What recompute does again is not counted.
+    gradient: 1 x, attention too. Recomputation is not counted.
     """
     length, blocks = model.config.block_size, model.transformer.h
     trains = [any(p.requires_grad for p in block.parameters()) for block in blocks]
@@ -97,14 +97,14 @@ def training_flops(model):
 def change(action, model, run, state, how=None):
     """Carry out an action on a plain model and on the run's state, in place -> (words, line for log.jsonl).
 
-    how: the Decomposition of what is dropped in.
+    how: the Decomposition of the matrices that are dropped in.
     """
     before = dropin.probe(model, run)
     if action == 'drop':
         words, line = dropin.replace_next(model, run, state, how)
     else:
         words, line = (thaw(state) if action == 'thaw' else reshape(action, model, run.config, state)), {}
-    if state['average']:                                # the average goes on from the new weights
+    if state['average']:                                # the average continues from the new weights
         state['average'] = {n: state['average'].get(n, p.detach().clone()) for n, p in model.named_parameters()}
     line = {'change': words, 'probe_before': before, 'probe_after': dropin.probe(model, run), **line}
     return words + ('' if before is None else f', loss {before:.4f} -> {line["probe_after"]:.4f}'), line
@@ -132,7 +132,7 @@ def reshape(action, model, config, state):
         guided.remove(model, config.linear)
         built.update(guided=False)
         state['optimizer'] = {n: e for n, e in state['optimizer'].items() if n in dict(model.named_parameters())}
-        words = 'structured sites go on without their guides'
+        words = 'structured sites continue without their guides'
     else:
         model.config.linear = {} if built['dense'] else config.linear
         grow(model, config.grow_init)
@@ -143,9 +143,9 @@ def reshape(action, model, config, state):
 
 
 def grow(model, kind):
-    """Append a block: 'zero', random with branches at 0; 'copy', the last one with branches at 0; 'stack', it whole.
+    """Append a block: 'zero', random with branches at 0; 'copy', the last one with branches at 0; 'stack', a full copy.
 
-    zero and copy keep every logit, stack does not (Gong et al. 2019, progressive stacking).
+    zero and copy change no logit, stack does (Gong et al. 2019, progressive stacking).
     """
     last, block = model.transformer.h[-1], model.add_block()
     if kind == 'zero':
@@ -162,11 +162,11 @@ def grow(model, kind):
 
 
 def estimates(model, optimizer):
-    """{name of a dense weight to come: AdamW's entries}, estimated from those of its factors.
+    """{name of a future dense weight: AdamW's state}, estimated from the state of its factors.
 
     W is linear in each factor f, so W = J_f f. The gradient of f is J_f^T G, whose scale is that of G times ||W|| / ||f||;
     hence exp_avg = mean_f J_f m_f ||f||^2 / ||W||^2, and exp_avg_sq the same for every entry, mean_f mean(v_f) ||f||^2 /
-    ||W||^2. A site without AdamW entries for all of its factors starts afresh.
+    ||W||^2. A site without AdamW state for all of its factors starts afresh.
     """
     found = {}
     for site, module in model.sites().items():
@@ -185,7 +185,7 @@ def estimates(model, optimizer):
 
 
 def moved(module, factor, by):
-    """J_f by: what W gains when factor f is `by` and not 0; W is linear in f but for what other parts of a sum add."""
+    """J_f by: the change of W when factor f is `by` and not 0; W is linear in f apart from the other parts of a sum."""
     own = module.get_parameter(factor)
     with_it, without = (torch.func.functional_call(Weight(module), {f'module.{factor}': f.to(own.dtype)}).detach()
                         for f in (by, torch.zeros_like(own)))

@@ -1,13 +1,13 @@
-"""Drop structured matrices into a trained dense model, one by one: which, when, in which order, and what trains meanwhile.
+"""Drop structured matrices into a trained dense model, one by one: which, when, in which order, and what is frozen.
 
 A run with drop_in begins dense. A *unit* is a matrix (drop_in_unit='site'), the matrices of a block ('layer'), or all
-(drop_in='all'); linear's rules say which matrices, and what becomes of them. Every drop_in_every steps the next unit is
-decomposed from the weights that it has by then; methods that need statistics of the inputs take them of the model as it
-is. Progressive replacement is an old idea without published figures for Kronecker sums; recovery.py shows ours.
+(drop_in='all'); linear's rules say which matrices, and which structure each gets. Every drop_in_every steps the next unit
+is decomposed from its current weights; methods that need statistics of the inputs measure them on the current model.
+Progressive replacement is an old idea without published figures for Kronecker sums; recovery.py shows ours.
 
 built['drop'], a part of every checkpoint: {'specs': {site: spec} of all that become structured, 'order': [[site, ...], ...]
-or None before the first replacement, 'units': how many there are, 'done': how many are structured, 'damage': {unit: nats},
-'frozen': whether the newest trains alone, 'held': {name: optimizer entries} of the parameters that wait}.
+or None before the first replacement, 'units': their number, 'done': how many are structured, 'damage': {unit: nats},
+'frozen': whether only the newest trains, 'held': {name: optimizer state} of the frozen parameters}.
 """
 import copy
 import dataclasses
@@ -40,7 +40,7 @@ def split(sites, kind):
 
 
 def name_of(unit):
-    """What a unit is called in logs and reports."""
+    """Name of a unit in logs and reports."""
     blocks = sorted({int(site.split('.')[1]) for site in unit})
     if len(unit) == 1:
         return unit[0]
@@ -48,7 +48,7 @@ def name_of(unit):
 
 
 def begin(config):
-    """built['drop'] of a run before its first step; raises UserError for a schedule or a method that cannot work."""
+    """built['drop'] of a run before its first step; raises UserError for an impossible schedule or method."""
     if config.drop_in == 'none':
         return copy.deepcopy(IDLE)
     with torch.device('meta'):
@@ -74,7 +74,7 @@ def check_schedule(config, count):
 
 
 def check_methods(config, model, specs):
-    """Refuse a method that a structure does not know, or that needs text where there is none, before any step."""
+    """Refuse a method that a structure does not have, or that needs text where there is none, before any step."""
     work = Work(model, model.config, {}, Decomposition(config.decompose, prune_before=config.prune_before,
                                                        prune_fraction=config.prune_fraction))
     for site in specs:
@@ -94,7 +94,7 @@ def due(config, built, step):
 
 
 def freeze(model, drop):
-    """While the newest unit trains alone, nothing else has gradients."""
+    """While only the newest unit trains, no other parameter has gradients."""
     if drop['frozen']:
         newest = tuple(f'transformer.{site}.' for site in drop['order'][drop['done'] - 1])
         for name, p in model.named_parameters():
@@ -102,7 +102,7 @@ def freeze(model, drop):
 
 
 def release(state):
-    """Everything trains again: optimizer entries that were held are the run's once more."""
+    """Everything trains again: the held optimizer state is restored."""
     drop = state['built']['drop']
     state['optimizer'] = {**drop['held'], **state['optimizer']}
     drop.update(frozen=False, held={})
@@ -122,11 +122,11 @@ def replace_next(model, run, state, how):
     share(model, unit)
     line['parameters'] = [before, model.num_params()]
     drop['done'] += 1
-    state['best_val_loss'] = math.inf                   # of a model that is no more
+    state['best_val_loss'] = math.inf                   # of the previous model
     built.update(changed=state['step'], losses=[], model={'n_layer': built['layers'], 'linear': model.config.linear})
     names = dict(model.named_parameters())
     state['optimizer'] = {name: entries for name, entries in state['optimizer'].items() if name in names}
-    if config.drop_in_freeze:                           # the newest has no entries yet
+    if config.drop_in_freeze:                           # the newest has no state yet
         drop.update(frozen=True, held=state['optimizer'])
         state['optimizer'] = {}
     return f'{name_of(unit)} dropped in ({drop["done"]} of {drop["units"]})', line
@@ -134,7 +134,7 @@ def replace_next(model, run, state, how):
 
 @torch.no_grad()
 def replace(model, specs, how):
-    """Put the structures of specs {site: spec} in these sites' place, from the model's own weights; rows of a report."""
+    """Replace these sites by the structures of specs {site: spec}, fitted to the model's weights; rows of a report."""
     source_config, source, old = dataclasses.replace(model.config), model.state_dict(), model.sites()
     model.config.linear = {site: m.spec for site, m in old.items() if m.spec != 'dense'} | specs
     for site in specs:
@@ -146,7 +146,7 @@ def replace(model, specs, how):
 
 
 def share(model, unit):
-    """Rank 0's factors on every rank, whatever a GPU's solver did on each."""
+    """Rank 0's factors on every rank, as solvers may differ between GPUs."""
     if dist.is_initialized():
         sites = model.sites()
         for tensor in (t for site in unit for t in sites[site].state_dict().values()):
@@ -157,9 +157,9 @@ def share(model, unit):
 # order, and losses
 
 def plan(model, run, specs, how):
-    """{'order', 'damage'}: all units in one, in depth order, or by damage, block 0 last.
+    """{'order', 'damage'}: all units at once, in depth order, or by damage (loss increase), block 0 last.
 
-    Block 0 goes last whatever it costs on its own: errors there pass through all other blocks.
+    Block 0 is last whatever its damage: errors there pass through all other blocks.
     """
     config = run.config
     units = split(specs, config.drop_in_unit)
@@ -172,10 +172,10 @@ def plan(model, run, specs, how):
 
 @torch.no_grad()
 def damages(model, run, specs, units, how):
-    """{unit: nats that the loss on training text rises by when this unit alone is replaced}; the model is left as it was.
+    """{unit: increase of the loss on training text, in nats, when only this unit is replaced}; the model is unchanged.
 
-    Every site is decomposed once, under the inputs of the dense model: alone, _sequential and _streamed are the plain
-    method. Memory: a copy of the model. Cost: one calibration pass, all fits, and a forward pass of PROBE_TOKENS a unit.
+    Every site is decomposed once, with the inputs of the dense model: for a single unit, _sequential and _streamed are the
+    plain method. Memory: a copy of the model. Cost: one calibration pass, all fits, one PROBE_TOKENS forward pass per unit.
     """
     plain = dataclasses.replace(how, method=unstreamed(how.method), validation=None)
     whole, batches, found = copy.deepcopy(model), probes(run, 'train'), {}
@@ -192,7 +192,7 @@ def damages(model, run, specs, units, how):
 
 
 def probes(run, split):
-    """[(x, y)]: PROBE_TOKENS of a split, always the same ones."""
+    """[(x, y)]: PROBE_TOKENS tokens of a split, always the same."""
     length = run.config.block_size
     rows = max(1, min(PROBE_TOKENS, 4096) // length)
     loader = Loader(run.dataset, split, length, rows, seed=run.config.seed)
@@ -224,7 +224,7 @@ def mean_loss(model, batches, job):
 
 def watch(run, step):
     """A line with the loss on the fixed batches: every drop_in_report steps from the first replacement to the end; every
-    grow_report steps in the AFTER steps that follow a block more or the dense finish."""
+    grow_report steps in the AFTER steps that follow a new block or the dense finish."""
     config, every = run.config, interval(run.config)
     begin = config.drop_in_from if config.drop_in != 'none' else run.built['changed']
     until = config.max_iters if config.drop_in != 'none' else (begin or 0) + AFTER

@@ -1,7 +1,7 @@
-"""Self-guided training: beside each structured matrix W a dense guide G that fades out, y = (1 - g) W x + g G x.
+"""Self-guided training: a dense guide G beside each structured matrix W that fades out, y = (1 - g) W x + g G x.
 
-G is W at first, so that nothing changes, and learns as a dense layer does; g falls from 1 to 0 on a cosine over the first
-`self_guided` of the run, and then the guides go. Costs a dense layer at each site for that long. Source: Wei et al. 2024,
+G starts as W, so that nothing changes, and learns as a dense layer does; g falls from 1 to 0 on a cosine over the first
+`self_guided` of the run, then the guides are removed. Costs a dense layer per site for that time. Source: Wei et al. 2024,
 Building on Efficient Foundations (structured feed-forward layers), section on self-guided training; from scratch they take
 half of the run.
 """
@@ -14,7 +14,7 @@ from variants import LINEARS, Spec, parse_spec
 
 
 def with_guide(text):
-    """The spec with guide=True; a dense one as it is."""
+    """The spec with guide=True; a dense one unchanged."""
     spec = parse_spec(text, LINEARS)
     return text if spec.name == 'dense' else str(Spec(spec.name, spec.args, {**spec.kwargs, 'guide': True}))
 
@@ -39,7 +39,7 @@ def fade(model, config, step):
 
 
 def remove(model, rules):
-    """Take the guides away, in place: the structured functions are left; rules: of the model from here."""
+    """Remove the guides, in place: the structured functions are left; rules: of the model from here on."""
     for site, module in model.sites().items():
         if getattr(module, 'guide', None) is not None:
             module.guide = module.guidance = None

@@ -1,11 +1,11 @@
-"""What changes of the model did to runs, from their log.jsonl: tables and plots, printed by `python compare.py recovery`.
+"""Effects of model changes on runs, from their log.jsonl: tables and plots, printed by `python compare.py recovery`.
 
 A run with drop_in and drop_in_report=STEPS writes drop_in.md, drop_in.json and drop_in.png into its folder at its end:
 for every matrix the loss before, after, and as it recovers. Several runs have one table and one plot; folders that end in
 seed=N and agree before it are one group.
 
-savings() is what growth and dense finishes saved: the training FLOPs at which each run reached the final loss of the runs
-whose folder matches a pattern, of the same seed where there is one.
+savings() reports what growth and dense finishes saved: the training FLOPs at which each run reached the final loss of the
+runs whose folder matches a pattern, of the same seed where there is one.
 """
 import fnmatch
 import os
@@ -42,7 +42,7 @@ def read(folder):
 
 
 def change(line, end, probes, damage):
-    """One replacement and how the loss came back until `end`, [step, loss] before the next one or at the run's end."""
+    """One replacement and the recovery of the loss until `end`, [step, loss] before the next one or at the run's end."""
     begin, before, after = line['step'], line['probe_before'], line['probe_after']
     curve = [[0, after], *([step - begin, loss] for step, loss in probes if begin < step < end[0])]
     curve += [[end[0] - begin, end[1]]] if end[0] > begin else []
@@ -53,13 +53,13 @@ def change(line, end, probes, damage):
 
 
 def mean(rows, name):
-    """The mean of a figure over the matrices of a replacement, '' where it was not measured."""
+    """The mean of a value over the matrices of a replacement, '' where it was not measured."""
     values = [row[name] for row in rows if name in row]
     return f'{sum(values) / len(values):.4f}' if values else ''
 
 
 def table(run):
-    """Markdown: a row a replacement, then what each matrix costs alone where all went at once."""
+    """Markdown: one row per replacement, then what each matrix costs alone where all were replaced at once."""
     lines = [f'| {" | ".join(COLUMNS)} |', '|---' * len(COLUMNS) + '|']
     for c in run['changes']:
         cells = (c['step'], c['replaced'], f'{c["parameters"][0]:,} to {c["parameters"][1]:,}', mean(c['rows'], 'error'),
@@ -82,7 +82,7 @@ def by_group(runs):
 
 
 def summary(runs):
-    """Markdown: a row a group of runs, with its final loss and its worst spike."""
+    """Markdown: one row per group of runs, with its final loss and its worst spike."""
     head = ('run', 'replacements', 'tokens', 'training FLOPs', 'worst spike', 'highest loss', 'loss on the fixed batches',
             'validation loss')
     lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
@@ -100,10 +100,10 @@ def summary(runs):
 
 def text_of(runs):
     """The whole page."""
-    parts = ['# Matrices replaced in the course of training', summary(runs)]
+    parts = ['# Matrices replaced during training', summary(runs)]
     parts += [f'## {run["name"]}\n\n{table(run)}' for run in runs]
-    parts.append('Losses in nats per token, on fixed batches of validation text. `alone`: what the loss on training text '
-                 'rises by when nothing else is replaced, measured before the first replacement. `at the end`: before the '
+    parts.append('Losses in nats per token, on fixed batches of validation text. `alone`: increase of the training-text loss '
+                 'when nothing else is replaced, measured before the first replacement. `at the end`: before the '
                  'next replacement, or at the end of the run. `back after`: steps until the loss was first measured at or '
                  'below what it was before. Errors are means over the matrices, relative to the norm of the weight and to '
                  'the size of the outputs; ± is half the range over the runs of a group.')
@@ -146,7 +146,7 @@ def draw(runs, path):
 
 
 def named(runs, folders):
-    """The runs, with names that tell several apart: what their paths do not share."""
+    """The runs, with names that distinguish them: the parts of their paths that differ."""
     shared = os.path.commonpath([os.path.abspath(folder) for folder in folders])
     for run, folder in zip(runs, folders if len(runs) > 1 else ()):
         run['name'] = os.path.relpath(os.path.abspath(folder), shared)
@@ -176,7 +176,7 @@ def write(folder, folders=None):
 # training FLOPs to a baseline's loss
 
 def flops_to(evals, target):
-    """Training FLOPs at which the validation loss first came down to the target, on a line between evaluations; or None."""
+    """Training FLOPs at which the validation loss first reached the target, interpolated between evaluations; or None."""
     before = None
     for line in evals:
         if line['val_loss'] <= target:
@@ -198,13 +198,13 @@ def switch_spike(lines):
 
 
 def savings(runs, baseline):
-    """Markdown, runs of one setting in a row: final loss, training FLOPs in all and to the baseline's final loss, spike."""
+    """Markdown, one row per setting: final loss, total training FLOPs, FLOPs to the baseline's final loss, spike."""
     dense = [run for run in runs if fnmatch.fnmatch(run['folder'], baseline)]
     if not dense:
         raise UserError(f'--baseline={baseline} matches none of the folders; it is a pattern, such as */dense/*')
     old = next((run['folder'] for run in runs if 'flops' not in run['evals'][-1]), None)
     if old:
-        raise UserError(f'{old}: its evaluations hold no training FLOPs; train it again')
+        raise UserError(f'{old}: its evaluations have no training FLOPs; train it again')
     dense.sort(key=lambda run: -run['evals'][-1]['val_loss'])           # the best of each seed counts
     final = {run['config']['seed']: run['evals'][-1]['val_loss'] for run in dense}
     cost = {run['config']['seed']: run['evals'][-1]['flops'] for run in dense}

@@ -117,8 +117,8 @@ def timings(calls, device, warm=1):
             first[name] = min(first[name], max(seconds(calls[name], 1, device), 1e-9))
     calls = {name: call for name, call in calls.items() if first[name] <= SLOW * min(first.values())}
     rounds = {name: [] for name in calls}
-    for least in ROUNDS[:2]:                            # the second time among the best only: a burst of
-        by_turns(calls, rounds, first, least, device, warm)                     # other work on the machine may outlast the first rounds
+    for least in ROUNDS[:2]:                            # the second time among the best only: other work
+        by_turns(calls, rounds, first, least, device, warm)                     # on the machine may outlast the first rounds
         medians = {name: statistics.median(times) for name, times in rounds.items()}
         calls = {name: call for name, call in calls.items() if medians[name] <= CLOSE * min(medians.values())}
         if len(calls) == 1:

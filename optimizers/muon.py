@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-# One (a, b, c) a step. Singular values of at least 0.003 of the norm come out in [0.68, 1.21] after five steps.
+# One (a, b, c) per step. Singular values of at least 0.003 of the norm come out in [0.68, 1.21] after five steps.
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
-# Polar Express (Amsel et al. 2025, arXiv 2505.16932): each triple is the minimax one for what the steps before leave,
+# Polar Express (Amsel et al. 2025, arXiv 2505.16932): each triple is the minimax one for what the previous steps leave,
 # from 0.001 on; the first five of the published table. [0.87, 1.13] after five steps.
 _TABLE = ((8.28721201814563, -23.595886519098837, 17.300387312530933),
           (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -33,8 +33,8 @@ ADJUST_LR = {
 def newton_schulz(x, coefficients=QUINTIC):
     """x = U S V^T -> U f(S / ||x||_F) V^T, f near 1: X <- X / ||X||_F, then X <- a X + (b A + c A^2) X with A = X X^T.
 
-    x: (..., rows, cols), in whose dtype all is computed; coefficients: (a, b, c) a step. Zeros stay zeros. FLOPs
-    a step and matrix 2 r^2 (2 c + r) with r = min(rows, cols), c = max. Source: Jordan et al. 2024, Muon.
+    x: (..., rows, cols), in whose dtype all is computed; coefficients: (a, b, c) per step. Zeros stay zeros. FLOPs
+    per step and matrix 2 r^2 (2 c + r) with r = min(rows, cols), c = max. Source: Jordan et al. 2024, Muon.
     """
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x                             # A is the smaller Gram matrix
@@ -49,12 +49,12 @@ def newton_schulz(x, coefficients=QUINTIC):
 
 @functools.lru_cache(maxsize=1)
 def compiled_newton_schulz():
-    """newton_schulz compiled for each shape it meets (past the compiler's limit of 8 the others run as they are)."""
+    """newton_schulz compiled for each shape (past the compiler's limit of 8 the others run eagerly)."""
     return torch.compile(newton_schulz, dynamic=False)
 
 
 def momentum_at(step, start, end, warmup):
-    """Momentum of step 0, 1, ...: from start to end on a line over warmup steps."""
+    """Momentum of step 0, 1, ...: linear from start to end over warmup steps."""
     return end if step >= warmup else start + (end - start) * step / warmup
 
 
@@ -71,7 +71,7 @@ def split_over_ranks(x, orthogonalise, group):
 
 
 def exchange(x, group):
-    """Block i of dim 0 goes to rank i; what comes back lies in the order of the senders."""
+    """Block i of dim 0 goes to rank i; the results are in the order of the senders."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     dist.all_to_all_single(out, x.contiguous(), group=group)
     return out
@@ -80,7 +80,7 @@ def exchange(x, group):
 def exchange_rows(x, orthogonalise, rows, group):
     """The local rows of orthogonalise(whole matrices); x (N, local rows, c), the ranks holding `rows` rows in all.
 
-    Each rank is sent N / ranks whole matrices, and sends their results' rows back: 2 N rows c / ranks numbers per rank,
+    Each rank is sent N / ranks whole matrices, and sends their results' rows back: 2 N rows c / ranks elements per rank,
     where a gather would be N rows c. Shards are those of torch.chunk, so that padding each makes the pieces equal.
     """
     (n, local, c), world = x.shape, dist.get_world_size(group)
@@ -112,7 +112,7 @@ def local_stack(tensor):
 
 
 def chunked(stacks, most):
-    """Lists of tuples of stacks, with at most `most` matrices in a list; a larger stack is cut."""
+    """Lists of tuples of stacks, with at most `most` matrices per list; a larger stack is split."""
     chunk, count = [], 0
     for entry in stacks:
         for part in [entry] if len(entry[0]) <= most else zip(*(t.split(most) for t in entry)):
@@ -147,9 +147,9 @@ class Muon(torch.optim.Optimizer):
     sqrt(max(1, rows / cols))) or AdamW's ('match_rms', f = 0.2 sqrt(max(rows, cols))). weight_decay: decoupled, where
     `cautious` only on entries whose update has the weight's sign (or is 0). momentum, nesterov: mu rises from
     momentum_start over momentum_warmup of a parameter's own steps. coefficients: COEFFICIENTS has two. ns_dtype: None
-    is bf16 on CUDA, elsewhere the momentum's, which is fp32 at least. compile: None is on CUDA where triton is.
-    process_group: ranks with equal gradients (DDP) that share the work; parameters from fully_shard bring their own.
-    chunk: numbers in a stack at most, at least one matrix.
+    is bf16 on CUDA, elsewhere the momentum's, which is fp32 at least. compile: None = on CUDA where triton is installed.
+    process_group: ranks with equal gradients (DDP) that share the work; parameters from fully_shard have their own.
+    chunk: most elements in a stack, at least one matrix.
     State by parameter: 'step' and 'momentum', the latter sharded like the parameter. A gradient of None skips its
     parameter; a frozen parameter loses its state and starts afresh when it trains again.
     Raises ValueError for vectors, unknown adjust_lr and other shardings than on dim 0.
@@ -188,7 +188,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def buckets(self, group):
-        """{what parameters must share to be computed together: [parameters]}, in their order; makes missing state."""
+        """{what parameters must share to be computed together: [parameters]}, in their order; creates missing state."""
         found = {}
         for p in group['params']:
             if not p.requires_grad:
@@ -205,7 +205,7 @@ class Muon(torch.optim.Optimizer):
         return found
 
     def update(self, bucket, group):
-        """One step of parameters whose matrices have one shape (some lie transposed), a chunk at a time."""
+        """One step of parameters whose matrices have one shape (some transposed), a chunk at a time."""
         first, states = bucket[0], [self.state[p] for p in bucket]
         mu = momentum_at(states[0]['step'].item(), group['momentum_start'], group['momentum'], group['momentum_warmup'])
         stacks = [(local_stack(p), local_stack(p.grad.to(s['momentum'].dtype).contiguous()), local_stack(s['momentum']))
@@ -235,7 +235,7 @@ class Muon(torch.optim.Optimizer):
         def parts(x):
             return [part.mT if t else part for part, t in zip(x.split(counts), turned)]
         x = torch.empty(sum(counts), *shape, dtype=dtype, device=first.device)
-        torch._foreach_copy_(parts(x), directions)      # stacks, turns and casts in one pass
+        torch._foreach_copy_(parts(x), directions)      # stacks, transposes and casts in one pass
         compile = self.compile if self.compile is not None else x.is_cuda and importlib.util.find_spec('triton')
         run = functools.partial(compiled_newton_schulz() if compile else newton_schulz, coefficients=coefficients)
         if by_rows(first):

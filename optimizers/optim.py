@@ -1,4 +1,4 @@
-"""Optimizers and parameter groups, which read tags (basic.tags_of) and never ndim; averages; outliers."""
+"""Optimizers and parameter groups, which read tags (basic.tags_of) and never ndim; weight averages; outliers."""
 import contextlib
 import statistics
 
@@ -14,14 +14,14 @@ MUON = ('matrix', 'factor')                             # what Muon takes; the r
 
 
 def whole(tensor):
-    """All of a tensor that may be sharded; every rank must ask."""
+    """The full tensor of one that may be sharded; every rank must call."""
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
 def groups(model, weight_decay, leave=(), factor_lr='none', factor_decay='tensors'):
-    """Two AdamW groups, decayed and not, over the parameters that train; each parameter stands in exactly one.
+    """Two AdamW groups, decayed and not, over the parameters that train; each parameter is in exactly one.
 
-    leave: tags that another optimizer takes. With factor_lr or factor_decay further groups, each with an lr_scale.
+    leave: tags that another optimizer handles. With factor_lr or factor_decay further groups, each with an lr_scale.
     """
     if (factor_lr, factor_decay) != ('none', 'tensors'):
         return factor_groups(model, weight_decay, leave, factor_lr, factor_decay)
@@ -38,7 +38,7 @@ def factor_groups(model, weight_decay, leave, factor_lr, factor_decay):
 
     factor_lr 'fan_in': lr times in_features / fan_in / factors for a factor, as an output moves by lr times the inputs that
     it sums: Qiu et al. 2024, Compute Better Spent; structures without `fans` (abba) keep lr. factor_decay 'product': a
-    product of k factors decays by lr weight_decay a step, to first order, as a dense W would, so each factor by
+    product of k factors decays by lr weight_decay per step, to first order, as a dense W would, so each factor by
     1 / k of it whatever its lr; where a magnitude sets the norm, it decays and the factors do not.
     """
     tags, scales, decays = tags_of(model), {}, {}
@@ -68,7 +68,7 @@ def adamw(model, weight_decay, learning_rate, betas, device_type, leave=(), **fa
 
 
 def muon(model, config, process_group=None):
-    """Muon over the matrices and factors that train (docs/muon.md); its learning rate follows the schedule in proportion."""
+    """Muon for the matrices and factors that train (docs/muon.md); its learning rate is scaled by the same schedule."""
     tags = tags_of(model)
     params = [p for name, p in model.named_parameters() if p.requires_grad and tags[name] in MUON]
     scale = config.muon_lr / config.learning_rate if config.learning_rate else 0.0
@@ -91,7 +91,7 @@ class Optimizers:
 
     @property
     def state(self):
-        """{parameter: entries} of all; a new dict, whose entries are the optimizers' own."""
+        """{parameter: state} of all; a new dict that shares the optimizers' state."""
         return {p: entries for part in self.parts for p, entries in part.state.items()}
 
     def step(self):
@@ -107,7 +107,7 @@ class Optimizers:
 
 
 def build(model, config, device_type, process_group=None):
-    """What config.optimizer names: AdamW for all, or Muon for matrices and factors, AdamW for the rest; maybe OrthoGrad."""
+    """The optimizer of config.optimizer: AdamW, or Muon for matrices and factors and AdamW for the rest; maybe OrthoGrad."""
     rest = MUON if config.optimizer == 'muon' else ()
     optimizers = [adamw(model, config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device_type, rest,
                         factor_lr=config.factor_lr, factor_decay=config.factor_decay)]
@@ -137,7 +137,7 @@ def add_orthograd(optimizer, model):
 
 
 def orthogonal(gradient, weight):
-    """The gradient without its part along the weight, at its old norm."""
+    """The gradient without its component along the weight, rescaled to its original norm."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     g, w = gradient.to(wide), weight.to(wide)
     rest = g - (w * g).sum() / (w * w).sum().clamp_min(1e-30) * w
@@ -151,10 +151,10 @@ def set_learning_rate(optimizer, rate):
 
 
 class Outliers:
-    """Says whether a loss or a gradient norm lies more than `limit` standard deviations above the last `window` ones.
+    """Detects a loss or a gradient norm more than `limit` standard deviations above the last `window` ones.
 
-    With limit 0, or fewer values than the window, nothing is one. An outlier does not enter the window's statistics.
-    `state` goes into checkpoints. Source: llm.c's outlier detector.
+    With limit 0, or fewer values than the window, there is none. An outlier does not enter the window's statistics.
+    `state` is saved in checkpoints. Source: llm.c's outlier detector.
     """
 
     def __init__(self, limit, window=128):
@@ -176,7 +176,7 @@ class Outliers:
 
 
 class Average:
-    """A moving average of the weights, a <- d a + (1 - d) w after each step, evaluated and sampled in their place.
+    """A moving average of the weights (EMA), a <- d a + (1 - d) w after each step, evaluated and sampled in their place.
 
     d = min(decay, (1 + step) / (10 + step)), so that the start is soon forgotten; decay 0 keeps no average. In fp32 at
     least, memory of one more copy. state: {parameter name: average}, for checkpoints.
@@ -195,7 +195,7 @@ class Average:
 
     @contextlib.contextmanager
     def swapped_in(self):
-        """Inside, the model has the averaged weights."""
+        """Context in which the model has the averaged weights."""
         own = {name: p.detach().clone() for name, p in self.parameters.items()}
         with torch.no_grad():
             for name, p in self.parameters.items():
@@ -206,13 +206,13 @@ class Average:
 
 
 def state_by_name(optimizer, model, gather=whole):
-    """{parameter name: {entry: tensor}}, as checkpoints hold it: by name, since positions change when a model grows."""
+    """{parameter name: {entry: tensor}}, as in checkpoints: by name, since positions change when a model grows."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {names[id(p)]: {key: gather(value) for key, value in entries.items()} for p, entries in optimizer.state.items()}
 
 
 def load_state_by_name(optimizer, model, state):
-    """Put a state_by_name back, dtypes kept. A parameter without state starts afresh; an unknown name is an error."""
+    """Restore a state_by_name, dtypes kept. A parameter without state starts afresh; an unknown name is an error."""
     parameters, parts = dict(model.named_parameters()), getattr(optimizer, 'parts', [optimizer])
     trained = {id(p): (part, group) for part in parts for group in part.param_groups for p in group['params']}
     for name, entries in state.items():
@@ -220,14 +220,14 @@ def load_state_by_name(optimizer, model, state):
             raise UserError(f'the checkpoint has optimizer state for {name!r}, which this model does not have')
         p = parameters[name]
         if id(p) not in trained:
-            continue                                    # frozen by now
+            continue                                    # frozen now
         part, group = trained[id(p)]
         on_device = group.get('fused') or group.get('capturable')
         part.state[p] = {key: like(p, value) if key != 'step' or on_device else value for key, value in entries.items()}
 
 
 def like(p, value):
-    """A tensor of a checkpoint where the parameter is: on its device, and sharded as it is."""
+    """A tensor of a checkpoint placed as the parameter is: on its device, and sharded alike."""
     if hasattr(p, 'placements') and value.shape == p.shape:
         return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
     return value.to(p.device)

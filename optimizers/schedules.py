@@ -1,4 +1,4 @@
-"""What changes in the course of a run: learning rate, micro-steps of a step, length of the sequences."""
+"""Schedules of a run: learning rate, micro-steps per step, sequence length."""
 import math
 
 from variants import UserError
@@ -11,7 +11,7 @@ def cosine(step, config):
 
 
 def wsd(step, config):
-    """1, then on a line to 0 over the last `cooldown` of lr_decay_iters (warm-up, stable, decay: Hu et al. 2024)."""
+    """1, then linear to 0 over the last `cooldown` of lr_decay_iters (warm-up, stable, decay: Hu et al. 2024)."""
     return min(1.0, (config.lr_decay_iters - step) / (config.cooldown * config.lr_decay_iters))
 
 
@@ -19,7 +19,7 @@ SCHEDULES = {'cosine': cosine, 'wsd': wsd}
 
 
 def learning_rate(step, config):
-    """Learning rate of step 0, 1, ...: on a line up to learning_rate, then by lr_schedule to min_lr at lr_decay_iters."""
+    """Learning rate of step 0, 1, ...: linear up to learning_rate, then by lr_schedule to min_lr at lr_decay_iters."""
     if not config.decay_lr:
         return config.learning_rate
     if step < config.warmup_iters:
@@ -30,7 +30,7 @@ def learning_rate(step, config):
 
 
 def stages(name, rules):
-    """[(fraction of the run, share)] in order, of {0.0: 0.25, 0.5: 1.0} or of the same as text; {} is 1 throughout.
+    """[(fraction of the run, share)] in order, of {0.0: 0.25, 0.5: 1.0} or of the same as a string; {} is 1 throughout.
 
     Raises UserError for shares that are not in (0, 1], fractions that are not in [0, 1), or none that is 0.
     """
@@ -45,13 +45,13 @@ def stages(name, rules):
 
 
 def share_at(step, config, name):
-    """The share of the last stage that has begun at this step."""
+    """The share of the current stage at this step."""
     done = step / config.max_iters if config.max_iters else 0.0
     return [share for fraction, share in stages(name, getattr(config, name)) if fraction <= done][-1]
 
 
 def block_size(step, config):
-    """Tokens of a sequence at this step: block_schedule's share of block_size. Rows are cut, so tokens per step stay."""
+    """Tokens per sequence at this step: block_schedule's share of block_size. Rows are split; tokens per step stay."""
     length = round(config.block_size * share_at(step, config, 'block_schedule'))
     if length < 1 or config.block_size % length:
         raise UserError(f'block_schedule makes sequences of {length} tokens, which do not divide block_size '
@@ -60,14 +60,14 @@ def block_size(step, config):
 
 
 class Rounds:
-    """Micro-steps a rank by batch_schedule: count(step) of a step, before(step) of all steps before it.
+    """Micro-steps per rank by batch_schedule: count(step) of a step, before(step) of all earlier steps.
 
     accumulation: micro-steps of a full step over all ranks. Counted in rounds, in which every rank takes one, so that
     the order of the data follows from the step alone.
     """
 
     def __init__(self, config, accumulation, world_size):
-        self.full, self.begins = accumulation // world_size, []     # [(first step, rounds a step, rounds before)]
+        self.full, self.begins = accumulation // world_size, []     # [(first step, rounds per step, rounds before)]
         before = last = rounds = 0
         for fraction, share in stages('batch_schedule', config.batch_schedule):
             first = math.ceil(fraction * config.max_iters)

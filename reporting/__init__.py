@@ -1,1 +1,1 @@
-"""What a run tells: its log, the machine that it ran on, and how both are read again."""
+"""The output of a run: its log, its machine, and how to read both."""

@@ -1,4 +1,4 @@
-"""What this machine is: device, precision, peak speed, memory and versions."""
+"""This machine: device, precision, peak speed, memory and versions."""
 import contextlib
 import os
 import platform
@@ -27,17 +27,17 @@ TERAFLOPS = {
     'H200': (989, 989, 494.5, 67), 'H200 NVL': (835, 835, 417.5, 60), 'GH200': (989, 989, 494.5, 67),
     'B200': (2250, 2250, 1125, 37), 'GB200': (2500, 2500, 1250, 40), 'MI300X': (1307.4, 1307.4, 163.4, 163.4),
 }
-# a part of another speed under the same name, or a share of one: MIG slices and virtual GPUs (GRID, A10-24Q)
+# parts of another speed under the same name, or shares of one: MIG slices and virtual GPUs (GRID, A10-24Q)
 OTHER = re.compile(r'\b(Ti|D|Laptop|FHHL|HBM2e?|MIG|GRID|\d+[ABCQ])\b')
-# what CUDA_VISIBLE_DEVICES begins with where all GPUs are hidden on purpose; the last is Slurm's
+# start of CUDA_VISIBLE_DEVICES where all GPUs are hidden on purpose; the last is Slurm's
 HIDDEN = '', '-1', 'NoDevFiles'
-SMI_TIMEOUT = 20                                        # s; nvidia-smi hangs where a driver is in trouble
+SMI_TIMEOUT = 20                                        # seconds; nvidia-smi hangs when a driver fails
 
 
 def device(wanted, local_rank=0):
-    """torch.device for 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'; plain 'cuda' becomes this rank's own.
+    """torch.device for 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'; plain 'cuda' becomes this rank's GPU.
 
-    Raises UserError when the device is not there, and for 'auto' too where there is a GPU that torch cannot use.
+    Raises UserError when the device is missing, and for 'auto' too where there is a GPU that torch cannot use.
     """
     kind, _, index = wanted.partition(':')
     cuda = kind in ('auto', 'cuda') and sees_cuda()
@@ -55,7 +55,7 @@ def device(wanted, local_rank=0):
 def sees_cuda():
     """Whether torch sees a GPU. Raises UserError where nvidia-smi lists one, not hidden on purpose, and torch sees none."""
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                 # torch's words about an old driver: ours are one line
+        warnings.simplefilter('ignore')                 # torch's warning about an old driver: ours is one line
         if torch.cuda.is_available():
             return True
     listed = re.findall(r'^GPU \d+:', nvidia_smi('-L'), re.M)
@@ -65,7 +65,7 @@ def sees_cuda():
 
 
 def nvidia_smi(*words):
-    """What nvidia-smi prints; '' where it is not there or does not end."""
+    """Output of nvidia-smi; '' where it is missing or hangs."""
     try:
         return subprocess.run(['nvidia-smi', *words], capture_output=True, encoding='utf-8', errors='replace',
                               timeout=SMI_TIMEOUT).stdout
@@ -74,7 +74,7 @@ def nvidia_smi(*words):
 
 
 def unseen(gpus):
-    """The sentence on GPUs ('2 GPUs') that nvidia-smi lists and torch does not see: what is wrong, and the remedy."""
+    """The sentence on GPUs ('2 GPUs') that nvidia-smi lists and torch does not see: the fault, and the remedy."""
     found = re.search(r'CUDA (?:UMD )?Version *: *(\d+)(\.\d+)?', nvidia_smi())       # UMD: drivers of 2026
     driver, built = ''.join(filter(None, found.groups())) if found else '(unknown)', torch.version.cuda
     remedy = f'remove .venv and run again with TORCH_INDEX_URL=<index of torch builds for CUDA {driver}>'
@@ -105,7 +105,7 @@ def autocast(where, kind):
 
 
 def peak_flops(where, kind):
-    """FLOP/s that 100 % MFU stands for: the best of several matrix products in `kind`, timed here in 0.1 s or so."""
+    """FLOP/s of 100 % MFU: the best of several matrix products in `kind`, timed here in about 0.1 s."""
     n, kind = (8192, kind) if where.type == 'cuda' else (1024, torch.float32)       # CPUs: half precision may be slower
     a, b, best = *(torch.randn(n, n, device=where, dtype=kind) for _ in range(2)), float('inf')
     for _ in range(12 if where.type == 'cuda' else 6):
@@ -116,7 +116,7 @@ def peak_flops(where, kind):
 
 
 def data_sheet_flops(where, kind):
-    """FLOP/s that the data sheet of a known GPU promises for dense products in `kind`; None for others."""
+    """FLOP/s of a known GPU's data sheet for dense products in `kind`; None for others."""
     name = torch.cuda.get_device_name(where) if where.type == 'cuda' else ''
     words = f' {name.replace("-", " ")} '
     known = [part for part in TERAFLOPS if f' {part} ' in words]
@@ -144,7 +144,7 @@ def git(*words):
 
 
 def environment(where):
-    """What env.json of a run holds: versions, hardware, commit, uncommitted changes, command."""
+    """Content of a run's env.json: versions, hardware, commit, uncommitted changes, command."""
     return {
         'command': [os.path.basename(sys.executable), os.path.basename(sys.argv[0]), *sys.argv[1:]],
         'python': platform.python_version(),

@@ -1,4 +1,4 @@
-"""Folders of runs read again: what a run came to, runs of one setting in a row, the table, and a record of them."""
+"""Read run folders: results of a run, runs grouped by setting, the table, and a record of them."""
 import json
 import os
 import statistics
@@ -23,14 +23,14 @@ def read_run(folder):
     lines = read_log(os.path.join(folder, 'log.jsonl'))
     evals = [line for line in lines if 'val_loss' in line]
     if not evals:
-        raise UserError(f'{folder}: log.jsonl holds no evaluation yet')
+        raise UserError(f'{folder}: log.jsonl has no evaluation yet')
     return {'folder': folder, 'config': read_json(os.path.join(folder, 'config.json')),
             'env': read_json(os.path.join(folder, 'env.json')), 'lines': lines, 'evals': evals,
             'steps': [line for line in lines if 'loss' in line]}
 
 
 def grouped(runs):
-    """Lists of runs with equal settings but for those in APART, in the order of their first."""
+    """Lists of runs with equal settings except those in APART, in the order of their first."""
     groups = {}
     for run in runs:
         same = {name: value for name, value in run['config'].items() if name not in APART}
@@ -71,7 +71,7 @@ def commands(runs):
 def write_record(folder, title, note, runs, text=None, lines=None):
     """README.md with table, commands and machine; config.json, env.json and log.jsonl of every run, thinned beyond LINES.
 
-    text: another text in place of the table; lines: the commands to print it again, in place of one per run.
+    text: replaces the table; lines: the commands that print it again, in place of one per run.
     """
     os.makedirs(folder, exist_ok=True)
     every = -(-sum(len(run['lines']) for run in runs) // LINES)

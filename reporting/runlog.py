@@ -1,4 +1,4 @@
-"""What a run writes and shows: config.json, env.json, log.jsonl, loss.png, a progress line, wandb, tensorboard."""
+"""The log of a run: config.json, env.json, log.jsonl, loss.png, a progress line, wandb, tensorboard."""
 import contextlib
 import functools
 import json
@@ -16,12 +16,12 @@ from reporting import hardware
 
 
 def write_json(path, value):
-    """The value as JSON in a file that is old or new, never half."""
+    """Write the value as JSON; the file is replaced atomically."""
     write_whole(Path(path), json.dumps(value, indent=1).encode(), DISK)
 
 
 def read_log(path):
-    """The lines of a log.jsonl as dicts; a last line that a kill cut short is left out."""
+    """The lines of a log.jsonl as dicts; a truncated last line is left out."""
     lines = []
     if os.path.exists(path):
         with open(path, encoding='utf-8') as file:
@@ -42,7 +42,7 @@ def rewind(path, step, evaluated):
 
 def draw(folder):
     """loss.png from log.jsonl: training loss per step, training and validation loss at evaluations."""
-    from matplotlib.figure import Figure  # without pyplot, which takes longer to import
+    from matplotlib.figure import Figure  # without pyplot, which is slow to import
     lines = read_log(os.path.join(folder, 'log.jsonl'))
     steps = [line for line in lines if 'loss' in line]
     evals = [line for line in lines if 'val_loss' in line]
@@ -59,7 +59,7 @@ def draw(folder):
 
 @functools.cache
 def peak_flops(device, dtype):
-    """hardware.peak_flops, timed once a process: a run that changes its model opens a log each time."""
+    """hardware.peak_flops, timed once per process: a run that changes its model opens a log each time."""
     return hardware.peak_flops(device, dtype)
 
 
@@ -87,20 +87,20 @@ class RunLog:
             self.bar = tqdm(total=config.max_iters, initial=progress['step'], unit='step', dynamic_ncols=True)
 
     def open_trackers(self):
-        """wandb and tensorboard where asked for; one warning each when they are not installed."""
+        """wandb and tensorboard if requested; one warning each when they are not installed."""
         if self.config.wandb_log:
             try:
                 import wandb
                 self.wandb = wandb.init(project=self.config.wandb_project, name=self.config.wandb_run_name,
                                         config=configurator.as_dict(self.config))
             except ImportError:
-                print('wandb_log: wandb is not installed (pip install wandb); the run goes on without it', file=sys.stderr)
+                print('wandb_log: wandb is not installed (pip install wandb); the run continues without it', file=sys.stderr)
         if self.config.tensorboard_log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(os.path.join(self.config.out_dir, 'tensorboard'))
             except ImportError:
-                print('tensorboard_log: tensorboard is not installed (pip install tensorboard); the run goes on '
+                print('tensorboard_log: tensorboard is not installed (pip install tensorboard); the run continues '
                       'without it', file=sys.stderr)
 
     def write(self, line):
@@ -128,7 +128,7 @@ class RunLog:
             self.show(f'step {step}: train loss {losses["train_loss"]:.4f}, val loss {losses["val_loss"]:.4f}')
 
     def reached(self, val_loss):
-        """Write target.json, the record of a run to target_val_loss; returns the words that say it."""
+        """Write target.json, the record of a run to target_val_loss; returns the message."""
         config, progress = self.config, self.progress
         if self.file:
             write_json(os.path.join(config.out_dir, 'target.json'), {
@@ -143,8 +143,8 @@ class RunLog:
     def part(self, name):
         """Time spent inside counts for `name` in the next line: data, forward_backward, optimizer, eval, save.
 
-        On a GPU work is queued, and nothing waits for it here: two events in the queue take the time. A step waits for its
-        losses before it moves the weights, so that its optimizer is not over when its line is written: the next line has it.
+        On a GPU work is queued and nothing waits for it here: two events in the queue take the time. A step waits for its
+        losses before the weight update, so its optimizer time is not known when its line is written: the next line has it.
         """
         begin = self.mark()
         yield
@@ -152,7 +152,7 @@ class RunLog:
         (self.late if late else self.parts).append((name, begin, self.mark()))
 
     def mark(self):
-        """Now: seconds, or on a GPU an event behind the work that is queued."""
+        """Now: seconds, or on a GPU an event after the queued work."""
         if self.job.device.type != 'cuda':
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -160,7 +160,7 @@ class RunLog:
         return event
 
     def spent(self):
-        """{part_ms: milliseconds} of the parts that this line is about, which are forgotten."""
+        """{part_ms: milliseconds} of the parts of this line, which are then reset."""
         found = {}
         for name, begin, end in self.parts:
             took = 1e3 * (end - begin) if isinstance(end, float) else begin.elapsed_time(end)
@@ -169,7 +169,7 @@ class RunLog:
         return found
 
     def begin(self):
-        """A step begins: what lies between two steps, evaluation and saving, counts for neither."""
+        """Start of a step: time between two steps, for evaluation and saving, counts for neither."""
         self.then, self.cpu_then = time.perf_counter(), time.process_time()
         self.parts = [part for part in self.parts if part[0] in ('eval', 'save')] + self.late
         self.late = []
@@ -177,9 +177,9 @@ class RunLog:
     def step(self, step, result):
         """A training line: step, loss, lr, grad_norm, tokens, ms, cpu_ms, tokens_per_s, mfu, peak_memory, and parts.
 
-        loss is that of the tokens alone; the auxiliary losses of mixtures stand beside it under their names.
+        loss is that of the tokens alone; the auxiliary losses of mixtures are separate, under their names.
 
-        cpu_ms is the processor time of this rank: what to compare on a machine that does other work too.
+        cpu_ms is the CPU time of this rank: compare it on a machine that does other work too.
         """
         now = time.perf_counter()
         seconds, cpu = now - self.then, time.process_time() - self.cpu_then
@@ -208,7 +208,7 @@ class RunLog:
             print(f'iter {step}: {text}' + f', {left:.0f} s left' * (step > self.first_step), flush=True)
 
     def leave(self):
-        """Close the files for another RunLog that goes on."""
+        """Close the files for another RunLog that continues."""
         for thing in (self.bar, self.file, self.board):
             if thing is not None:
                 thing.close()

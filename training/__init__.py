@@ -1,1 +1,1 @@
-"""What a run needs around its loop: start-up, ranks, precision, schedules, evaluation, log, hardware, dry run."""
+"""Parts of a run around its loop: start-up, restart, ranks, precision, evaluation, dry run."""

@@ -1,4 +1,4 @@
-"""What a run would be: sites, parameters, FLOPs and memory, printed without building the model."""
+"""The dry run: sites, parameters, FLOPs and memory, printed without building the model."""
 import os
 
 from checkpoints import checkpoint
@@ -34,14 +34,14 @@ def dry_run(config, job):
             f'table, {embeddings:,} without embeddings')
     idle = sum(row['parameters'] - row.get('active', row['parameters']) for row in rows)
     if idle:
-        job.say(f'active: {model.num_params() - idle:,} parameters per token; the rest are experts that it does not choose')
+        job.say(f'active: {model.num_params() - idle:,} parameters per token; the rest are experts that it does not use')
     job.say(f'FLOPs per token: {model.flops_per_token():,} forward, {3 * model.flops_per_token():,} training')
     job.say(f'memory: about {memory_estimate(model, config, job.dtype.itemsize) / 2**30:.2f} GiB per device (weights, '
             'gradients, AdamW, activations, logits)')
 
 
 def fit_memory(config, model, job):
-    """Lower batch_size and raise gradient_accumulation_steps, product unchanged, until memory_budget_gb holds a step."""
+    """Lower batch_size and raise gradient_accumulation_steps, product unchanged, until a step fits memory_budget_gb."""
     if not config.memory_budget_gb:
         return
     total, budget = config.batch_size * config.gradient_accumulation_steps, config.memory_budget_gb * 1e9
@@ -53,12 +53,12 @@ def fit_memory(config, model, job):
                     f'{total // rows}')
             return
     needed = memory_estimate(model, config, job.dtype.itemsize) / 1e9
-    raise UserError(f'memory_budget_gb={config.memory_budget_gb:g} is below the {needed:.2f} that one sequence takes; set '
+    raise UserError(f'memory_budget_gb={config.memory_budget_gb:g} is below the {needed:.2f} that one sequence needs; set '
                     'recompute=True, loss_chunk, a smaller block_size or model', 'memory_budget_gb')
 
 
 def memory_estimate(model, config, itemsize):
-    """Bytes: 16 a parameter (weight, gradient, two moments), activations, logits twice in fp32.
+    """Bytes: 16 per parameter (weight, gradient, two moments), activations, logits twice in fp32.
 
     Activations: about 17 C per token and block, or C where they are recomputed, and one block's; the residual stream in
     fp32 beside half precision; a chunk of logits where the loss is chunked.

@@ -1,14 +1,14 @@
-"""The loss of a model on a data set's splits, over all ranks; draws from generators of its own."""
+"""The loss of a model on a data set's splits, over all ranks; uses separate random generators."""
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 
 def dealt(batches, model, job):
-    """(x, y, whether it counts) for every batch of this rank's, and as often as any rank has one where ranks wait.
+    """(x, y, whether it counts) for every batch of this rank; sharded ranks all yield equally often.
 
-    Every forward pass of a sharded model gathers its weights from all ranks, so that a rank without a batch would let
-    the others wait for ever: it computes one token, which counts for nothing.
+    Every forward pass of a sharded model gathers its weights from all ranks, so a rank without a batch would make the
+    others wait forever: it computes one token, which is not counted.
     """
     batches = iter(batches)
     waits = job.world_size > 1 and isinstance(model, FSDPModule)
@@ -22,9 +22,9 @@ def dealt(batches, model, job):
 
 @torch.no_grad()
 def mean_loss(model, fast, batches, job):
-    """(mean loss per token, share of tokens guessed right, expert_load) over all ranks' batches; None when asked to stop.
+    """(mean loss per token, accuracy, expert_load) over all ranks' batches; None when asked to stop.
 
-    Full-size batches take the compiled model.
+    Full-size batches use the compiled model.
     """
     total, count, shape, loads = torch.zeros(2, device=job.device, dtype=torch.float64), 0, None, {}
     for x, y, counts in dealt(batches, model, job):
@@ -36,7 +36,7 @@ def mean_loss(model, fast, batches, job):
         right = (guesses == y.to(job.device)).sum()
         total += torch.stack((loss.double() * y.numel(), right.double()))
         count += y.numel()
-        for (_, site), load in model.measures.items():  # in evaluation there is no other kind
+        for (_, site), load in model.measures.items():  # evaluation has no other loss
             loads[site] = loads.get(site, 0) + load
         if job.world_size == 1 and job.stop.get('signal'):
             return None
@@ -48,7 +48,7 @@ def mean_loss(model, fast, batches, job):
 def evaluate(model, fast, loaders, config, job):
     """{'train_loss', 'val_loss', 'train_accuracy', 'val_accuracy'}, and 'expert_load' where mlps are mixtures.
 
-    expert_load: for each of them the tokens of its busiest expert over those of a mean one, on the validation split.
+    expert_load: for each of them the tokens of its busiest expert over the mean per expert, on the validation split.
     eval_iters=0 takes the whole validation split in order, and 20 batches of training.
     """
     model.eval()

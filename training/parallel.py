@@ -1,4 +1,4 @@
-"""This process among the ranks of a run: device, precision, agreement, and each rank's share of a batch."""
+"""This process as a rank of a run: device, precision, communication, and each rank's share of a batch."""
 import dataclasses
 import datetime
 import math
@@ -17,14 +17,14 @@ from variants import UserError
 
 @dataclasses.dataclass
 class Job:
-    """This process's place among the ranks, and its device and precision."""
+    """This process's rank, device and precision."""
     rank: int
     world_size: int
     device: torch.device
     dtype: torch.dtype                                  # of the computation: autocast's, or the weights' own
     half_weights: bool = False
-    stop: dict = dataclasses.field(default_factory=dict)            # train.py's STOP: 'signal' is set when one came
-    control: object = None                              # gloo group for small agreements that must not wait for a GPU
+    stop: dict = dataclasses.field(default_factory=dict)            # train.py's STOP: 'signal' is set when one arrived
+    control: object = None                              # gloo group for small messages that must not wait for a GPU
 
     @property
     def main(self):
@@ -48,7 +48,7 @@ class Job:
 
 
 def start(config):
-    """This process's Job: rank, device and precision found, the process group joined under torchrun."""
+    """This process's Job: finds rank, device and precision, and joins the process group under torchrun."""
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if rank == 0 and os.environ.get('NANOKRON_FIRST_NODE'):         # run.sh asks on which node this is
         with open(os.environ['NANOKRON_FIRST_NODE'], 'w') as mark:
@@ -72,10 +72,11 @@ def start(config):
 def join(backend, rank, world_size, timeout):
     """Join the process group that torchrun describes in the environment.
 
-    torchrun's agent keeps its store through a restart (torch 2.13), and what dead ranks left there, their addresses among
-    it, lies under the keys that the new ranks use: one that reads before the other has written dials the dead. So after a
-    restart the keys begin with its number. Agents on several nodes count apart (only one that failed counts), so there
-    the store must not be shared: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which run.sh and docs/slurm.sh set.
+    torchrun's agent keeps its store through a restart (torch 2.13). The entries of dead ranks, such as their addresses,
+    are under the keys that the new ranks use: a rank that reads before the other has written connects to a dead one. So
+    after a restart the keys begin with the restart's number. Agents on several nodes count separately (only the failed
+    one counts), so there the store must not be shared: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, set by run.sh and
+    docs/slurm.sh.
     """
     count, here = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), os.environ.get('LOCAL_WORLD_SIZE')
     where = {}
@@ -108,7 +109,7 @@ def shard(model, config, job):
     Under bf16 autocast a block's parameters are gathered in bf16, its vectors too; embeddings and head, which autocast
     reads in fp32 or which are the same tensor, in fp32.
 
-    Raises UserError for weights in half precision, whose fp32 masters do not know shards (precision.widened).
+    Raises UserError for weights in half precision, whose fp32 masters cannot be sharded (precision.widened).
     """
     if job.world_size > 1 and config.parallel == 'fsdp':
         if job.half_weights:
@@ -116,7 +117,7 @@ def shard(model, config, job):
                             f"dtype={config.weights!r}, or parallel='ddp'", 'weights')
         mesh = dist.device_mesh.init_device_mesh(job.device.type, (job.world_size,))
         policy = MixedPrecisionPolicy()
-        if job.dtype == torch.bfloat16:                 # what autocast computes in; masters and sums of gradients are fp32
+        if job.dtype == torch.bfloat16:                 # autocast's type; masters and sums of gradients are fp32
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for block in model.transformer.h:
             fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -125,15 +126,15 @@ def shard(model, config, job):
 
 
 def compiles(config, job):
-    """Whether this run goes through torch.compile: as set, else on a GPU."""
+    """Whether this run uses torch.compile: as set, else on a GPU."""
     return config.compile if config.compile is not None else job.device.type == 'cuda'
 
 
 def wrap(model, config, job):
-    """(the model compiled or as it is, the same with gradients averaged over the ranks).
+    """(the model, compiled or not, the same with gradients averaged over the ranks).
 
     Buffers are not broadcast: every rank sets them to the same values. No static_graph: it saves the search for unused
-    parameters, which is off, and its first step takes no micro-steps without a sync.
+    parameters, which is off, and its first step allows no micro-steps without a sync.
     """
     fast = torch.compile(model) if compiles(config, job) else model
     if job.world_size == 1 or isinstance(model, FSDPModule) or job.half_weights:        # see mean_gradients
@@ -143,7 +144,7 @@ def wrap(model, config, job):
 
 
 def sync_gradients(net, wanted):
-    """Whether the next backward pass sends gradients over the ranks: only a step's last micro-step need."""
+    """Whether the next backward pass communicates gradients: only needed in a step's last micro-step."""
     inner = getattr(net, '_orig_mod', net)              # below torch.compile
     if isinstance(inner, FSDPModule):
         inner.set_requires_gradient_sync(wanted)
@@ -154,8 +155,8 @@ def sync_gradients(net, wanted):
 def mean_gradients(model, job):
     """With half-precision weights: gradients, widened to fp32, averaged over the ranks in one call, without DDP.
 
-    precision.widened changes the type of every weight and back, at which autograd drops the node that DDP's hooks hang on:
-    from the second step on DDP would average nothing, and say nothing.
+    precision.widened changes the type of every weight and back, and autograd then drops the node with DDP's hooks: from
+    the second step on DDP would silently average nothing.
     """
     if job.world_size == 1 or not job.half_weights:
         return

@@ -1,4 +1,4 @@
-"""Which numbers per run keeps: fp32 weights with or without autocast, or weights that are in half precision themselves."""
+"""Precision of a run: fp32 weights with or without autocast, or weights in half precision."""
 import contextlib
 import os
 
@@ -10,12 +10,12 @@ from variants import UserError
 def deterministic(wanted):
     """Turn torch's deterministic algorithms on or off; call it before anything is computed on a GPU.
 
-    What torch does then: an operation without such an algorithm raises RuntimeError; sums by atomics (gradients of
-    embeddings, index_add, scatter_add, the backward passes of flash and memory-efficient attention) take ordered ones;
-    inductor times no kernels, whose choice could differ from run to run; NCCL leaves out NVLS. What is left to us: cuBLAS
-    wants a fixed workspace in the environment, cuDNN no timing, and its attention is switched off, since its backward pass
-    has no promise. FlexAttention's Triton kernels have no atomics. Freshly allocated memory is not filled with NaN, which
-    costs a pass over it: nothing of ours reads any, as a test with the filling shows.
+    Torch then does this: an operation without such an algorithm raises RuntimeError; sums by atomics (gradients of
+    embeddings, index_add, scatter_add, the backward passes of flash and memory-efficient attention) become ordered sums;
+    inductor times no kernels, whose choice could differ between runs; NCCL does not use NVLS. We add: a fixed cuBLAS
+    workspace in the environment, no cuDNN timing, and no cuDNN attention, whose backward pass is not guaranteed to be
+    deterministic. FlexAttention's Triton kernels have no atomics. Newly allocated memory is not filled with NaN, which
+    costs a pass over it: our code reads none, as a test with the filling shows.
     """
     if wanted:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -29,34 +29,34 @@ def deterministic(wanted):
 
 
 def check(config, job):
-    """Refuse a residual stream in bf16 where nothing is computed in bf16; say it where the device chose so."""
+    """Refuse a residual stream in bf16 where nothing is computed in bf16; only warn where the device decides that."""
     if config.residual == 'float32' or job.dtype == torch.bfloat16 and not job.half_weights:
         return
     if job.half_weights or config.dtype != 'auto':
         raise UserError(f"residual={config.residual!r} is for dtype='bfloat16' with weights='float32', got "
                         f"dtype={config.dtype!r} and weights={config.weights!r}; set residual='float32'", 'residual')
-    job.say(f'residual={config.residual!r} waits for a GPU with bf16: here all is computed in {job.dtype}')
+    job.say(f'residual={config.residual!r} needs a GPU with bf16 and has no effect here: all is computed in {job.dtype}')
 
 
 def scaler(config, job):
-    """The loss scaler: on in float16, where gradients below 6e-8 would be 0; torch.amp's, doubled and halved as it goes."""
+    """The loss scaler: torch.amp's dynamic one, on in float16, where gradients below 6e-8 would be 0."""
     return torch.amp.GradScaler(job.device.type, enabled=job.dtype == torch.float16 and config.loss_scaling)
 
 
 def halve(model, dtype):
-    """Keep every parameter in `dtype`, in place; buffers stay."""
+    """Cast every parameter to `dtype`, in place; buffers are unchanged."""
     for p in model.parameters():
         p.data = p.data.to(dtype)
 
 
 @contextlib.contextmanager
 def widened(optimizer, half, masters):
-    """Inside, the optimizer sees half-precision weights and gradients in fp32; afterwards the weights are rounded back.
+    """Context in which the optimizer sees half-precision weights and gradients in fp32; then the weights are rounded back.
 
-    half: False does nothing. masters: keep the fp32 weights in the optimizer's state under `master` and go on from them;
-    else the rounded weights are all there is, 2 bytes each, and a step below half their spacing is lost: 2^-11 of the
-    weight in float16, 2^-8 in bfloat16 (Micikevicius et al. 2018). The optimizer's own state is fp32 either way; fp32
-    weights and gradients exist while it steps.
+    half: False does nothing. masters: keep the fp32 weights in the optimizer's state under `master` and continue from
+    them; else only the rounded weights are kept, 2 bytes each, and an update below half their spacing is lost: 2^-11 of
+    the weight in float16, 2^-8 in bfloat16 (Micikevicius et al. 2018). The optimizer's own state is fp32 either way; fp32
+    weights and gradients exist during its step.
     """
     if not half:
         yield

@@ -1,8 +1,8 @@
-"""Which checkpoint a start goes on from: none, the one of --init_from=resume, or that of the run which torchrun restarts.
+"""The checkpoint to resume from: none, that of --init_from=resume, or that of the run which torchrun restarts.
 
-With --max-restarts torchrun starts all ranks again, with the same arguments, when one of them died. They must go on from
-what their own launch has saved, and a first start must not take what lies in out_dir from before. So a launch leaves its
-name in out_dir/.launch when it has put an earlier run aside.
+With --max-restarts torchrun starts all ranks again, with the same arguments, when one of them died. They must resume from
+the checkpoints of their own launch, and a first start must not use earlier ones in out_dir. So a launch writes its name to
+out_dir/.launch when it has moved an earlier run aside.
 """
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ MARK = '.launch'
 def launch():
     """The name of this torchrun launch, the same after its restarts; '' without torchrun.
 
-    Its --rdzv_id. On one node also the process number of torchrun, as the id is 'none' there unless one is given.
+    Its --rdzv_id. On one node also the process id of torchrun, as the rdzv id is 'none' there unless one is given.
     """
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
         return ''
@@ -28,16 +28,16 @@ def launch():
 
 
 def begun(config):
-    """Whether what lies in out_dir is this launch's own."""
+    """Whether the run in out_dir is from this launch."""
     mark = Path(config.out_dir, MARK)
     return bool(launch()) and mark.is_file() and mark.read_text(encoding='utf-8', errors='replace') == launch()
 
 
 def state(config, job):
-    """The state to go on from, the same on all ranks, or None; raises UserError when it cannot be had.
+    """The state to resume from, the same on all ranks, or None; raises UserError when it cannot be read.
 
     A restart before the first checkpoint starts from scratch. Every rank reads out_dir: on several nodes it must be
-    one folder that all of them see, else the ranks would go on from different steps.
+    one folder visible to all of them, else the ranks would resume from different steps.
     """
     restarts = job.agree(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)))      # only a failed agent counts its own
     if not restarts and job.main and begun(config) and not config.eval_only:        # an earlier launch of the same name
@@ -57,12 +57,12 @@ def state(config, job):
     if found is None:
         raise failed
     if again:
-        job.say(f'restarted by torchrun: going on from step {step}')
+        job.say(f'restarted by torchrun: resuming from step {step}')
     return found
 
 
 def set_aside(config):
-    """Move a former run's files away, but not those of this launch; then leave the launch's name."""
+    """Move an earlier run's files away, but not those of this launch; then write the launch's name."""
     if begun(config):
         return
     checkpoint.set_aside(config.out_dir)

@@ -1,4 +1,4 @@
-"""What a run starts from: a checkpoint's settings, another model's sizes and weights, or nothing."""
+"""The start of a run: from a checkpoint's settings, from another model's sizes and weights, or from scratch."""
 import dataclasses
 
 import torch
@@ -16,18 +16,18 @@ from model import GPT
 from training import parallel, precision
 from variants import UserError
 
-FREE = ('dropout', 'zero_init', 'loss_chunk', 'recompute', 'residual')     # model settings that no checkpoint depends on
+FREE = ('dropout', 'zero_init', 'loss_chunk', 'recompute', 'residual')     # model settings that checkpoints do not depend on
 
 
 def resumed(config, state):
-    """The configuration of a resumed run: what was given now, else what the checkpoint holds; the model is its own."""
+    """The configuration of a resumed run: settings given now, else the checkpoint's; the model is the checkpoint's."""
     model_keys = configurator.settings(configurator.GPTConfig)
     for name, value in state['config'].items():
         if name in ('init_from', 'out_dir', 'dry_run', 'eval_only', 'debug') or name not in configurator.as_dict(config):
             continue
         if name in model_keys and name not in (*FREE, 'vocab_size') and name in config.sources:
             if name == 'linear' and state['config'].get('rank_budget') and allocate.agrees(config.linear, value):
-                config.linear = value                   # the given rules, with the sizes that were chosen for them
+                config.linear = value                   # the given rules, with their chosen sizes
             if getattr(config, name) != value:
                 raise UserError(f'{name} is {value!r} in the checkpoint of {config.out_dir}, got '
                                 f'{getattr(config, name)!r}; drop it or start in another out_dir', name)
@@ -37,12 +37,12 @@ def resumed(config, state):
 
 
 def padded(vocab_size):
-    """Rows of the embedding: a large vocabulary is padded to a multiple of 64, which GPUs like (50257 -> 50304)."""
+    """Rows of the embedding: a large vocabulary is padded to a multiple of 64, faster on GPUs (50257 -> 50304)."""
     return vocab_size if vocab_size <= 1024 else -(-vocab_size // 64) * 64
 
 
 def check_shapes(config):
-    """Build the model without memory, so that a spec that does not fit is said in one line before anything is touched."""
+    """Build the model without memory, so that a spec that does not fit is refused in one line before anything changes."""
     with torch.device('meta'):
         model = GPT(configurator.model_config(config))
     leaks = [i for i, block in enumerate(model.transformer.h) if getattr(block.attn, 'leaks', False)]
@@ -78,10 +78,10 @@ def build(config, dataset, state, job):
 
 
 def choose_plans(config, job, say=None):
-    """With kron_plan='measure': config.kron_plans gains what it lacks for the run's shapes, timed on rank 0 for all ranks.
+    """With kron_plan='measure': add the missing entries for the run's shapes to config.kron_plans, timed on rank 0.
 
-    All shapes of the whole run, those of blocks and sites to come too, so that a resumed run times nothing. Raises
-    UserError for an entry that is none.
+    All shapes of the whole run, those of future blocks and sites too, so that a resumed run times nothing. Raises
+    UserError for an invalid entry.
     """
     if config.kron_plan != 'measure':
         return
@@ -105,19 +105,19 @@ def choose_plans(config, job, say=None):
 
 
 def use_plans(model, config, job):
-    """Contraction plans to the Kronecker sums of a model that was built."""
+    """Assign contraction plans to the Kronecker sums of a built model."""
     plan.assign(model, config.kron_plans if config.kron_plan == 'measure' else {}, job.dtype, job.device)
 
 
 def choose_sizes(config, job, dataset=None, source_config=None, source=None):
-    """Ranks and terms by rank_budget, into config.linear: from scratch, or for a source that is to be decomposed."""
+    """Ranks and terms by rank_budget, into config.linear: from scratch, or for a source that will be decomposed."""
     if not config.rank_budget or config.rank_allocation == 'uniform':
         allocate.resolve(config, job.say)
         return
     how, dense = decomposition(config, dataset, job), runnable(source_config, source, job.device)
 
     def seen(names):
-        """What calibration text shows, where a method looks at it."""
+        """Statistics of the calibration text, if a method needs them."""
         plain = check_shapes(dataclasses.replace(config, linear=allocate.with_sizes(config.linear, 1))).sites()
         structures = [structure(plain[site]) for site in names]
         if not how.batches or not any(sums.choose(variants.LINEARS[n], how.method, a)[1] for n, a in structures):
@@ -127,7 +127,7 @@ def choose_sizes(config, job, dataset=None, source_config=None, source=None):
 
 
 def decomposition(config, dataset, job):
-    """How dense weights become structured ones: the settings, the text that they need, and a word on it."""
+    """How dense weights become structured ones: the settings, the text they need, and a message about it."""
     def batches():
         return calibrate.batches(dataset, config.calibration_tokens, config.block_size, config.seed)
     how = Decomposition(config.decompose, config.calibration_tokens and batches, config.prune_before,
@@ -139,7 +139,7 @@ def decomposition(config, dataset, job):
 
 
 def adopt(config, source):
-    """Take the sizes of the model that init_from names, where they were not set; refuse sizes that contradict them."""
+    """Use the sizes of the model that init_from names, where they were not set; refuse sizes that contradict them."""
     for name in configurator.settings(configurator.GPTConfig):
         if name in (*FREE, 'linear', 'loss'):           # the new run's own
             continue

@@ -330,7 +330,7 @@ def test_a_killed_worker_is_restarted_and_the_run_ends_in_the_same_bits(data, tm
     done = finish(process)
     assert done.returncode == 0, done.stderr[-3000:]
     assert fingerprint(tmp_path / 'whole') == fingerprint(tmp_path / 'killed')
-    assert ('going on from step' in done.stdout) == ('"step": 1,' not in moment)
+    assert ('resuming from step' in done.stdout) == ('"step": 1,' not in moment)
     assert checkpoint.steps(tmp_path / 'killed' / 'previous') == [99]
 
 

@@ -322,7 +322,7 @@ def test_a_residual_stream_that_nothing_computes_in_is_refused(data, tmp_path, c
         err = capsys.readouterr().err
         assert leave.value.code == 2 and "set residual='float32'" in err and err.count('\n') == 1
     run(data, tmp_path / 'auto', '--residual=bfloat16', '--max_iters=0')
-    assert 'waits for a GPU with bf16' in capsys.readouterr().out
+    assert 'needs a GPU with bf16' in capsys.readouterr().out
 
 
 def test_it_trains_grows_and_is_free_to_change_on_resume(data, tmp_path):
