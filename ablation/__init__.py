@@ -1,1 +1,1 @@
-"""The parts of ablate.py: grids and their axes, what runs cost, the queue, rank search, effects, tables, plots, the page."""
+"""The parts of ablate.py: grids and their axes, cost of runs, the queue, rank search, effects, tables, plots, the page."""

@@ -1,4 +1,4 @@
-"""Variants from axes: every combination of switches that are on or off and fit each other. Imports no torch."""
+"""Variants from axes: every valid combination of switches that are on or off. Imports no torch."""
 import itertools
 
 from variants import UserError, as_rules, did_you_mean
@@ -32,7 +32,7 @@ def valid(on, grid):
 
 
 def combinations(grid):
-    """The valid combinations {axis: bool}, the axes that come first change last."""
+    """The valid combinations {axis: bool}; the first axes change last."""
     found = [dict(zip(grid.axes, values)) for values in itertools.product((False, True), repeat=len(grid.axes))]
     return [on for on in found if valid(on, grid)]
 

@@ -1,4 +1,4 @@
-"""What a run costs before it is run: parameters and training FLOPs over growth, freezing and the dense finish."""
+"""The cost of a run before it starts: parameters and training FLOPs, including growth, freezing and the dense finish."""
 import functools
 import json
 import os
@@ -15,7 +15,7 @@ STEPS = ('max_iters', 'lr_decay_iters', 'warmup_iters', 'eval_interval', 'save_i
 
 
 def with_vocabulary(config):
-    """The config with the vocabulary of its data set, where that is there and the config names none."""
+    """The config with the vocabulary of its data set, where that exists and the config names none."""
     path = os.path.join(config.data_dir, config.dataset, 'meta.json')
     if 'vocab_size' not in config.sources and os.path.exists(path):
         with open(path, encoding='utf-8') as file:
@@ -41,9 +41,9 @@ def model_cost(config):
 
 
 def stages(config, evaluations=()):
-    """[(steps, GPTConfig, numbers of frozen blocks)] of a run as growth/changes.py will change its model.
+    """[(steps, GPTConfig, indices of frozen blocks)] of a run as growth/changes.py will change its model.
 
-    evaluations: log lines of it, which decide when grow_on_plateau is set.
+    evaluations: its log lines, which decide about growth with grow_on_plateau.
     """
     losses = {line['step']: line['val_loss'] for line in evaluations}
     built, found, first = changes.begin(config), [], 0
@@ -81,14 +81,14 @@ def training_cost(config, evaluations=()):
 
 
 def size_of(config, measure):
-    """Parameters of the whole model, or training FLOPs of the run: what a budget counts. Growth is left out of the first."""
+    """Parameters of the whole model, or training FLOPs of the run, as a budget counts them. Parameters ignore growth."""
     return model_cost(config)[0] if measure == 'parameters' else training_cost(config)['flops']
 
 
 def narrow_width(config, target, measure='parameters'):
     """The smallest n_embd of a dense model like config's with at least `target` parameters (or training FLOPs).
 
-    So the narrow model has the advantage of the rounding. n_embd stays a multiple of n_head (of 2 n_head with rope).
+    So rounding favours the narrow model. n_embd stays a multiple of n_head (of 2 n_head with rope).
     """
     step = config.n_head * (2 if config.rope else 1)
     for width in range(step, config.n_embd, step):
@@ -99,7 +99,7 @@ def narrow_width(config, target, measure='parameters'):
 
 
 def steps_for(config, flops):
-    """{setting: steps} with which the run takes that many training FLOPs, all counts of steps scaled alike."""
+    """{setting: steps} with which the run takes that many training FLOPs, all step counts scaled alike."""
     factor = flops / training_cost(config)['flops']
     for _ in range(3):                                  # growth by whole steps makes the cost a staircase
         scaled = {name: max(1, round(getattr(config, name) * factor)) for name in STEPS if getattr(config, name)}

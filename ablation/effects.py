@@ -1,9 +1,9 @@
-"""What an axis does: differences of matched pairs, their interactions, t intervals, and the Pareto front. Imports no torch.
+"""Effects of axes: differences of matched pairs, their interactions, t intervals, and the Pareto front. Imports no torch.
 
-The grid is no full factorial, as some axes need others. So nothing is fitted: the effect of an axis is the mean of
-loss(on) - loss(off) over the pairs of variants that differ in that axis alone, and the interaction of two axes the mean of
-(on, on) - (off, on) - (on, off) + (off, off) over the fours that differ in those two alone. Where a design is full, both
-are the coefficients of least squares with switches coded -1/2 and +1/2.
+The effect of an axis is the mean of loss(on) - loss(off) over the pairs of variants that differ in that axis alone. The
+interaction of two axes is the mean of (on, on) - (off, on) - (on, off) + (off, off) over the groups of four that differ
+in those two alone. The grid is not a full factorial, as some axes need others, so no model is fitted. Where a design is
+full, both are the coefficients of least squares with switches coded -1/2 and +1/2.
 """
 import itertools
 import math
@@ -24,7 +24,7 @@ def t_probability(t, degrees):
 
 
 def t_quantile(degrees, level=0.95):
-    """t with P(|T| <= t) = level, by halving."""
+    """t with P(|T| <= t) = level, by bisection."""
     low, high = 0.0, 1e5
     while high - low > 1e-9 * high:
         middle = (low + high) / 2
@@ -44,7 +44,7 @@ def contrasts(losses, flips):
     """{(the other switches): {seed: contrast}} over all variants that differ only in the axes `flips`.
 
     losses: {frozenset of the axes that are on: {seed: loss}}. One axis: on - off; two: the difference of differences.
-    A contrast takes the seeds that all of its variants have.
+    A contrast uses the seeds that all of its variants have.
     """
     found = {}
     for on in losses:
@@ -86,7 +86,7 @@ def effects(losses, names):
 
 
 def pareto(points):
-    """Indices of the (cost, loss) points that none beats in both, by cost."""
+    """Indices of the (cost, loss) points that no other point beats in both, by cost."""
     front, best = [], math.inf
     for index in sorted(range(len(points)), key=lambda i: points[i]):
         if points[index][1] < best:

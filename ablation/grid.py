@@ -1,4 +1,4 @@
-"""A grid: its settings, its runs, and what each run tells train.py. Imports no torch."""
+"""A grid: its settings, its runs, and each run's arguments for train.py. Imports no torch."""
 import fnmatch
 import itertools
 import os
@@ -17,24 +17,24 @@ class Grid:
     base: str = key('', 'config file that every run starts from')
     out_dir: str = key('', 'folder of all runs; default out/<name of the grid file>')
     variants: dict = key({}, '{name: {setting: value}}: what differs from the base')
-    axes: dict = key({}, '{axis: {setting: value}}: every combination of them is a variant, in place of `variants`')
+    axes: dict = key({}, '{axis: {setting: value}}: every combination is a variant, in place of `variants`')
     needs: dict = key({}, '{axis: [axes]}: on only where one of these is')
     exchange: dict = key({}, '{axis: {spec: spec}}: an axis that puts other specs into `linear`')
     grids: dict = key({}, '{name: {axis: [True or False]}}: parts of the grid, chosen by --axes=NAME')
     part: str = key('', "name of one of `grids`; --axes=NAME says the same; default ''all combinations")
-    controls: bool = key(True, 'with axes or ranks: the dense base and narrower dense models of equal size run beside')
-    equal: str = key('tokens', 'what every variant gets: the same tokens, or the training FLOPs of the dense base',
+    controls: bool = key(True, 'with axes or ranks: also train the dense base and narrower dense models of equal size')
+    equal: str = key('tokens', 'budget of every variant: the same tokens, or the training FLOPs of the dense base',
                      choices=('tokens', 'flops'))
-    tasks: dict = key({'': {}}, '{name: {setting: value}}: every variant runs on every task, a data set as a rule')
+    tasks: dict = key({'': {}}, '{name: {setting: value}}: every variant runs on every task, usually a data set')
     only: dict = key({}, '{variant: [tasks]} for variants that do not run on all')
     pick: str = key('', "names of variants by commas, * for any part (and for a comma): only these run; default '' all")
     search: dict = key({}, '{setting: [values]}: tried on the first seed, the best value kept, for each variant and task')
     ranks: dict = key({}, '{name: [lowest, highest]}: searched by optuna; variants hold {name} in their specs')
     budget: float = key(0.0, "ranks: share of the dense base's parameters or FLOPs that a trial may take", low=0)
     budget_of: str = key('parameters', 'what the budget counts', choices=('parameters', 'flops'))
-    trials: int = key(20, 'ranks: trials a variant and task', low=1)
+    trials: int = key(20, 'ranks: trials per variant and task', low=1)
     confirm: int = key(3, 'ranks: best trials that run with the other seeds', low=1)
-    seeds: int = key(3, 'seeds a variant, with its best setting', low=1)
+    seeds: int = key(3, 'seeds per variant, with its best setting', low=1)
     jobs: int = key(1, 'runs at a time', low=1)
     threads: int = key(1, 'CPU threads per run', low=1)
     gpus: int = key(0, 'GPUs: every run gets one, by CUDA_VISIBLE_DEVICES; 0 = what train.py chooses', low=0)
@@ -42,7 +42,7 @@ class Grid:
     dry_run: bool = key(False, 'list the runs and stop')
     record: str = key('', 'name of a record to write to records/<date>_NAME')
     title: str = key('', 'title of the record')
-    note: str = key('', 'a paragraph for the record: what a reader must know')
+    note: str = key('', 'a paragraph for the record: what a reader needs to know')
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Run:
 
 
 def placeholders(settings, ranks):
-    """Names of `ranks` that stand as {name} in a variant's specs, in the order of `ranks`."""
+    """Names of `ranks` that occur as {name} in a variant's specs, in the order of `ranks`."""
     text = ' '.join(str(part) for value in settings.values() for part in
                     (value.values() if isinstance(value, dict) else [value]))
     return [name for name in ranks if '{' + name + '}' in text]
@@ -77,7 +77,7 @@ def runs_on(grid, variant, task):
 
 
 def first_runs(grid):
-    """The runs of the search: every variant and task with every value, on the first seed; none that optuna draws."""
+    """The runs of the search: every variant and task with every value, on the first seed; without optuna's trials."""
     values = [[(name, value) for value in choices] for name, choices in grid.search.items()]
     return [Run(task, variant, searched, SEEDS[0])
             for task in grid.tasks for searched in itertools.product(*values) for variant in grid.variants
@@ -126,9 +126,9 @@ def filled(value, ranks):
 
 
 def settings_of(run, grid, passed=()):
-    """What a run adds to the base, as arguments of train.py.
+    """The arguments of train.py that a run adds to the base.
 
-    passed: of the command line. They hold over the base's and the task's, and give way to what makes a variant.
+    passed: of the command line. They override the base's and the task's, and are overridden by those of a variant.
     """
     searched = dict(run.searched)
     ranks = {name: searched.pop(name) for name in list(searched) if name in grid.ranks}
@@ -156,7 +156,7 @@ def run_at(task, variant, name, grid):
 
 
 def check(grid):
-    """Refuse dicts that hold what they must not, and names that nothing has."""
+    """Refuse dicts with invalid values, and unknown names."""
     inner = {'variants': dict, 'axes': dict, 'tasks': dict, 'exchange': dict, 'grids': dict, 'needs': list, 'only': list,
              'search': list, 'ranks': list}
     for name, kind in inner.items():

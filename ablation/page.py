@@ -1,4 +1,4 @@
-"""The report of a grid as one HTML page: sortable tables, pictures inside, nothing loaded from elsewhere."""
+"""The report of a grid as one self-contained HTML page: sortable tables and embedded plots."""
 import base64
 import html
 import os
@@ -24,7 +24,7 @@ img { max-width: 100%; height: auto; background: white; border: 1px solid var(--
 .failed { border-left: 4px solid #c0392b; padding-left: .8rem; }
 '''
 
-# a click on a head sorts by the cells' data-value, numbers as numbers; a second click the other way round
+# a click on a header sorts by the cells' data-value, numbers as numbers; a second click reverses the order
 SCRIPT = '''
 for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0];
@@ -80,7 +80,7 @@ def effect_table(found):
 
 
 def from_markdown(text):
-    """A sortable table of a Markdown one whose cells are their own values."""
+    """A sortable table from a Markdown table, sorted by its cells."""
     lines = [[part.strip() for part in line.strip('| ').split(' | ')] for line in text.splitlines()]
     return sortable(lines[0], [[(part, part.replace(',', '')) for part in line] for line in lines[2:]])
 
@@ -119,6 +119,6 @@ def page(title, sections, failed, words):
     bad = ''.join(f'<li>{html.escape(f"{run}: {said}")}</li>' for run, said, _ in failed)
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width"><title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>'
-            f'<h1>{html.escape(title)}</h1><p>{html.escape(words)} Click on a head to sort.</p>'
+            f'<h1>{html.escape(title)}</h1><p>{html.escape(words)} Click on a column header to sort.</p>'
             + (f'<div class="failed"><h2>Failed</h2><ul>{bad}</ul></div>' if bad else '')
             + '\n'.join(sections) + f'<script>{SCRIPT}</script></body></html>\n')

@@ -1,4 +1,4 @@
-"""What every run of a grid is: its configuration, its arguments, and the controls that run beside the variants."""
+"""The runs of a grid: configuration, arguments, and the controls that are trained with the variants."""
 import functools
 
 import configurator
@@ -42,7 +42,7 @@ class Plan:
             run.task, run.variant, run.searched)]
 
     def check(self):
-        """Every variant on every task must be a model that train.py takes. Raises UserError."""
+        """Every variant on every task must be a model that train.py accepts. Raises UserError."""
         for run in first_runs(self.grid):
             if run.searched == first_choice(self.grid):
                 cost.check_model(self.load(run))
@@ -52,7 +52,7 @@ class Plan:
         return [name for name, settings in self.grid.variants.items() if {'linear', 'attention', 'mlp'} & set(settings)]
 
     def add_controls(self):
-        """Put the dense base and narrower dense models beside the variants: one width for each size that a variant has."""
+        """Add the dense base and narrower dense models: one hidden size for each parameter count of a variant."""
         grid, task = self.grid, next(iter(self.grid.tasks))
         if not grid.controls or not (grid.axes or grid.ranks):
             return

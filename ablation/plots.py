@@ -1,4 +1,4 @@
-"""The pictures of a report, as PNG: Pareto fronts, losses over seeds, effects with intervals, trials of a rank search."""
+"""The plots of a report, as PNG: Pareto fronts, losses over seeds, effects with intervals, trials of a rank search."""
 import os
 
 import matplotlib
@@ -14,7 +14,7 @@ COSTS = {'parameters': 'parameters of the final model', 'flops': 'training FLOPs
 
 
 def save(figure, folder, name):
-    """Write folder/name and return it; a figure is closed, or matplotlib keeps it."""
+    """Write folder/name and return it; closes the figure, which matplotlib would keep."""
     figure.savefig(os.path.join(folder, name), dpi=110)
     plt.close(figure)
     return name
@@ -36,7 +36,7 @@ def front(rows, cost, title, folder, name):
                           color=colour, alpha=0.75, label=words)
     best = [rows[i] for i in pareto([(row[cost], row['loss']) for row in rows])]
     axes.step([r[cost] for r in best], [r['loss'] for r in best], where='post', color='black', lw=1, label='Pareto front')
-    for i, row in enumerate(best, 1):                   # by number: names beside the dots would cover each other
+    for i, row in enumerate(best, 1):                   # by number: names next to the dots would overlap
         axes.annotate(str(i), (row[cost], row['loss']), xytext=(-9, -11), textcoords='offset points', fontsize=9)
         axes.plot([], [], ' ', label=f'{i}  {row["variant"]}')
     axes.set(xlabel=COSTS[cost], ylabel='validation loss, nats per token', title=title)
@@ -46,7 +46,7 @@ def front(rows, cost, title, folder, name):
 
 
 def losses(rows, title, folder, name):
-    """All rows by loss: a tick a seed, a dot for the mean."""
+    """All rows by loss: a tick per seed, a dot for the mean."""
     ordered = sorted(rows, key=lambda row: -row['loss'])
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.19 * len(ordered)), layout='constrained')
     for place, row in enumerate(ordered):
@@ -55,13 +55,13 @@ def losses(rows, title, folder, name):
         axes.plot(row['loss'], place, 'o', color=colour, ms=4)
     axes.set_yticks(range(len(ordered)), [row['variant'] for row in ordered], fontsize=7)
     axes.set_ylim(-0.8, len(ordered) - 0.2)
-    axes.set(xlabel='validation loss, nats per token (dot: mean, tick: a seed; red: controls)', title=title)
+    axes.set(xlabel='validation loss, nats per token (dot: mean, tick: one seed; red: controls)', title=title)
     axes.grid(axis='x', alpha=0.25)
     return save(figure, folder, name)
 
 
 def effect_plot(found, title, folder, name):
-    """Effects with both intervals; black over pairs, orange over seeds, thin and wider."""
+    """Effects with both intervals; black over pairs, orange over seeds."""
     ordered = list(reversed(found))
     figure, axes = plt.subplots(figsize=(8, 1.3 + 0.3 * len(ordered)), layout='constrained')
     for key, colour, width, shift, words in (('over_pairs', BLUE, 2.2, 0.12, '95 % over pairs'),
@@ -85,7 +85,7 @@ def effect_plot(found, title, folder, name):
 
 
 def trial_plot(grid, found, pruned, task, folder, name):
-    """A rank search: loss against each rank, the trials that were pruned hollow, a colour a variant."""
+    """A rank search: loss against each rank, pruned trials hollow, one colour per variant."""
     count = len(grid.ranks)
     figure, panels = plt.subplots(1, count, figsize=(4.2 * count, 3.8), squeeze=False, layout='constrained')
     done = [(variant, dict(values), results.last_losses(runs)[0]) for (t, variant), searched in found.items() if t == task
@@ -108,7 +108,7 @@ def trial_plot(grid, found, pruned, task, folder, name):
 
 
 def draw(grid, found, rows, task, pruned, folder):
-    """All pictures of a task: [(file name, title)]."""
+    """All plots of a task: [(file name, title)]."""
     prefix, words = (f'{task}_', f'{task}: ') if len(grid.tasks) > 1 else ('', '')
     made = [(front(rows, cost, f'{words}loss against {label}', folder, f'{prefix}pareto_{cost}.png'),
              f'{words}loss against {label}') for cost, label in COSTS.items()]

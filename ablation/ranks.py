@@ -1,4 +1,4 @@
-"""Rank search: optuna draws ranks that fit a budget, trains with them and prunes what falls behind."""
+"""Rank search: optuna draws ranks that fit a budget, trains with them and prunes bad trials."""
 from ablation import cost
 from ablation.grid import SEEDS, Run, placeholders, runs_on, with_seeds
 from ablation.plan import first_choice
@@ -8,13 +8,13 @@ DRAWS = 200                             # ranks drawn for one trial before the s
 
 
 def searched_variants(grid):
-    """[(task, variant)] whose specs hold a {rank}."""
+    """[(task, variant)] whose specs contain a {rank}."""
     return [(task, variant) for task in grid.tasks for variant, settings in grid.variants.items()
             if placeholders(settings, grid.ranks) and runs_on(grid, variant, task)]
 
 
 def check(plan):
-    """Refuse ranges that are none, ranks that save nothing and budgets below what the lowest ranks take: UserError."""
+    """Refuse invalid ranges, ranks that save nothing and budgets below the cost of the lowest ranks: UserError."""
     grid = plan.grid
     if not grid.ranks:
         return
@@ -36,7 +36,7 @@ def check(plan):
         if least > most:
             whole = most / grid.budget
             raise UserError(f'budget={grid.budget:g} is {most:,.0f} {grid.budget_of}, below the {least:,} that {variant} '
-                            f'takes with the lowest ranks; take {least / whole + 5e-4:.3f} or more', 'budget')
+                            f'needs with the lowest ranks; take {least / whole + 5e-4:.3f} or more', 'budget')
 
 
 def limit(plan, task):
@@ -67,7 +67,7 @@ class Search:
         return found
 
     def take(self):
-        """(study, trial, run, watch) of one more trial; 'wait' while the last ones run; None when all have ended."""
+        """(study, trial, run, watch) of the next trial; 'wait' while the last ones run; None when all have ended."""
         queue, states = self.queue, self.queue.states
         with queue.held:
             self.take_back()
@@ -79,14 +79,14 @@ class Search:
             return self.study, trial, run, lambda step, loss: self.goes_on(trial, step, loss)
 
     def take_back(self):
-        """The trials of processes that are gone are asked for again with the same ranks."""
+        """Enqueue the trials of dead processes again with the same ranks."""
         for trial in self.queue.trials(self.study, self.queue.states.RUNNING):
             if not self.queue.worker.alive(trial.user_attrs.get('worker', 'nobody')) and trial.params:
                 self.study.enqueue_trial(trial.params)
         self.queue.give_back(self.study)
 
     def draw(self):
-        """A trial whose ranks fit the budget and that was not run yet; drawn anew, at no cost, while they do not fit."""
+        """A new trial whose ranks fit the budget; ranks that do not fit are drawn again, at no cost."""
         before, attempt = self.ended(), 0
         while True:
             attempt += 1
@@ -100,14 +100,14 @@ class Search:
             if fits and run not in before or attempt == DRAWS:
                 trial.set_user_attr('run', self.queue.described(run))
                 return trial, run
-            known = before.get(run, float('inf'))       # over the budget is as bad as pruned
+            known = before.get(run, float('inf'))       # over the budget counts as pruned
             if known < float('inf'):
                 self.study.tell(trial, known)
             else:
                 self.study.tell(trial, state=self.queue.states.PRUNED)
 
     def goes_on(self, trial, step, loss):
-        """Tell the pruner of an evaluation; False when the run is worse than the median of the others at that step."""
+        """Report an evaluation to the pruner; False when the run is worse than the median of the others at that step."""
         with self.queue.held:
             trial.report(loss, step)
             return not trial.should_prune()
@@ -122,7 +122,7 @@ class Search:
 
 
 def describe(grid):
-    """One line a search, for --dry_run."""
+    """One line per search, for --dry_run."""
     lines = []
     for task, variant in searched_variants(grid):
         ranges = ['{} {}..{}'.format(n, *grid.ranks[n]) for n in placeholders(grid.variants[variant], grid.ranks)]

@@ -1,4 +1,4 @@
-"""What has finished in a grid's folder, as rows: losses over seeds, parameters, training FLOPs, wall time."""
+"""The finished runs in a grid's folder, as rows: losses over seeds, parameters, training FLOPs, wall-clock time."""
 import json
 import os
 import statistics
@@ -13,7 +13,7 @@ from variants import UserError
 
 
 def read_grid(folder, part=''):
-    """The grid that a folder was made from; part: only that one of its `grids` and the controls."""
+    """The grid of a folder; part: only that one of its `grids` and the controls."""
     try:
         with open(os.path.join(folder, 'grid.json'), encoding='utf-8') as file:
             grid = Grid(**json.load(file))
@@ -37,7 +37,7 @@ def drawn_runs(grid, task, variant):
 
 
 def all_firsts(grid):
-    """Every run on the first seed that the grid may hold, drawn ones included."""
+    """Every possible run of the grid on the first seed, drawn ones included."""
     drawn = [run for task in grid.tasks for variant, settings in grid.variants.items()
              if placeholders(settings, grid.ranks) for run in drawn_runs(grid, task, variant)]
     return first_runs(grid) + drawn
@@ -77,7 +77,7 @@ def by_seed(runs):
 
 
 def best_of(searched):
-    """(values, runs) of the searched values that did best on the first seed; of the confirmed ones, where there are any."""
+    """(values, runs) of the best searched values on the first seed; of the confirmed ones, where there are any."""
     most = max(len(runs) for runs in searched.values())
     several = {values: runs for values, runs in searched.items() if len(runs) == most}
     return min(several.items(), key=lambda item: last_losses(item[1])[0])
@@ -90,13 +90,13 @@ def config_of(run):
 
 
 def wall(run):
-    """Seconds of the process, imports and validation included; of its steps alone where nobody timed it."""
+    """Seconds of the process, imports and validation included; of its steps alone where the process was not timed."""
     timed = outcome(run['folder']).get('seconds')
     return timed or statistics.fmean(line['ms'] for line in run['steps']) * run['config']['max_iters'] / 1e3
 
 
 def row_of(task, variant, values, runs, on):
-    """One row: what a variant with its best searched values cost and reached."""
+    """One row: cost and loss of a variant with its best searched values."""
     losses, spent = by_seed(runs), cost.training_cost(config_of(runs[0]), runs[0]['evals'])
     return {'task': task, 'variant': variant, 'searched': dict(values), 'losses': losses, 'on': on,
             'loss': statistics.fmean(losses.values()), 'runs': runs, **spent,
@@ -124,7 +124,7 @@ def rows_of(grid, found, task):
 
 
 def differences(row, other):
-    """Losses of a row less another's, on the seeds that both have."""
+    """Losses of a row minus another's, on the seeds that both have."""
     if other is None:
         return []
     return [row['losses'][seed] - other['losses'][seed] for seed in row['losses'] if seed in other['losses']]

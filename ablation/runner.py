@@ -1,4 +1,4 @@
-"""One run of a grid in a process of its own: started, watched, pruned, stopped; what became of it stands in its folder."""
+"""One run of a grid in a separate process: start, watch, prune, stop; the outcome is written to its folder."""
 import contextlib
 import json
 import os
@@ -13,8 +13,8 @@ from variants import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PRINTING = threading.Lock()
-STOP = threading.Event()                # set by a signal: runs save and stop, and no more are started
-POLL = 0.1                              # seconds between looks at a running process
+STOP = threading.Event()                # set by a signal: runs save and stop, and no new ones start
+POLL = 0.1                              # seconds between checks of a running process
 
 
 def say(text):
@@ -27,7 +27,7 @@ def evaluations(folder):
 
 
 def outcome(folder):
-    """What outcome.json says of a run: {'state': 'done', 'failed', 'pruned' or 'stopped', 'words', 'seconds'}, or {}."""
+    """Content of a run's outcome.json: {'state': 'done', 'failed', 'pruned' or 'stopped', 'words', 'seconds'}, or {}."""
     try:
         with open(os.path.join(folder, 'outcome.json'), encoding='utf-8') as file:
             return json.load(file)
@@ -52,7 +52,7 @@ def state_of(folder):
 
 
 def wait_for_orphan(folder, name):
-    """A train.py that outlived the ablate.py which started it holds its folder: let it end."""
+    """Wait for a train.py that outlived the ablate.py which started it: it holds the lock of its folder."""
     said = False
     while not STOP.is_set():
         try:
@@ -66,7 +66,7 @@ def wait_for_orphan(folder, name):
 
 
 def watched(process, folder, watch):
-    """Wait for the process; with a watch, hand it every new evaluation line. True when it said no and the run stopped."""
+    """Wait for the process; a watch gets every new evaluation line. True when the watch said no and the run stopped."""
     seen, told, pruned = 0, 0.0, False
     while process.poll() is None:
         time.sleep(POLL)
@@ -85,7 +85,7 @@ def watched(process, folder, watch):
 
 
 def gpu_environment(gpus, slot):
-    """{'CUDA_VISIBLE_DEVICES': one of the first `gpus` that this process may see} for the slot-th job, {} without."""
+    """{'CUDA_VISIBLE_DEVICES': one of the first `gpus` visible to this process} for the slot-th job, {} without."""
     if not gpus:
         return {}
     visible = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name]
@@ -93,11 +93,11 @@ def gpu_environment(gpus, slot):
 
 
 def carry_out(name, folder, arguments, threads=1, gpus=0, slot=0, watch=None):
-    """Run train.py with these arguments into folder, or go on with it -> (state, loss, words).
+    """Run train.py with these arguments in folder, or resume it there -> (state, loss, words).
 
     state: 'done', 'pruned', 'failed' or 'stopped' (by a signal to this process; the run has saved).
 
-    watch: (step, loss) -> whether to go on, for every evaluation; the run is asked to save and stop when it says no.
+    watch: (step, loss) -> whether to continue, for every evaluation; when False the run is told to save and stop.
     """
     wait_for_orphan(folder, name)
     state, loss = state_of(folder)

@@ -1,9 +1,9 @@
 """The queue of a grid: an optuna study in a journal file, which several processes and machines may share.
 
-Every run is a trial. A process holds a lock on a folder of its own as long as it lives (the kernel gives it up however it
-ends), and takes trials under another lock, so that no two take the same one. A trial whose process is gone goes back into
-the queue, and train.py goes on from its checkpoint. What is done is read from the runs' folders: a lost journal costs
-nothing but the samplers' memory.
+Every run is a trial. A process holds a lock on a private folder while it runs (the kernel releases it however the process
+ends), and takes trials under another lock, so that no two take the same one. A trial whose process died goes back into
+the queue, and train.py resumes from its checkpoint. What is done is read from the runs' folders: a lost journal costs
+only the samplers' history.
 """
 import contextlib
 import json
@@ -23,7 +23,7 @@ JOURNAL = 'study.jsonl'
 
 
 def open_optuna():
-    """The optuna module, quiet; a UserError that says how to get it."""
+    """The optuna module, quiet; a UserError with the install command if it is missing."""
     try:
         import optuna
     except ImportError:
@@ -34,20 +34,20 @@ def open_optuna():
 
 
 def open_storage(folder):
-    """The journal of a grid's folder; one that cannot be read is set aside, as the runs' folders hold what is done."""
+    """The journal of a grid's folder; an unreadable one is set aside, as results are in the runs' folders."""
     optuna = open_optuna()
     path = os.path.join(folder, JOURNAL)
     backend = optuna.storages.journal.JournalFileBackend(path)
     try:
         return optuna.storages.JournalStorage(backend)
-    except ValueError as error:                         # a line that a crash of the machine cut short
-        say(f'{path} is not readable ({error}); it becomes {JOURNAL}.broken')
+    except ValueError as error:                         # a line truncated by a crash of the machine
+        say(f'{path} is not readable ({error}); it is renamed to {JOURNAL}.broken')
         os.replace(path, f'{path}.broken')
         return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
 
 
 class Held:
-    """`with held:` one thread of one process at a time, over all that share the folder."""
+    """`with held:` a lock for one thread of one process at a time, among all that share the folder."""
 
     def __init__(self, folder):
         self.folder, self.thread, self.lock = folder, threading.Lock(), None
@@ -88,7 +88,7 @@ class Worker:
 class Queue:
     """The runs of a grid as trials.
 
-    take() -> (study, trial, run, watch); 'wait' while others run the rest; None when nothing is left. end(): how one ended.
+    take() -> (study, trial, run, watch); 'wait' while others run the rest; None when none is left. end(): its outcome.
     """
 
     def __init__(self, grid):
@@ -106,7 +106,7 @@ class Queue:
         return self.optuna.create_study(storage=self.storage, study_name=name, load_if_exists=True, **how)
 
     def loss_of(self, run):
-        """Loss of a run that is done, inf of one that failed in this start, None of one to come."""
+        """Loss of a finished run, inf of one that failed in this start, None of a pending one."""
         if run in self.failures:
             return float('inf')
         if run not in self.losses:
@@ -138,7 +138,7 @@ class Queue:
         return trial
 
     def give_back(self, study):
-        """Trials of processes that are gone become FAIL; whoever wants their runs asks for them again."""
+        """Mark the trials of dead processes as FAIL; their runs are queued again where needed."""
         for trial in self.trials(study, self.states.RUNNING):
             if not self.worker.alive(trial.user_attrs.get('worker', 'nobody')):
                 with contextlib.suppress(ValueError):
@@ -148,14 +148,14 @@ class Queue:
         return study.get_trials(deepcopy=False, states=states)
 
     def parameters(self, run):
-        """What optuna calls a trial's parameters: the switches of its axes, its searched numbers, the seed."""
+        """A trial's parameters for optuna: the switches of its axes, its searched values, the seed."""
         run = run if isinstance(run, Run) else self.run_of(run)
         numbers = {name: value for name, value in run.searched if isinstance(value, (int, float))}
         return {**self.flags.get(run.variant, {}), **numbers, 'seed': run.seed}
 
     @staticmethod
     def suggest(trial, name, value):
-        """Register a value that is given: optuna wants a range, which may differ between trials for numbers."""
+        """Register a fixed value: optuna needs a range, which may differ between trials for numbers."""
         if isinstance(value, bool):
             return trial.suggest_categorical(name, [False, True])
         return trial.suggest_int(name, value, value) if isinstance(value, int) else trial.suggest_float(name, value, value)
@@ -170,7 +170,7 @@ class Queue:
         return Run(task, variant, tuple(map(tuple, searched)), seed)
 
     def end(self, study, trial, run, state, loss, words):
-        """Tell optuna and the reader how a run ended."""
+        """Report to optuna and on stdout how a run ended."""
         with self.held:
             if state == 'done':
                 self.losses[run] = loss
@@ -182,16 +182,16 @@ class Queue:
                 if state == 'failed':
                     self.failures[run] = words
                     trial.set_user_attr('error', words)
-                elif study is not self.study:           # these ranks again, when the command is given again
+                elif study is not self.study:           # the same ranks again, when the command is run again
                     study.enqueue_trial(trial.params)
                 study.tell(trial, state=self.states.FAIL)
         told = {'done': f'{loss:.4f}' if loss is not None else '', 'pruned': f'pruned at {loss}',
-                'stopped': 'stopped; the same command goes on', 'failed': f'failed: {words}'}[state]
+                'stopped': 'stopped; run the same command to continue', 'failed': f'failed: {words}'}[state]
         say(f'{run}: {told}')
 
 
 def work(queue, slot, take, train):
-    """One job: take a trial, train it, say how it ended, until nothing is left or a signal came.
+    """One job: take a trial, train it, report its outcome, until none is left or a signal arrives.
 
     take: () -> (study, trial, run, watch), 'wait' or None; train: (run, slot, watch) -> (state, loss, words).
     """
@@ -199,7 +199,7 @@ def work(queue, slot, take, train):
         found = take()
         if found is None:
             return
-        if found == 'wait':                             # what others run may call for more
+        if found == 'wait':                             # the results of running trials may add more
             STOP.wait(0.5)
             continue
         study, trial, run, watch = found

@@ -13,7 +13,7 @@ FORMULA = (
     'loss(second only) + loss(neither) over all fours that differ in those two axes alone: above 0 the two together are '
     'worse than the sum of their effects. Intervals are mean ± t(n - 1; 97.5 %) s / √n. "Over pairs": n pairs (or '
     'fours), each averaged over its seeds; it says how much the effect depends on the other axes. "Over seeds": n seeds, '
-    'each averaged over the pairs that have them all. An interval that holds 0 shows nothing; no correction is made for '
+    'each averaged over the pairs that have them all. An interval that contains 0 shows nothing; no correction is made for '
     'their number.')
 
 
@@ -27,7 +27,7 @@ def markdown(head, lines):
 
 
 def speed(runs):
-    """Tokens a second of processor time, the median step of the fastest run: fair on a machine with other work."""
+    """Tokens per second of CPU time, the median step of the fastest run: fair on a machine with other work."""
     best = 0.0
     for run in runs:
         steps = sorted(line['cpu_ms'] / (line['ms'] * line['tokens_per_s']) for line in run['steps'][1:] if 'cpu_ms' in line)
@@ -85,7 +85,7 @@ def cache_of(row):
 
 
 def mean(values):
-    """The mean to sort by; nothing of nothing, which stands last."""
+    """The mean to sort by; empty for no values, which sort last."""
     return sum(values) / len(values) if values else ''
 
 
@@ -106,7 +106,7 @@ def searched_table(grid, found, task):
 
 
 def trials_table(grid, found, pruned, task):
-    """The trials of a rank search on the first seed, best first; pruned ones with the loss they were stopped at."""
+    """The trials of a rank search on the first seed, best first; pruned ones with their last loss."""
     trials = [(results.last_losses(runs)[0], variant, values, '') for (t, variant), searched in found.items() if t == task
               for values, runs in searched.items() if any(name in grid.ranks for name, _ in values)]
     trials += [(loss, run.variant, run.searched, 'pruned') for run, _, loss in pruned if run.task == task]

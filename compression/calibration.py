@@ -1,4 +1,4 @@
-"""One calibration pass for all variants that see the same text, kept in a file: what calibrate.passes yields, from there."""
+"""One calibration pass for all variants with the same text, cached in a file: yields what calibrate.passes yields."""
 import json
 import os
 import sys
@@ -14,7 +14,7 @@ from decomposition.calibrate import Stats
 
 
 class Watched(list):
-    """Batches that show a bar as a loop goes through them."""
+    """Batches that show a progress bar during a loop."""
 
     def __iter__(self):
         return iter(tqdm(list(super().__iter__()), unit='batch', leave=False, desc='calibration',
@@ -25,9 +25,9 @@ class Calibration:
     """The statistics of some sites of one dense model on one text.
 
     model: dense, in eval mode; text: [(x, y)]; folder: for the files; name: of the files; identity: whatever the statistics
-    depend on, as JSON values: a file of another identity is replaced. A file holds 8 in^2 bytes a distinct input and with
-    gradients 8 out^2 a site, in safetensors; where it cannot be written, every call measures again. cpu_s: the seconds of a
-    core that went into the files so far.
+    depend on, as JSON values: a file of another identity is replaced. A file has 8 in^2 bytes per distinct input and with
+    gradients 8 out^2 per site, in safetensors; where it cannot be written, every call measures again. cpu_s: CPU seconds
+    spent on the files so far.
     """
 
     def __init__(self, model, sites, text, folder, name, identity):
@@ -39,7 +39,7 @@ class Calibration:
         return os.path.join(self.folder, self.name + '_gradients' * gradients + '.safetensors')
 
     def passes(self, model, sites, batches, gradients=False):
-        """{site: Stats} for one site after another, as calibrate.passes gives them for this model and this text."""
+        """Yield {site: Stats} site by site, as calibrate.passes does for this model and this text."""
         if batches is not self.text or set(sites) - set(self.sites):
             yield from calibrate.passes(model, sites, batches, gradients)
             return
@@ -51,7 +51,7 @@ class Calibration:
             yield {site: self.read(site, gradients)}
 
     def there(self, gradients):
-        """Whether the files are whole and of this identity."""
+        """Whether the files are complete and of this identity."""
         for path in [self.path(False), *[self.path(True)] * gradients]:
             try:
                 with safe_open(path, 'pt') as file:
@@ -80,7 +80,7 @@ class Calibration:
             if gradients:
                 self.write(outputs, True)
         except (OSError, SafetensorError) as error:
-            print(f'the calibration is not kept: {error}', file=sys.stderr, flush=True)
+            print(f'the calibration is not cached: {error}', file=sys.stderr, flush=True)
             return False
         finally:
             self.cpu_s += time.process_time() - begin
@@ -96,7 +96,7 @@ class Calibration:
         with safe_open(self.path(False), 'pt') as file:
             prefix = f'{site}.as.'
             first = next((name[len(prefix):] for name in file.keys() if name.startswith(prefix)), site)
-            # clones, as what safetensors gives is the file itself, which another run may replace
+            # clones, as safetensors maps the file, which another run may replace
             mean, covariance, count = (file.get_tensor(f'{first}.{part}').clone()
                                        for part in ('mean', 'covariance', 'count'))
         stats = Stats(int(count), mean, covariance)

@@ -1,4 +1,4 @@
-"""Rules with the sizes that fill a budget: all matrices that a study counts together, the dense ones among them too."""
+"""Rules with the sizes that fill a budget, which counts all matrices of a study together, also those that stay dense."""
 import dataclasses
 import fnmatch
 
@@ -9,7 +9,7 @@ from decomposition import allocate
 from model import GPT
 from variants import UserError
 
-TOLERANCE = 0.01        # by which rules with sizes of their own may miss a budget, as a share of it
+TOLERANCE = 0.01        # by which rules with given sizes may miss a budget, as a share of it
 
 
 def counted(model, pattern):
@@ -26,7 +26,7 @@ def weights_of(module):
 
 
 def cost(config, pattern):
-    """(parameters of the counted matrices, those of dense ones in their place, of the whole model) for a GPTConfig."""
+    """(parameters of the counted matrices, their dense parameters, those of the whole model) for a GPTConfig."""
     with torch.device('meta'):
         model = GPT(config)
     sites = counted(model, pattern)
@@ -38,8 +38,8 @@ def fitted(config, variant, share, pattern, weights=None, stats=None, known=None
     """The rules of a variant with sizes for `share` of the dense parameters of the counted matrices, never more.
 
     config: the dense model's GPTConfig; weights: site -> dense weight; stats: [sites], gradients -> {site: Stats}, both for
-    sizes that follow a spectrum; known: a dict that keeps the spectra, for the next budget on the same statistics.
-    Matrices that stay dense are paid for by the others. Raises UserError for a share out of reach, rules that name a
+    sizes that follow a spectrum; known: a dict that caches the spectra, for the next budget on the same statistics.
+    Matrices that stay dense use up the same budget. Raises UserError for a share out of reach, rules that name a
     structure outside the pattern, and given sizes that miss the share by more than TOLERANCE.
     """
     if variant.sizes == 'given':
@@ -64,7 +64,7 @@ def fitted(config, variant, share, pattern, weights=None, stats=None, known=None
 
 
 def checked(config, variant, share, pattern):
-    """Rules that name their sizes, as they are."""
+    """Rules with given sizes, unchanged."""
     used, dense, _ = cost(dataclasses.replace(config, linear=variant.linear), pattern)
     if share and abs(used / dense - share) > TOLERANCE * share:
         raise UserError(f'the given sizes take {used / dense:.4f} of the parameters, and the budget is {share:g}; change '
@@ -73,7 +73,7 @@ def checked(config, variant, share, pattern):
 
 
 def gains(sites, variant, weights, stats, known):
-    """{site: what sizes 1, 2, ... gain, falling}: shares of each site's outputs, or nats by the curvature of the loss.
+    """{site: gains of sizes 1, 2, ..., falling}: shares of each site's outputs, or nats by the curvature of the loss.
 
     Curvature: half of tr(H D C D^T) for an error D, with C = E[x x^T] of the inputs and H = E[g g^T] of the loss's gradients
     at the outputs, the second-order term of the loss per token in K-FAC's approximation (Martens and Grosse 2015), so that

@@ -24,7 +24,7 @@ from model import GPT
 from reporting import hardware
 from variants import UserError
 
-CHILD = threading.Event()               # while train.py runs: a signal is handed on to it
+CHILD = threading.Event()               # while train.py runs: a signal is passed on to it
 
 
 class Source:
@@ -59,11 +59,11 @@ class Source:
             raise UserError(f'{self.dataset.folder} has no split {split!r}; it has {", ".join(self.dataset.splits)}', name)
         tokens = self.dataset.splits[split]
         if stop > len(tokens):
-            raise UserError(f'{name}={where} ends behind the {len(tokens):,} tokens of {split!r}; end it there', name)
+            raise UserError(f'{name}={where} ends after the {len(tokens):,} tokens of {split!r}; lower STOP', name)
         return evaluate.Source(where, lambda a, b: tokens.read(start + a, start + b), stop - start, None, None)
 
     def calibration(self, tokens, seed, name):
-        """The Calibration of that text; the one before it is forgotten, as its file stays."""
+        """The Calibration of that text; the previous one is dropped from memory, its file stays."""
         if (tokens, seed) not in self.calibrations:
             text = calibrate.batches(self.dataset, tokens, self.config.block_size, seed)
             self.calibrations = {(tokens, seed): Calibration(
@@ -94,11 +94,11 @@ def carry_out(source, trial):
 
 
 def compressed(source, trial):
-    """(the structured model on the CPU's or GPU's side, rows of initialise, its rules, seconds of a core to calibrate)."""
+    """(the structured model on the CPU's or GPU's side, rows of initialise, its rules, CPU seconds to calibrate)."""
     study = source.study
     variant = settings_of(study, trial.variant, trial.budget)
     seen = source.calibration(variant.calibration_tokens, trial.seed, calibration_name(trial, variant))
-    before = seen.cpu_s                                 # the trial that finds no file measures for all others too
+    before = seen.cpu_s                                 # the first trial without a file measures for all others too
 
     def stats(sites, gradients):
         return seen.passes(source.dense, sites, seen.text, gradients)
@@ -117,7 +117,7 @@ def calibration_name(trial, variant):
 
 
 def empty(config):
-    """GPT(config) on the CPU whose values are all to be filled: no time goes into random numbers."""
+    """GPT(config) on the CPU without initialisation, as all values will be filled: no time for random numbers."""
     with torch.device('meta'):
         model = GPT(config)
     if any(True for _ in model.buffers()):              # exact columns, tables: their values are made when it is built
@@ -129,7 +129,7 @@ def empty(config):
 
 
 def perplexities(model, source):
-    """{'select' and 'test': {'loss', 'perplexity', 'tokens'}}, in windows of block_size that know nothing of each other."""
+    """{'select' and 'test': {'loss', 'perplexity', 'tokens'}}, in independent windows of block_size."""
     return {name: perplexity(model, source, text) for name, text in source.slices.items()}
 
 
@@ -150,7 +150,7 @@ def folder_of(study, trial):
 
 
 def heal(source, trial, model, rules):
-    """The same losses after a training run by train.py in a process of its own, {} when a signal stopped it.
+    """The same losses after a training run by train.py in a separate process, {} when a signal stopped it.
 
     model: the compressed one, or None when the run has begun already. Raises UserError when the run fails.
     """
@@ -172,7 +172,7 @@ def heal(source, trial, model, rules):
     healed = build(config, config, weights)
     losses = perplexities(healed.to(source.device), source)
     for name in [start, *(os.path.join(run, n) for n in os.listdir(run) if n.startswith('ckpt_'))]:
-        shutil.rmtree(name) if os.path.isdir(name) else os.remove(name)         # large, and everything of them is told
+        shutil.rmtree(name) if os.path.isdir(name) else os.remove(name)         # large, and everything in them is recorded
     return {'val_loss': loss, 'settings': given, 'seconds': runner.outcome(run).get('seconds'), **losses}
 
 
@@ -183,7 +183,7 @@ def save_start(source, model, folder):
 
 
 def has_start(study, trial):
-    """Whether a healing run can begin, or go on, without the compressed model."""
+    """Whether a healing run can start, or resume, without the compressed model."""
     folder = folder_of(study, trial)
     return any(checkpoint.steps(os.path.join(folder, part)) for part in ('start', 'run')
                if os.path.isdir(os.path.join(folder, part)))
@@ -201,7 +201,7 @@ def train(name, folder, arguments, threads):
         CHILD.clear()
 
 def trained(study, index):
-    """The folder of the index-th dense model of `train`, trained now where it is not there; '' when a signal stopped it."""
+    """The folder of the index-th dense model of `train`, trained now if missing; '' when a signal stopped it."""
     folder = os.path.join(study.out_dir, 'dense', f'seed={SEEDS[index]}')
     state, _, words = train(f'dense seed={SEEDS[index]}', folder, [
         study.train, f'--dataset={study.dataset}', f'--data_dir={study.data_dir}', f'--device={study.device}',

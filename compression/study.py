@@ -8,7 +8,7 @@ from configfile import number
 from configurator import key
 from variants import UserError, did_you_mean
 
-DENSE = 'dense'                         # the variant that changes nothing; always there
+DENSE = 'dense'                         # the variant that changes nothing; always present
 
 
 @dataclass
@@ -16,17 +16,17 @@ class Study:
     """Settings of compress.py."""
     source: str = key('', 'the dense model: a folder, a .gguf, or a name on the hub')
     train: str = key('', 'in place of source: config file of a dense model, trained into out_dir once per seed')
-    models: int = key(1, 'with train: dense models, each with a seed of its own', low=1)
+    models: int = key(1, 'with train: number of dense models, each with its own seed', low=1)
     out_dir: str = key('', 'folder of the results; default out/<name of the study file>')
-    dataset: str = key('', 'data set: its train split is calibrated and healed on')
+    dataset: str = key('', 'data set: its train split is used for calibration and healing')
     data_dir: str = key('data', 'folder that holds the data set folders')
     block_size: int = key(0, "context of calibration, evaluation and healing, tokens; 0 = the source's", low=0)
     sites: str = key('h.*.mlp.*', 'pattern of the matrices whose parameters the budgets count')
-    budgets: dict = key({}, "{label: share of the dense parameters of `sites`}; 0 = the sizes that stand in the variants")
+    budgets: dict = key({}, "{label: share of the dense parameters of `sites`}; 0 = the sizes in the variants")
     variants: dict = key({}, '{name: {setting: value}}, the settings of compression.study.Variant')
-    calibration_tokens: int = key(65536, 'training tokens that a calibration sees', low=1)
-    calibration_seeds: int = key(1, 'calibrations a variant, each on other text', low=1)
-    select: str = key('', 'tokens that choices are made on, SPLIT:START:STOP')
+    calibration_tokens: int = key(65536, 'training tokens of a calibration', low=1)
+    calibration_seeds: int = key(1, 'calibrations per variant, each on other text', low=1)
+    select: str = key('', 'tokens on which choices are made, SPLIT:START:STOP')
     test: str = key('', 'tokens of the table, on which no choice is made, SPLIT:START:STOP')
     heal: dict = key({}, 'settings of train.py for the healing runs')
     baseline: str = key('', 'a method: the report has the share of its gap to the dense model that others close')
@@ -36,8 +36,8 @@ class Study:
     dry_run: bool = key(False, 'print the trials, their rules and parameters, and stop')
     record: str = key('', 'name of a record to write to records/<date>_NAME')
     title: str = key('', 'title of the record')
-    note: str = key('', 'a paragraph for the record: what a reader must know')
-    debug: bool = key(False, 'tracebacks for mistakes too')
+    note: str = key('', 'a paragraph for the record: what a reader needs to know')
+    debug: bool = key(False, 'print a traceback for user errors too')
 
 
 @dataclass
@@ -48,8 +48,8 @@ class Variant:
     sizes: str = key('uniform', "how the budget is shared: the same fraction everywhere; by the 'spectrum' of outputs; by "
                      "the 'curvature' of the loss; 'given' = as the rules say",
                      choices=('uniform', 'spectrum', 'curvature', 'given'))
-    prune_before: str = key('none', 'zero weights first', choices=('none', 'magnitude', 'wanda'))
-    prune_fraction: float = key(0.0, 'share of the weights that prune_before zeroes', low=0)
+    prune_before: str = key('none', 'set weights to zero first', choices=('none', 'magnitude', 'wanda'))
+    prune_fraction: float = key(0.0, 'share of the weights that prune_before sets to zero', low=0)
     calibration_tokens: int = key(0, "training tokens; 0 = the study's", low=0)
     calibration_seeds: int = key(0, "calibrations; 0 = the study's", low=0)
     budgets: str = key('', 'labels of the budgets, with commas; default all')
@@ -94,7 +94,7 @@ def settings_of(study, name, label):
 
 
 def signature(study, trial):
-    """What a result depends on, as text: a trial whose settings have changed runs again."""
+    """The settings that a result depends on, as text: a trial whose settings have changed runs again."""
     values = configurator.as_dict(settings_of(study, trial.variant, trial.budget))
     apart = ('budgets', 'heal', 'heal_settings', 'at', 'calibration_seeds')
     values = {name: value for name, value in values.items() if name not in apart}

@@ -38,7 +38,7 @@ def shown(values, as_loss):
 
 
 def in_nats(study):
-    """Losses for models that the study trained itself, perplexities for others, as each is usually quoted."""
+    """Whether to show losses: for models that the study trained itself; perplexities for others, as usually quoted."""
     return bool(study.train)
 
 
@@ -75,7 +75,7 @@ def summary(study, found, text):
 
 
 def gaps(study, found, text):
-    """[(variant, budget, [share closed at zero-shot a source], [after healing])] against the baseline method.
+    """[(variant, budget, [share closed at zero-shot per source], [after healing])] against the baseline method.
 
     (baseline - loss) / (baseline - dense), each with the same rules and the same dense model; healed with healed.
     """

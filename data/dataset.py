@@ -1,9 +1,9 @@
-"""A data set folder, checked before the first step: meta.json, train.bin, val.bin, or several shards a split.
+"""A data set folder, checked before the first step: meta.json, train.bin, val.bin, or several shards per split.
 
     meta.json  {"format": 1, "tokenizer": "gpt2", "vocab_size": 50257, "source": "...",
                 "splits": {"train": {"tokens": N, "files": [{"name", "tokens", "sha256", "size"}]}, "val": ...}}
 
-Without meta.json a folder is taken as nanoGPT or llm.c leave it: GPT-2 tokens. meta.pkl is never opened. No torch here.
+Without meta.json a folder is read as nanoGPT or llm.c write it: GPT-2 tokens. meta.pkl is never opened. No torch here.
 """
 import hashlib
 import json
@@ -25,9 +25,9 @@ GPT2_META = {'tokenizer': 'gpt2', 'vocab_size': 50257, 'source': 'a folder witho
 
 @dataclass(frozen=True)
 class Dataset:
-    """What open_dataset found to be whole. `digest` names the data (and the tokenizer) in checkpoints."""
+    """A data set that open_dataset verified. `digest` identifies the data (and the tokenizer) in checkpoints."""
     folder: str
-    meta: dict                              # meta.json, or what stands in for it
+    meta: dict                              # meta.json, or its substitute
     vocab_size: int
     tokenizer: dict                         # the part of meta that data.tokenizer.load reads
     digest: str                             # 16 hexadecimal digits
@@ -38,8 +38,8 @@ def open_dataset(folder, notice=print):
     """Read and check the data set in `folder`; returns a Dataset, or raises UserError with path, expected and found.
 
     Checked: meta.json; each file's size against its header and meta.json; its SHA-256 against meta.json; every token
-    against the vocabulary. The last two read whole files, once: `.verified.json` beside them remembers the result by
-    name, size and time of change. notice: called with one line where something is assumed.
+    against the vocabulary. The last two read whole files, once: `.verified.json` beside them records the result by name,
+    size and modification time. notice: called with one line where something is assumed.
     """
     folder = Path(folder)
     meta = read_meta(folder)
@@ -62,7 +62,7 @@ def digest(hashes, described):
 
 
 def check_shard(shard, entry, meta, memory):
-    """The SHA-256 of a file whose tokens are all in the vocabulary and which is the one that meta.json means."""
+    """The SHA-256 of a file that matches meta.json and has all tokens in the vocabulary."""
     vocab_size, guessed = meta['vocab_size'], not entry.get('sha256')
     remedy = 'without meta.json it is read as GPT-2 BPE: prepare it again' if guessed else 'prepare it again'
     if shard.vocab_size not in (0, vocab_size):
@@ -81,7 +81,7 @@ def check_shard(shard, entry, meta, memory):
 # ---- which files, and what they should be ----
 
 def read_meta(folder):
-    """meta.json of the folder when it is there and right, None when it is not there; raises UserError."""
+    """meta.json of the folder when it is valid, None when it is missing; raises UserError."""
     path = folder / 'meta.json'
     try:
         size = path.stat().st_size
@@ -107,7 +107,7 @@ def check_meta(meta):
         raise UserError(f'expected an object, found {tokenizer.short(meta)}')
     if type(meta.get('format')) is not int or meta['format'] != FORMAT:
         raise UserError(f"expected 'format' {FORMAT}, found {tokenizer.short(meta.get('format'))}")
-    meta.setdefault('vocab_size', None)                             # a data set must say it
+    meta.setdefault('vocab_size', None)                             # required in a data set
     if not isinstance(meta.get('source', ''), str):
         raise UserError(f"expected a string in 'source', found {tokenizer.short(meta['source'])}")
     tokenizer.load(meta)
@@ -182,7 +182,7 @@ def from_names(folder, notice):
 # ---- what was found before ----
 
 class Memory:
-    """`.verified.json`: name -> [size, time of change in ns, SHA-256, largest token] of files that were read whole."""
+    """`.verified.json`: name -> [size, modification time in ns, SHA-256, largest token] of files that were read whole."""
 
     def __init__(self, folder):
         self.path, self.new = folder / '.verified.json', {}
@@ -201,14 +201,14 @@ class Memory:
         return (known[2], known[3]) if known[:2] == [now.st_size, now.st_mtime_ns] else None
 
     def keep(self, path, sha256, largest):
-        """Note what a scan found, unless the file is so fresh that a change could leave its time as it is."""
+        """Record a scan's result, unless the file is so new that a change might not alter its modification time."""
         now = path.stat()
         if time.time_ns() - now.st_mtime_ns > FRESH_NS:
             self.new[path.name] = [now.st_size, now.st_mtime_ns, sha256, largest]
         return sha256, largest
 
     def save(self):
-        """Write what is new. A folder that cannot be written is read whole again next time."""
+        """Write new results. A folder that cannot be written is read completely again next time."""
         if not self.new:
             return
         try:

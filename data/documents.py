@@ -1,5 +1,5 @@
 """Documents of a data set on the Hugging Face hub, or of local files of the same form, one after the other, with a
-position to go on from. Both are read by datasets.load_dataset as streams. Imports neither torch nor datasets.
+position to resume from. Both are read by datasets.load_dataset as streams. Imports neither torch nor datasets.
 """
 import os
 import re
@@ -17,7 +17,7 @@ END = object()
 
 @dataclass(frozen=True)
 class Source:
-    """What load_dataset reads as one stream: a data set of the hub, or one file."""
+    """One stream of load_dataset: a data set of the hub, or one file."""
     name: str                               # for messages
     arguments: tuple
     options: dict
@@ -122,7 +122,7 @@ class Documents:
         return stream
 
     def guard(self, source, action):
-        """action(); datasets, pyarrow and the hub raise many kinds of errors for damage and for want of a network."""
+        """action(); datasets, pyarrow and the hub raise many kinds of errors for damaged files and without a network."""
         try:
             return action()
         except ImportError as error:
@@ -142,7 +142,7 @@ class Documents:
 
 
 def chunks(documents):
-    """Yield (position of the first, [text]) of documents: some hundred texts, or about a million characters."""
+    """Yield (position of the first, [text]) of documents: a few hundred texts, or about a million characters."""
     iterator = iter(documents)
     while True:
         position, texts, characters = documents.position, [], 0

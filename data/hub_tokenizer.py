@@ -1,6 +1,6 @@
-"""Tokenizers of Hugging Face's form, tokenizer.json, through the `tokenizers` library: those of pretrained models.
+"""Hugging Face tokenizers (tokenizer.json) through the `tokenizers` library: those of pretrained models.
 
-Its text stands in a data set's meta.json and in checkpoints, so that a fine-tuned model needs no other file:
+Its text is stored in a data set's meta.json and in checkpoints, so that a fine-tuned model needs no other file:
 
     {'tokenizer': 'hub', 'vocab_size': 49152, 'json': '{"version": "1.0", ...}', 'source': 'where it came from'}
 
@@ -15,11 +15,11 @@ from variants import UserError
 MOST_BYTES = 1 << 26
 INSTALL = 'install it: pip install tokenizers'
 BETWEEN_TEXTS = ('<|endoftext|>', '<|begin_of_text|>', '<s>', '</s>')       # the first that a tokenizer has
-ANCHOR = 'a'                            # a text that stands before what is decoded
+ANCHOR = 'a'                            # a text put before the text to decode
 
 
 class HubTokenizer:
-    """What a tokenizer.json says: byte pairs with any split of the text, and what else the library knows."""
+    """The tokenizer of a tokenizer.json: byte-pair encoding with any pre-tokenizer, and what else the library has."""
     name = 'hub'
 
     def __init__(self, meta):
@@ -40,19 +40,19 @@ class HubTokenizer:
         return found[1]
 
     def encode(self, text):
-        """text -> [token] as transformers does: special tokens are seen in the text, and put in front where it puts one."""
+        """text -> [token] as transformers does: special tokens are recognised, and prepended where it does so."""
         library = self.library[0]
         library.encode_special_tokens = False
         return library.encode(text).ids
 
     def encode_ordinary(self, text):
-        """text -> [token] without special tokens: for data sets, whose text may hold anything."""
+        """text -> [token] without special tokens: for data sets, whose text may contain anything."""
         library = self.library[0]
         library.encode_special_tokens = True
         return library.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens):
-        """[token] -> text as it goes on after another one; bytes that are no UTF-8 read as U+FFFD.
+        """[token] -> text as a continuation of other text; bytes that are not UTF-8 read as U+FFFD.
 
         (At the start of a text some decoders drop a space. Unknown tokens read as nothing.)
         """
@@ -77,7 +77,7 @@ def built(text, source):
 
 @functools.lru_cache(maxsize=4)
 def count_tokens(text, source):
-    """One more than the largest token of a tokenizer.json's text; raises UserError where it is none."""
+    """One more than the largest token of a tokenizer.json's text; raises UserError where it is not valid."""
     try:
         if not isinstance(text, str) or len(text) > MOST_BYTES:
             raise ValueError(f'a text of at most {MOST_BYTES:,} characters is wanted')
@@ -92,7 +92,7 @@ def count_tokens(text, source):
 
 @functools.lru_cache(maxsize=4)
 def between_texts(text):
-    """(word, token) that stands between texts, by a tokenizer.json's text: the first of BETWEEN_TEXTS there; or None."""
+    """(word, token) between texts, by a tokenizer.json's text: the first of BETWEEN_TEXTS there; or None."""
     known = {token['content']: token['id'] for token in json.loads(text).get('added_tokens') or ()}
     return next(((word, known[word]) for word in BETWEEN_TEXTS if word in known), None)
 

@@ -1,8 +1,8 @@
-"""Batches of tokens as a pure function of (seed, step, micro-step, rank): nothing to save, nothing that moves on.
+"""Batches of tokens as a pure function of (seed, step, micro-step, rank): no state to save.
 
-An epoch cuts the stream of a split into windows of block_size tokens and takes each of them once, in a drawn order.
-Prefetcher makes the next batches on a thread, and changes nothing else. Documents need nothing here: a window may hold
-several, and attention that keeps them apart (`documents=` of window and dint) finds their beginnings in the tokens.
+An epoch cuts the stream of a split into windows of block_size tokens and takes each of them once, in random order.
+Prefetcher makes the next batches on a thread, and changes nothing else. Documents are not handled here: a window may
+contain several, and attention that keeps them apart (`documents=` of window and dint) finds their starts in the tokens.
 """
 import collections
 import concurrent.futures
@@ -17,13 +17,13 @@ from data.shards import refuse, write_shard
 
 __all__ = ['Dataset', 'Loader', 'Prefetcher', 'open_dataset', 'write_shard']
 
-ORDER, FIXED = 0, 1                         # which stream of random numbers
+ORDER, FIXED = 0, 1                         # keys of the streams of random numbers
 
 
 def random_bits(count, *key):
     """`count` uint64 numbers that depend on the key (integers >= 0) only.
 
-    Philox and SeedSequence promise the same bits in every numpy version; numpy's shuffles do not, and are not used.
+    Philox and SeedSequence guarantee the same bits in every numpy version; numpy's shuffles do not, and are not used.
     """
     return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
 
@@ -31,9 +31,9 @@ def random_bits(count, *key):
 class Loader:
     """Batches of one split.
 
-    dataset: from open_dataset; split: 'train', 'val' or 'test'; block_size: tokens T of a row; batch_size: rows B of
-    a micro-batch; accumulation: micro-batches of a step, all ranks together; world_size: ranks; seed: of the order.
-    Raises UserError when the split is shorter than block_size + 1, or accumulation is no multiple of world_size.
+    dataset: from open_dataset; split: 'train', 'val' or 'test'; block_size: tokens T per row; batch_size: rows B per
+    micro-batch; accumulation: micro-batches per step, all ranks together; world_size: ranks; seed: of the order.
+    Raises UserError when the split is shorter than block_size + 1, or accumulation is not a multiple of world_size.
     """
 
     def __init__(self, dataset, split, block_size, batch_size, accumulation=1, world_size=1, seed=1337):
@@ -54,7 +54,7 @@ class Loader:
     def batch(self, step, micro_step=0, rank=0):
         """(x, y) of one micro-batch, each (B, T) int64 with y one token ahead of x: a pure function of its arguments.
 
-        Rows are numbered through the whole job, g = ((step * accumulation) + micro_step * world_size + rank) * B + row,
+        Rows are numbered over the whole job, g = ((step * accumulation) + micro_step * world_size + rank) * B + row,
         so that the order of all rows does not depend on the number of ranks. About 20 microseconds per row.
         """
         if step < 0 or not 0 <= rank < self.world_size or not 0 <= micro_step < self.accumulation // self.world_size:
@@ -64,7 +64,7 @@ class Loader:
         return self.rows([self.start(g) for g in range(first, first + self.batch_size)])
 
     def start(self, g):
-        """Where row number g of the whole training run begins in the stream."""
+        """The start in the stream of row number g of the whole training run."""
         epoch, index = divmod(g, self.windows)
         with self.lock:                                             # a Prefetcher asks from another thread
             if epoch not in self.orders:
@@ -77,7 +77,7 @@ class Loader:
     def order(self, epoch):
         """(phase, permutation of the windows) of one epoch, drawn from (seed, epoch).
 
-        The phase moves the cuts by less than a window, so that the same tokens do not always share one.
+        The phase shifts the cuts by less than a window, so that the same tokens do not always share a window.
         """
         bits = random_bits(self.windows + 1, ORDER, self.seed, epoch)
         slack = len(self.tokens) - 1 - self.windows * self.block_size
@@ -118,10 +118,10 @@ class Loader:
 class Prefetcher:
     """The micro-batches of one rank, made before they are asked for by a thread: batch() gives what loader.batch() does.
 
-    loader: a Loader; rank: whose batches; prefetch: micro-batches made ahead, 0 = none and no thread; device: where they
-    will go: for a GPU they are made in pinned memory, from which a copy with non_blocking=True runs beside other work;
-    last_step: the first step that nobody will ask for. Use it in a `with`, or close() it: its thread ends there. What
-    the thread raises is raised by the batch() that asks for it.
+    loader: a Loader; rank: whose batches; prefetch: micro-batches made ahead, 0 = none and no thread; device: their
+    destination: for a GPU they are made in pinned memory, from which a copy with non_blocking=True overlaps other work;
+    last_step: the first step that is not needed. Use it in a `with`, or close() it: this ends its thread. An exception in
+    the thread is raised by the batch() that needs its result.
     """
 
     def __init__(self, loader, rank=0, prefetch=2, device='cpu', last_step=None):
@@ -148,7 +148,7 @@ class Prefetcher:
     def batch(self, step, micro_step=0):
         """(x, y) of a micro-batch, bit for bit those of loader.batch(step, micro_step, rank).
 
-        Any order is right; the one in which training goes finds its batches ready. Raises what loader.batch raises.
+        Any order is valid; in training order the batches are ready. Raises what loader.batch raises.
         """
         if not self.thread:
             return self.make(step, micro_step)
@@ -179,7 +179,7 @@ class Prefetcher:
         return torch.cuda.current_device() if self.device.index is None else self.device.index
 
     def drop(self):
-        """Forget the batches made ahead; what they raised is forgotten too, since nobody asked for them."""
+        """Drop the batches made ahead, and their exceptions, as they are not needed."""
         for _, future in self.waiting:
             future.cancel()
         self.waiting.clear()

@@ -1,8 +1,8 @@
-"""What the prepare.py of wikitext, fineweb and openwebtext share: documents -> GPT-2 tokens -> shards. Imports no torch.
+"""Shared by the prepare.py of wikitext, fineweb and openwebtext: documents -> GPT-2 tokens -> shards. Imports no torch.
 
-Each document follows <|endoftext|>. A shard is full at --shard_tokens; a document may go on in the next one. Shards grow
-in the hidden folder .parts, with a record of what is done; when all are there, meta.json is written and they move to
-their places. A run that was killed goes on after its last full shard, and ends with the same bytes.
+<|endoftext|> stands before each document. A shard is full at --shard_tokens; a document may continue in the next one.
+Shards are written to the hidden folder .parts, with a record of progress; when all are complete, meta.json is written and
+they are moved into place. An interrupted run resumes after its last full shard, and ends with the same bytes.
 """
 import argparse
 import json
@@ -27,7 +27,7 @@ class Recipe:
     load: object                            # datasets.load_dataset
     path: str                               # on the hub
     names: tuple                            # configurations there, the default first; () for none
-    size: float                             # tokens in all, about, to ask for room on the disk
+    size: float                             # total tokens, approximately, to check the disk space
     splits: dict | None = None              # our name -> the published one; None: the beginning is for validation,
     val_documents: int = 0                  # ... this many documents, or 0: one shard
     begins: object = None                   # as in documents.Documents
@@ -40,11 +40,11 @@ class Phase:
     sources: list
     most_tokens: int | None = None
     most_documents: int | None = None
-    goes_on: bool = False                   # the next phase goes on in the same sources
+    goes_on: bool = False                   # the next phase continues in the same sources
 
 
 def phases_of(recipe, args):
-    """[Phase] in the order in which they are made; raises UserError when local files are not there."""
+    """[Phase] in the order in which they are made; raises UserError when local files are missing."""
     local = in_files(args.input, recipe.splits is not None) if args.input else None
     if recipe.splits is None:
         sources = local or [on_hub(recipe.path, args.name, 'train')]
@@ -62,14 +62,14 @@ def phases_of(recipe, args):
 
 
 def main(recipe, argv=None):
-    """The whole of a prepare.py: a mistake is told in one line and ends the program with exit code 2."""
+    """The whole of a prepare.py: a user error is reported in one line and ends the program with exit code 2."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=f'Make shards of tokens of {recipe.path}.')
     say, name = parser.add_argument, recipe.names[0] if recipe.names else None
     say('--input', metavar='FILE_OR_FOLDER', help='local files of the same form: parquet, json, jsonl, arrow, txt '
         '(default: streamed from the hub)')
     say('--name', default=name, choices=recipe.names or None, help=f'which one (default: {name})')
     say('--tokens', metavar='N', help='most training tokens, such as 1B (default: all)')
-    say('--shard_tokens', metavar='N', default='100M', help='tokens a shard (default: 100M)')
+    say('--shard_tokens', metavar='N', default='100M', help='tokens per shard (default: 100M)')
     say('--val_documents', metavar='N', default=str(recipe.val_documents), help='first documents, held out for validation'
         if recipe.val_documents else argparse.SUPPRESS)
     say('--column', default='text', metavar='NAME', help='column of the text (default: text)')
@@ -93,7 +93,7 @@ def number(text, option, low=1, most=10**15):
 
 
 def prepare(recipe, args):
-    """Go through the phases, from where an earlier run stopped, and finish the folder."""
+    """Run the phases, from where an earlier run stopped, and finish the folder."""
     args.shard_tokens = number(args.shard_tokens, 'shard_tokens', most=MOST_TOKENS)
     args.tokens = None if args.tokens is None else number(args.tokens, 'tokens')
     args.val_documents = number(args.val_documents, 'val_documents', low=min(1, recipe.val_documents))
@@ -122,7 +122,7 @@ def what_matters(phases, args, source):
 
 
 def ask_for_room(out, recipe, phases, args):
-    """Raise UserError unless the disk holds what will come."""
+    """Raise UserError unless the disk has room for the shards."""
     local = {s.name: s.size for phase in phases for s in phase.sources}
     tokens = sum(local.values()) * TOKENS_PER_BYTE or recipe.size
     if args.tokens:
@@ -132,7 +132,7 @@ def ask_for_room(out, recipe, phases, args):
 
 
 def is_done(out, bytes_depend_on):
-    """Whether the folder holds what would be made, as far as names and sizes tell."""
+    """Whether the folder already has the result, by names and sizes."""
     try:
         meta = read_meta(out) or {}
     except UserError:
@@ -143,7 +143,7 @@ def is_done(out, bytes_depend_on):
 
 
 def finish(out, writer, described):
-    """Move the shards into place, write meta.json, and take away the parts and the shards of earlier settings."""
+    """Move the shards into place, write meta.json, and delete the parts and the shards of earlier settings."""
     state = writer.state
     splits = {split: {'tokens': writer.tokens(split), 'files': state['files'][split]}
               for split in ('train', 'val', 'test') if split in state['files']}

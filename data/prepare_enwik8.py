@@ -1,6 +1,6 @@
-"""What the prepare.py of enwik8, enwik8_prose and enwik8_prose_4096 share. Imports no torch.
+"""Shared by the prepare.py of enwik8, enwik8_prose and enwik8_prose_4096. Imports no torch.
 
-bytes: one token a byte, the published split 90M / 5M / 5M. prose: markup stripped (wiki_markup.py), GPT-2's byte pairs
+bytes: one token per byte, the published split 90M / 5M / 5M. prose: markup stripped (wiki_markup.py), GPT-2's byte pairs
 or a pretrained model's tokens, each article after <|endoftext|>; of 20 articles in order the 19th is for validation and
 the 20th for the test.
 """
@@ -40,13 +40,13 @@ def main(form, vocab_size=tokenizer.MOST_GPT2, argv=None):
 
 
 def prepare(args):
-    """Find enwik8, make the tokens of each split, write the folder and say what was done."""
+    """Find enwik8, make the tokens of each split, write the folder and print a summary."""
     if args.tokenizer and (args.form != 'prose' or not args.out):
         raise UserError('--tokenizer is for --form=prose and needs --out=DIR')
     out = Path(args.out) if args.out else DATA / folder_name(args.form, args.vocab_size)
     described = hub_tokenizer.read(args.tokenizer) if args.tokenizer else gpt2(args.vocab_size)
     if args.form == 'prose':
-        tokenizer.load(described)                                   # a mistake is told before the download
+        tokenizer.load(described)                                   # user errors are reported before the download
     check_space(out, 400e6)
     text = enwik8_source.find(DATA / 'enwik8', args.input)
     if args.form == 'bytes':

@@ -1,4 +1,4 @@
-"""What the prepare.py of text data sets share: which text, how it is cut, writing the folder. Imports no torch."""
+"""Shared by the prepare.py of text data sets: choosing the text, splitting it, writing the folder. Imports no torch."""
 import argparse
 import hashlib
 import json
@@ -20,7 +20,7 @@ CANONICAL_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc5
 def main(folder, kind, argv=None):
     """Make train.bin, val.bin and meta.json; the whole of a prepare.py. folder: the script's; kind: 'char' or 'gpt2'.
 
-    A mistake is told in one line and ends the program with exit code 2.
+    A user error is reported in one line and ends the program with exit code 2.
     """
     folder = Path(folder).resolve()
     parser = argparse.ArgumentParser(allow_abbrev=False, description=f'Make train.bin, val.bin and meta.json of a text '
@@ -41,7 +41,7 @@ def main(folder, kind, argv=None):
 
 
 def complain(message):
-    """Print a mistake in one line; returns the exit code 2."""
+    """Print a user error in one line; returns the exit code 2."""
     print(f'prepare.py: {message}', file=sys.stderr)
     return 2
 
@@ -81,7 +81,7 @@ def shakespeare():
 
 
 def prepare(text, source, described, out):
-    """Cut the text 90 : 10 by characters as nanoGPT does, encode the parts, write the folder and say what was done.
+    """Split the text 90 : 10 by characters as nanoGPT does, encode the parts, write the folder and print a summary.
 
     described: the name of a tokenizer, or its meta.
     """
@@ -100,10 +100,10 @@ def prepare(text, source, described, out):
 
 
 def write_dataset(out, described, splits):
-    """Write one <split>.bin a split and then meta.json into the folder `out`; returns the meta.
+    """Write one <split>.bin per split and then meta.json into the folder `out`; returns the meta.
 
     described: what data.tokenizer.load reads, with vocab_size; splits: name -> tokens. Each file is replaced whole,
-    meta.json last: a run that dies between them leaves files that open_dataset refuses and another run mends.
+    meta.json last: a run that dies in between leaves files that open_dataset refuses and another run replaces.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Tokens of documents -> shards in a folder, with a record from which a killed run goes on. Imports no torch."""
+"""Tokens of documents -> shards in a folder, with a record from which an interrupted run resumes. Imports no torch."""
 import contextlib
 import json
 import shutil
@@ -16,9 +16,9 @@ BEGIN = {'position': None, 'skip': 0, 'offset': 0}
 class ShardWriter:
     """Writes shards NAME_SPLIT_000000.bin into `folder`.
 
-    state (progress.json, replaced after each shard): which phase comes next or is under way, where it goes on (`at`: the
-    position of a chunk of documents, how many of those are done, how many tokens of the next one), the files of each
-    split, and counts. recipe: what the bytes depend on; parts that another recipe left are thrown away.
+    state (progress.json, replaced after each shard): the next or current phase, where it resumes (`at`: the position of
+    a chunk of documents, how many of those are done, how many tokens of the next one), the files of each split, and
+    counts. recipe: the settings that the bytes depend on; parts of another recipe are deleted.
     """
 
     def __init__(self, folder, name, recipe):
@@ -29,17 +29,17 @@ class ShardWriter:
         self.buffer, self.filled = None, 0
 
     def recall(self, recipe):
-        """The state that an earlier run left, when it was after the same; else None, and an empty folder."""
+        """The state of an earlier run with the same recipe; else None, and an empty folder."""
         try:
             state = json.loads(self.record.read_bytes())
             names = [entry['name'] for files in state['files'].values() for entry in files]
-            places = self.folder, self.folder.parent                # some may have moved on already
+            places = self.folder, self.folder.parent                # some may have been moved already
             if state['recipe'] == recipe and all(any((p / name).exists() for p in places) for name in names):
-                print(f'going on after {len(names)} shards')
+                print(f'resuming after {len(names)} shards')
                 return state
-            print(f'{self.folder}: parts made with other settings are thrown away')
+            print(f'{self.folder}: parts made with other settings are deleted')
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass                            # nothing there, or nothing to go on from
+            pass                            # nothing there, or nothing to resume from
         self.remove()
         self.folder.mkdir(parents=True, exist_ok=True)
         return None
@@ -50,8 +50,8 @@ class ShardWriter:
     def fill(self, phase, documents, processes):
         """Write the shards of one split, to the end of the documents or to the limits of the phase.
 
-        documents: to be read from state['at'] on. What is left of a document at a limit is dropped, so that no document
-        is in two splits. A document that begins a phase where the last one stopped is the next one.
+        documents: read from state['at'] on. The rest of a document at a limit is dropped, so that no document is in two
+        splits: a phase begins with the document after the one where the last phase stopped.
         """
         self.buffer = np.empty(self.shard_tokens, np.uint16) if self.buffer is None else self.buffer
         left = (phase.most_tokens or 2**62) - self.tokens(phase.split)
@@ -83,7 +83,7 @@ class ShardWriter:
         return True
 
     def cuts(self, start, length, left):
-        """Yield (start, stop) of the pieces of a document that go into one shard each."""
+        """Yield (start, stop) of the pieces of a document, one per shard."""
         while start < length:
             stop = min(length, start + self.shard_tokens - self.filled, start + left)
             yield start, stop
@@ -91,7 +91,7 @@ class ShardWriter:
             start = stop
 
     def end(self, phase, at):
-        """Write what is left of a split, and note that its phase is over and where the next one begins."""
+        """Write the rest of a split, and record that its phase is over and where the next one begins."""
         if self.filled:
             self.write(phase.split)
         self.state['phase'] += 1
@@ -106,7 +106,7 @@ class ShardWriter:
         self.filled = 0
 
     def save(self, at):
-        """Replace the record: from now on a killed run goes on here."""
+        """Replace the record: an interrupted run now resumes here."""
         self.state['at'] = at
         write_atomic(self.record, json.dumps(self.state).encode('utf-8'))
 

@@ -19,7 +19,7 @@ from variants import UserError
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 1024
-MOST_TOKENS = 2**31 - 1                     # what the header's int32 can say
+MOST_TOKENS = 2**31 - 1                     # largest count in the header's int32
 CHUNK_BYTES = 1 << 23
 AROUND, MOST_VISITED = 1 << 16, 4 << 20     # bytes that the kernel maps around a read; bytes that one map may visit
 
@@ -36,7 +36,7 @@ class Shard:
 
 
 def refuse(path, expected, found, remedy=''):
-    """Raise UserError: the path, what should be there, what is there, and what to do about it, in one line."""
+    """Raise UserError in one line: the path, what was expected, what was found, and the remedy."""
     raise UserError(f'{path}: expected {expected}, found {found}' + (f'; {remedy}' if remedy else ''))
 
 
@@ -46,7 +46,7 @@ def reason(error):
 
 
 def check_space(folder, needed):
-    """Raise UserError unless the disk of `folder` (which need not be there yet) has `needed` bytes free."""
+    """Raise UserError unless the disk of `folder` (which need not exist yet) has `needed` bytes free."""
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
@@ -57,7 +57,7 @@ def check_space(folder, needed):
 
 
 def write_atomic(path, *parts):
-    """Write the parts (bytes-like) one after the other, aside, and rename: `path` is old or new, never half."""
+    """Write the parts (bytes-like) one after the other to a temporary file, and rename: `path` is replaced atomically."""
     path = Path(path)
     aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
@@ -96,7 +96,7 @@ def write_shard(path, tokens, vocab_size):
 
 
 def open_shard(path, expected_size=None):
-    """Check what a look at the beginning and at the size can tell, and return the Shard.
+    """Check the header and the size, and return the Shard.
 
     expected_size: bytes, as meta.json has them. Raises UserError naming path, what was expected and what was found.
     """
@@ -151,10 +151,10 @@ def without_header(path, size, words, head):
 
 
 def looks_like_text(head):
-    """True when 64 bytes or more are UTF-8 without control characters, which no file of tokens is for long."""
+    """True when 64 bytes or more are UTF-8 without control characters, which a token file never is for long."""
     if len(head) < 64:
         return False
-    for cut in range(4):                    # the end may cut a character in two
+    for cut in range(4):                    # the end may split a character
         try:
             text = head[:len(head) - cut].decode('utf-8')
         except UnicodeDecodeError:
@@ -181,14 +181,14 @@ class Tokens:
     def __init__(self, shards):
         self.shards = list(shards)
         self.starts = np.cumsum([0] + [shard.tokens for shard in self.shards])          # (shards + 1,)
-        self.maps = {}                      # number of a shard -> Mapped
+        self.maps = {}                      # index of a shard -> Mapped
 
     def __len__(self):
         return int(self.starts[-1])
 
     @property
     def path(self):
-        """Where the stream begins, for messages."""
+        """The first file of the stream, for messages."""
         return self.shards[0].path
 
     def read(self, start, stop):
@@ -203,10 +203,10 @@ class Tokens:
 
 
 class Mapped:
-    """One token file in memory, as far as it is visited.
+    """One memory-mapped token file.
 
-    The pages visited count as ours for as long as the map lives (nanoGPT issue 287 took that for a leak), so it is made
-    again now and then. A file that shrinks under us would end the process by a signal: its size is asked for first.
+    Visited pages count as this process's memory for as long as the map exists (nanoGPT issue 287 took that for a leak),
+    so it is remapped now and then. A file that shrinks would end the process by a signal: its size is checked first.
     """
 
     def __init__(self, shard):

@@ -1,6 +1,6 @@
 """Text <-> tokens: characters, GPT-2's byte pairs, bytes, a tokenizer.json; each rebuilt from a dict. Imports no torch.
 
-The dict stands in a data set's meta.json and in every checkpoint, so that sampling needs no data folder:
+The dict is stored in a data set's meta.json and in every checkpoint, so that sampling needs no data folder:
 
     {'tokenizer': 'char', 'vocab_size': 3, 'chars': ['a', 'b', 'c'], 'source': 'where the text came from'}
     {'tokenizer': 'gpt2', 'vocab_size': 50257}          {'tokenizer': 'bytes', 'vocab_size': 256}
@@ -21,7 +21,7 @@ GPT2_MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b77
 END_OF_TEXT = '<|endoftext|>'
 FEWEST_GPT2, MOST_GPT2 = 257, 50257         # 256 bytes and <|endoftext|>; and all 50,000 merges besides
 MOST_CHARACTERS = 0x110000                  # all of Unicode
-UNKNOWN = '\ufffd'                          # what a token outside the vocabulary reads as (padded models have such)
+UNKNOWN = '\ufffd'                          # text of a token outside the vocabulary (in padded models)
 
 
 class CharTokenizer:
@@ -64,14 +64,14 @@ class ByteTokenizer:
     encode_ordinary = encode
 
     def decode(self, tokens):
-        """[token] -> text; bytes that are no UTF-8 read as U+FFFD."""
+        """[token] -> text; bytes that are not UTF-8 read as U+FFFD."""
         return bytes(t if 0 <= t < 256 else 0xff for t in tokens).decode('utf-8', errors='replace')
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding through tiktoken, from the merges that lie in gpt2_vocab/; needs no network.
+    """GPT-2's byte-pair encoding through tiktoken, from the merges in gpt2_vocab/; needs no network.
 
-    vocab_size N < 50257: the first N - 1 ranks, which are a byte-pair encoding of their own, since a merge stands after
+    vocab_size N < 50257: the first N - 1 ranks, which are a byte-pair encoding by themselves, since a merge comes after
     the two tokens that it joins; for small models. The last token, N - 1, is always <|endoftext|>.
     """
     name = 'gpt2'
@@ -96,11 +96,11 @@ class GPT2Tokenizer:
         return self.encoding.encode(text, allowed_special={END_OF_TEXT}, disallowed_special=())
 
     def encode_ordinary(self, text):
-        """text -> [token] without special tokens: for data sets, whose text may hold anything."""
+        """text -> [token] without special tokens: for data sets, whose text may contain anything."""
         return self.encoding.encode_ordinary(text)
 
     def decode(self, tokens):
-        """[token] -> text; bytes that are no UTF-8 read as U+FFFD."""
+        """[token] -> text; bytes that are not UTF-8 read as U+FFFD."""
         known = [t if 0 <= t < self.vocab_size else None for t in tokens]
         return b''.join(UNKNOWN.encode() if t is None else self.encoding.decode_single_token_bytes(t)
                         for t in known).decode('utf-8', errors='replace')
@@ -112,7 +112,7 @@ TOKENIZERS = {kind.name: kind for kind in (CharTokenizer, GPT2Tokenizer, ByteTok
 def load(meta):
     """The tokenizer that a dict (of meta.json or of a checkpoint) describes: .name .vocab_size .encode .decode.
 
-    Raises UserError in one line when the dict does not hold what it should; unknown keys are left alone.
+    Raises UserError in one line for an invalid dict; unknown keys are ignored.
     """
     if not isinstance(meta, dict):
         raise UserError(f'the description of a tokenizer is a dict, not {type(meta).__name__}')
@@ -128,12 +128,12 @@ def load(meta):
 
 
 def describe(meta):
-    """The part of a meta that says what its tokens mean: what load() reads, and nothing else."""
+    """The part of a meta that defines its tokens: what load() reads, and nothing else."""
     return {key: meta[key] for key in ('tokenizer', 'vocab_size', 'chars', 'returns', 'json', 'source') if key in meta}
 
 
 def short(value):
-    """A value of unknown size and kind, for a message of one line."""
+    """A value of unknown size and type, for a message of one line."""
     text = repr(value) if isinstance(value, str | int | float | bool | None) else f'a {type(value).__name__}'
     return text if len(text) <= 60 else f'{text[:57]}...'
 
@@ -201,7 +201,7 @@ def gpt2_merges():
 
 
 def unpack(path, sha256):
-    """The bytes in an .xz that ships with the repository; raises UserError unless they have this SHA-256."""
+    """The bytes of an .xz file in the repository; raises UserError unless they have this SHA-256."""
     try:
         data = lzma.decompress(Path(path).read_bytes())
     except (OSError, lzma.LZMAError) as error:

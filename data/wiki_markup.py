@@ -1,8 +1,8 @@
 """Wikipedia's XML and markup -> plain articles in the manner of wikitext-103. Imports no torch.
 
-What is left: the title, section headings, and paragraphs, a line each. What goes: lists, templates, tables, references,
-formulas, pictures, categories, links to other languages, tags, addresses, the sections of links at the end. MediaWiki's
-markup has no grammar; these rules work from the inside out, so that nested pairs go in turn.
+Kept: the title, section headings, and paragraphs, one per line. Removed: lists, templates, tables, references, formulas,
+pictures, categories, links to other languages, tags, addresses, the sections of links at the end. MediaWiki's markup has
+no grammar; these rules work from the inside out, so that nested pairs are removed one after the other.
 """
 import html
 import re
@@ -56,7 +56,7 @@ def article(title, markup):
 
 
 def strip_markup(text):
-    """The markup of one page without everything that spans lines: what is left is prose, headings and lists."""
+    """The markup of one page without everything that spans lines: prose, headings and lists remain."""
     text = BLOCKS.sub('', HIDDEN.sub('', text))
     for pattern in (TEMPLATE, TABLE):
         text = from_inside(pattern, lambda match: '', text)
@@ -76,7 +76,7 @@ def from_inside(pattern, replacement, text):
 
 
 def link_text(match):
-    """What a reader sees of [[target|text]]: the text, else the target; nothing of pictures and categories."""
+    """The visible part of [[target|text]]: the text, else the target; nothing for pictures and categories."""
     target, _, text = match[1].partition('|')
     if NOT_PROSE.match(target):
         return ''
@@ -84,7 +84,7 @@ def link_text(match):
 
 
 def prose_lines(text):
-    """The lines of stripped markup that hold prose; headings as `== Name ==`, and only where something follows them."""
+    """The lines of stripped markup that are prose; headings as `== Name ==`, and only where something follows them."""
     lines, waiting, skipped_level = [], [], 0
     for line in text.split('\n'):
         heading = HEADING.match(line.strip())
@@ -103,5 +103,5 @@ def prose_lines(text):
 
 
 def tidy(line):
-    """One line with single spaces and without the empty brackets that removed parts leave."""
+    """One line with single spaces and without empty brackets from removed parts."""
     return SPACE_BEFORE.sub(r'\1', EMPTY_PAIR.sub('', SPACES.sub(' ', line))).strip()

@@ -1,4 +1,4 @@
-"""Work spread over processes, in order, and the one line that a prepare.py says of a mistake. Imports no torch."""
+"""Parallel work in order, and the one-line report of a prepare.py's user error. Imports no torch."""
 import collections
 import concurrent.futures
 import multiprocessing
@@ -12,20 +12,20 @@ from concurrent.futures.process import BrokenProcessPool
 from data.shards import reason
 from variants import UserError
 
-AHEAD = 3                                   # items a process that are read before their results are taken
+AHEAD = 3                                   # items per process that are read before their results are taken
 
 
 def cores():
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def in_order(function, items, processes):
     """Yield function(item) for each item, in the order of the items, computed by `processes` processes; 1: by this one.
 
-    function: one of a module, since it is sent to them. Items are taken as they are needed, AHEAD a process, so that an
-    endless stream fits into memory (multiprocessing's imap reads all of it). What `items` raises, and what the function
-    raises, is raised here. Raises UserError when a process dies.
+    function: defined in a module, since it is sent to them. Items are taken as needed, AHEAD per process, so that an
+    endless stream fits into memory (multiprocessing's imap reads all of it). Exceptions of `items` and of the function
+    are raised here. Raises UserError when a process dies.
     """
     if processes <= 1:
         yield from map(function, items)
@@ -41,14 +41,14 @@ def in_order(function, items, processes):
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise UserError(f'one of {processes} processes died, perhaps for want of memory; take fewer by --processes=N') \
+        raise UserError(f'one of {processes} processes died, perhaps out of memory; take fewer by --processes=N') \
             from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def begin_worker():
-    """In each process: Ctrl-C is the parent's business, and when the parent is gone, so are we."""
+    """In each process: leave Ctrl-C to the parent, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
@@ -59,7 +59,7 @@ def leave_with_parent():
 
 
 def run_prepare(work, *arguments):
-    """Call work(*arguments), the whole of a prepare.py; a mistake is one line on stderr and exit code 2."""
+    """Call work(*arguments), the body of a prepare.py; a user error is one line on stderr and exit code 2."""
     try:
         work(*arguments)
     except UserError as error:
@@ -67,10 +67,10 @@ def run_prepare(work, *arguments):
     except OSError as error:
         complain(f'{error.filename or "a file"}: {reason(error)}')
     except KeyboardInterrupt:
-        complain('stopped; the same command goes on', 130)
+        complain('stopped; run the same command to continue', 130)
 
 
 def complain(message, code=2):
-    """Print a mistake in one line and leave with this exit code."""
+    """Print an error in one line and exit with this code."""
     print(f'prepare.py: {message}'.replace('\n', ' '), file=sys.stderr)
     raise SystemExit(code)

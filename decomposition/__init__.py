@@ -1,1 +1,1 @@
-"""Dense weights to structures: calibration, methods by site, layer by layer, budgets; models from sources."""
+"""Dense weights to structures: calibration, methods per site, layer by layer, budgets; models from sources."""

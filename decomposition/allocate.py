@@ -1,8 +1,8 @@
 """One budget of parameters for all structured sites: which rank, or how many terms, each of them gets.
 
 `rank_budget` is the fraction of the sites' dense parameters that their structures may have. The sizes in the specs are
-placeholders then (`lowrank` alone will do), and what was chosen stands in `config.linear` afterwards, so that a checkpoint
-holds the sizes and nothing is chosen twice.
+placeholders then (`lowrank` alone is enough), and the chosen sizes are written to `config.linear`, so that checkpoints
+contain them and nothing is chosen twice.
 """
 import dataclasses
 import inspect
@@ -19,19 +19,19 @@ from model import GPT
 from variants import LINEARS, Spec, UserError, parse_spec
 
 SIZES = {'lowrank': ('rank',), 'pivot': ('rank',), 'kron': ('terms',), 'kron_pivot': ('terms',),
-         'abba': ('rank1', 'rank2')}                    # what is chosen, as one size
+         'abba': ('rank1', 'rank2')}                    # the arguments that are chosen, as one size
 KRONECKER = ('kron', 'kron_pivot')
 
 
 @dataclasses.dataclass
 class Site:
-    """A site whose size is to be chosen, 1 .. most; the first step costs `step` parameters, each next one `bend` more."""
+    """A site whose size is chosen, 1 .. most; the first step costs `step` parameters, each next one `bend` more."""
     name: str
     spec: Spec
     shape: tuple                                        # (out, in)
     first: int                                          # parameters at size 1
     step: int
-    most: int                                           # the largest size that saves parameters and is of use
+    most: int                                           # the largest size that saves parameters and still gains
     bend: int = 0
 
     @property
@@ -99,7 +99,7 @@ def candidates(config):
 
 
 def full_size(spec, shape):
-    """The size from which on a structure gains nothing: the rank, or the Kronecker rank, of a full matrix."""
+    """The size above which a structure gains nothing: the rank, or the Kronecker rank, of a full matrix."""
     if spec.name == 'sum':
         return full_size(parse_spec(spec.args[0][0]), shape)
     if spec.name not in KRONECKER:
@@ -124,7 +124,7 @@ def budget_of(sites, fraction):
 
 
 def gain_of(site, weight, stats=None):
-    """What sizes 1, 2, ... gain, falling: shares of the site's output power that each rank or term more keeps.
+    """Gains of sizes 1, 2, ..., falling: the share of the site's output power that each further rank or term keeps.
 
     Squared singular values of W C^1/2 over their sum, C = E[x x^T] with a ridge (I without stats): exactly what
     svd_whitened keeps. For terms those of its rearrangement R(W C^1/2), an estimate of what a fit keeps; abba(k, k) counts
@@ -152,8 +152,8 @@ def gain_of(site, weight, stats=None):
 def resolve(config, say=print, weights=None, seen=None):
     """Choose the sizes of config.linear in place, as rank_budget and rank_allocation say; nothing without a budget.
 
-    weights: a function site -> dense weight, needed by 'spectrum'; seen: {site: Stats}, with which they are whitened, or a
-    function that gives it.
+    weights: a function site -> dense weight, needed by 'spectrum'; seen: {site: Stats} for whitening, or a function that
+    returns it.
     Raises UserError for a budget out of reach.
     """
     if not config.rank_budget:
@@ -172,7 +172,7 @@ def resolve(config, say=print, weights=None, seen=None):
 
 
 def merged(rules, specs):
-    """Rules that give the sites of `specs` theirs: a pattern whose sites agree keeps its place, others become sites."""
+    """Rules that give the sites their `specs`: a pattern whose sites agree stays, others are split into sites."""
     winners, found = {}, {}
     for site in specs:
         winners.setdefault(variants.match(rules, site, None)[0], []).append(site)

@@ -1,8 +1,8 @@
-"""Calibration: what the linears of a model see on real text, gathered by hooks and streamed, for the methods that ask.
+"""Calibration: input statistics of a model's linears on real text, collected by hooks, for the methods that need them.
 
-One pass over the calibration tokens serves all sites. Sites that are fed the very same tensor (c_q, c_k, c_v) are one
+One pass over the calibration tokens serves all sites. Sites with the very same input tensor (c_q, c_k, c_v) are one
 *group* and share one covariance. Sums are kept in float64 and added batch by batch, so that memory does not grow with
-the number of tokens: 8 in^2 bytes a group, plus 8 out^2 a site with gradients.
+the number of tokens: 8 in^2 bytes per group, plus 8 out^2 per site with gradients.
 """
 import dataclasses
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ MEMORY = 2 << 30                        # bytes of sums; more sites are taken in
 
 @dataclass
 class Stats:
-    """What a pass saw at one site: x its inputs, one row per token; g the gradient of the summed loss at its outputs.
+    """Statistics of one site: x its inputs, one row per token; g the gradient of the summed loss at its outputs.
 
     All in float64, and covariances about the means. With two models x is the input in the compressed one, and source
     that of the dense one at the same token.
@@ -35,7 +35,7 @@ class Stats:
 class Moments:
     """Running sums of x, y and x y^T over rows, in float64; y = x unless given.
 
-    Rows are taken relative to the first one seen, so that a mean far from 0 costs no digits of the covariance.
+    Rows are taken relative to the first one, so that a mean far from 0 costs the covariance no precision.
     """
 
     def __init__(self):
@@ -68,21 +68,21 @@ class Moments:
 def batches(dataset, tokens, block_size, seed=1337, split='train'):
     """[(x, y)] of int64 (B, T): `tokens` tokens, up to a whole window, in windows drawn without replacement.
 
-    A pure function of its arguments, and of nothing that training draws. Raises UserError when the split is too short.
+    A pure function of its arguments, independent of training's random numbers. Raises UserError when the split is too short.
     """
     rows = -(-tokens // block_size)
     size = max(1, min(rows, BATCH_TOKENS // block_size))
     loader = Loader(dataset, split, block_size, size, seed=seed)
     if rows > loader.windows:
-        raise UserError(f'calibration_tokens can be at most {loader.windows * block_size:,}, what split {split!r} of '
-                        f'{dataset.folder} holds in windows of {block_size}, got {tokens:,}', 'calibration_tokens')
+        raise UserError(f'calibration_tokens can be at most {loader.windows * block_size:,}, the size of split {split!r} of '
+                        f'{dataset.folder} in windows of {block_size}, got {tokens:,}', 'calibration_tokens')
     found = [loader.batch(step) for step in range(-(-rows // size))]
     last = rows - size * (len(found) - 1)
     return found[:-1] + [tuple(t[:last] for t in found[-1])]
 
 
 def check_enough(model, sites, batches):
-    """Refuse a text with fewer tokens than the widest of the sites has inputs: its covariance says nothing of the rest."""
+    """Refuse a text with fewer tokens than the widest of the sites has inputs: its covariance is singular otherwise."""
     count = sum(x.numel() for x, _ in batches)
     widest = max(sites, key=lambda site: model.sites()[site].in_features)
     width = model.sites()[widest].in_features
@@ -95,7 +95,7 @@ def check_enough(model, sites, batches):
 # hooks
 
 class Hooks:
-    """Hooks on some modules, gone when the block is left; the model is in eval mode inside."""
+    """Context with hooks on some modules and the model in eval mode."""
 
     def __init__(self, *models):
         self.models, self.handles = models, []
@@ -105,7 +105,7 @@ class Hooks:
         self.handles.append(module.register_forward_pre_hook(lambda _, inputs: function(inputs[0])))
 
     def behind(self, module, function):
-        """function(output) at every call of the module; what it returns, if anything, is the output instead."""
+        """function(output) at every call of the module; its result, if not None, replaces the output."""
         self.handles.append(module.register_forward_hook(lambda _, inputs, output: function(output)))
 
     def __enter__(self):
@@ -127,8 +127,8 @@ def device_of(model):
 
 @torch.no_grad()
 def groups(model, x):
-    """[[site, ...]] in the order of their first call: sites of one group are fed the very same tensor. x (B, T) tokens."""
-    calls = []                                          # (site, input); the inputs are held, so that no id comes twice
+    """[[site, ...]] in the order of their first call: sites of one group share their input tensor. x (B, T) tokens."""
+    calls = []                                          # (site, input); inputs are kept alive, so that no id occurs twice
     with Hooks(model) as hooks:
         for site, module in model.sites().items():
             hooks.before(module, lambda x, site=site: calls.append((site, x)))
@@ -145,11 +145,11 @@ def groups(model, x):
 # one model
 
 def passes(model, sites, batches, gradients=False, memory=MEMORY):
-    """Yield {site: Stats} until all of `sites` were given: one pass over the batches, or several when memory asks for it.
+    """Yield {site: Stats} until all of `sites` are done: one pass over the batches, or several to limit memory.
 
-    model: dense or not, left as it was; batches: [(x, y)] tokens (B, T). Sums take at most `memory` bytes at once (a
+    model: dense or not, unchanged; batches: [(x, y)] tokens (B, T). Sums take at most `memory` bytes at once (a
     single group may take more). Cost: a forward pass of the model plus 2 in^2 FLOPs per token and group in float64; with
-    gradients a backward pass without weight gradients, and 2 out^2 a token and site.
+    gradients a backward pass without weight gradients, and 2 out^2 per token and site.
     Raises UserError for too few tokens, or a site that the model never calls.
     """
     check_enough(model, sites, batches)
@@ -195,7 +195,7 @@ def second(moments):
 
 
 def watch(y, moments):
-    """Add the gradient of y to the moments when it is known; y stays as it is."""
+    """Add the gradient of y to the moments once it is computed; y is unchanged."""
     y.register_hook(lambda gradient: moments.add(gradient))
 
 
@@ -210,7 +210,7 @@ def run(model, hooks, batches, gradients):
     wanted, config = {p: p.requires_grad for p in model.parameters()}, model.config
     hooks.behind(model.transformer.wte, lambda x: x.requires_grad_())
     try:
-        model.config = dataclasses.replace(config, recompute=False)     # which would call the hooks twice
+        model.config = dataclasses.replace(config, recompute=False)     # recomputation would call the hooks twice
         for p in wanted:
             p.requires_grad_(False)
         with torch.enable_grad():

@@ -1,6 +1,6 @@
-"""Fill a model from another one, site by site: dense weights are decomposed, structured ones realised or copied.
+"""Initialise a model from another one, site by site: dense weights are decomposed, structured ones realised or copied.
 
-The other one may be a source of pretrained/sources.py, which is checked against the model that its config means.
+The other one may be a source of pretrained/sources.py, which is checked against the model of its config.
 """
 import contextlib
 import os
@@ -30,7 +30,7 @@ def build(config, source_config, source_state):
     """GPT(config) on the CPU, initialised from a source; no time goes into random numbers that would be replaced."""
     with torch.device('meta'):
         model = GPT(config)
-    if any(True for _ in model.buffers()):              # tables that a layer computes when it is built
+    if any(True for _ in model.buffers()):              # tables that a layer computes at construction
         model = GPT(config)
     else:
         model.to_empty(device='cpu')
@@ -50,7 +50,7 @@ def source_config(init_from, which='last'):
 def read_source(init_from, which='last'):
     """read_folder of a folder, a .gguf, or a model's name on the Hugging Face hub.
 
-    Raises UserError in one line when there is no such place and no such download.
+    Raises UserError in one line when there is neither such a place nor such a download.
     """
     return read_folder(sources.find(init_from), which)
 
@@ -82,14 +82,14 @@ def check_state(config, state, where):
 
 @torch.no_grad()
 def initialise(model, source_config, source_state, method='van_loan', progress=None, how=None):
-    """Give `model` the weights of a source with the same n_layer, n_head, n_embd and bias; return what it cost.
+    """Give `model` the weights of a source with the same n_layer, n_head, n_embd and bias; return the errors per site.
 
     A site with the source's own structure is copied bit by bit; any other is decomposed from the source's dense
     weight by its class's from_dense, as `how`, a Decomposition, says (None: Decomposition(method)). A shorter block_size
-    takes the first positions. A larger vocab_size takes the mean of the source's rows in its new ones: their logit is the
+    takes the first positions. With a larger vocab_size the new rows are the mean of the source's rows: their logit is the
     mean logit, so that by Jensen they get at most (new rows) / (old rows) of the probability, whereas rows near zero
     would win over GPT-2's logits near -100.
-    progress: called with one line a decomposed site. Memory: the model, the source, one site, and calibration's.
+    progress: called with one line per decomposed site. Memory: the model, the source, one site, and calibration's.
     Returns one dict per site: site, spec, error = ||W - Ŵ|| / ||W||, norm = ||What|| / ||W||, parameters; with
     calibration output_error, the rms of the outputs' error over that of the outputs without bias; with validation loss,
     that of the source with this site alone replaced, and dense_loss.
@@ -136,7 +136,7 @@ def describe(site, spec, row):
 
 @contextlib.contextmanager
 def one_line(site):
-    """A fault of a site as one sentence; full memory is let through."""
+    """Errors of a site as one sentence; out-of-memory errors pass through."""
     try:
         yield
     except (ValueError, RuntimeError) as fault:
@@ -146,7 +146,7 @@ def one_line(site):
 
 
 def check_sizes(config, source):
-    """Refuse what cannot be filled: other sizes, more positions, fewer tokens, a tied head from an untied one."""
+    """Refuse models that cannot be filled: other sizes, more positions, fewer tokens, a tied head from an untied one."""
     for name in ('n_layer', 'n_head', 'n_embd', 'bias'):
         ours, theirs = getattr(config, name), getattr(source, name)
         if ours != theirs:
@@ -158,19 +158,19 @@ def check_sizes(config, source):
         raise UserError(f'vocab_size must be at least {source.vocab_size}, that of the source, got {config.vocab_size}',
                         'vocab_size')
     if config.tie_weights and not source.tie_weights:
-        raise UserError('the source has a head of its own; set tie_weights=False', 'tie_weights')
+        raise UserError('the source has an untied head; set tie_weights=False', 'tie_weights')
 
 
 def fill_rest(model, source_config, source_state):
-    """Everything that is no site, by name: embeddings, norms, the head."""
+    """Copy all other tensors, by name: embeddings, norms, the head."""
     sites = tuple(f'transformer.{site}.' for site in fillable(model))
     if source_config.tie_weights:
         source_state = {'lm_head.weight': source_state['transformer.wte.weight'], **source_state}
     rest = {name: t for name, t in model.state_dict().items() if not name.startswith(sites)}
-    buffers = {name for name, _ in model.named_buffers()}       # a window, say: the model's own where the source has none
+    buffers = {name for name, _ in model.named_buffers()}       # such as a window: the model's own where the source has none
     rest = {name: t for name, t in rest.items() if name in source_state or name not in buffers}
     for name in [name for name in rest if name.endswith('.router.weight') and name not in source_state]:
-        rest.pop(name).zero_()                          # equal gates: experts.ExpertLinear.from_dense counts on it
+        rest.pop(name).zero_()                          # equal gates: experts.ExpertLinear.from_dense relies on it
     odd = rest.keys() ^ {name for name in source_state if not name.startswith(sites)}
     if odd:
         raise UserError(f'{min(odd)} is in the source or the model only', 'init_from')

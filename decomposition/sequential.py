@@ -1,8 +1,8 @@
-"""Compress a model layer by layer: each site is fitted under the inputs x' that the compressed layers in front give it.
+"""Compress a model layer by layer: each site is fitted on the inputs x' from the already compressed earlier layers.
 
-To the dense model's outputs W x (METHOD_sequential), which makes up for a part of what the layers in front do wrong, or to
-W x' (METHOD_streamed), which does not, but gives up nothing of W where x' tells little of x. Source of the idea for low
-rank: SVD-LLM, Wang et al. 2024, arXiv 2403.07378 (its sequential update).
+METHOD_sequential fits to the dense model's outputs W x and corrects a part of the earlier layers' errors.
+METHOD_streamed fits to W x': it corrects nothing, but keeps all of W where x' says little about x. Source of the idea for
+low rank: SVD-LLM, Wang et al. 2024, arXiv 2403.07378 (its sequential update).
 """
 import contextlib
 
@@ -14,26 +14,26 @@ from variants import UserError
 
 
 class Reached(Exception):
-    """What was waited for is there: the rest of the forward pass need not be computed."""
+    """Raised when the needed tensor is available: the rest of the forward pass is skipped."""
 
 
 class Streams:
-    """The residual streams of a dense model and of the one that is being compressed, side by side, block by block.
+    """The residual streams of a dense model and of the one being compressed, block by block.
 
-    dense, mixed: models of one shape that share no module; mixed holds compressed sites where they are done and the
-    dense ones elsewhere; compared=False: mixed goes alone. Memory: 4 x 4 bytes x tokens x n_embd for the streams and the
+    dense, mixed: models of one shape that share no module; mixed has compressed sites where they are done and the
+    dense ones elsewhere; compared=False: only mixed. Memory: 4 x 4 bytes x tokens x n_embd for the streams and the
     attention's outputs, and three in^2 in float64; alone 2 x 4 bytes and one in^2. Cost: the block once in each model,
-    once more without attention for each group of sites behind it, and for each group in attention the part in front of it.
+    once more without attention for each group of sites after it, and for each group in attention the part before it.
     """
 
     def __init__(self, dense, mixed, batches, compared=True):
         self.models, self.index, self.attended = (dense, mixed) if compared else (mixed,), 0, {}
         self.streams = [[stopped_at(model, model.transformer.h[0], x.to(device_of(model))) for x, _ in batches]
-                        for model in self.models]       # [[(x, ctx) of a batch]] in front of the block at hand
+                        for model in self.models]       # [[(x, ctx) of a batch]] before the current block
 
     @torch.no_grad()
     def advance(self):
-        """Carry both streams through the block at hand: no site in it may change any more."""
+        """Advance both streams through the current block: no site in it may change any more."""
         for model, stream in zip(self.models, self.streams):
             with Hooks(model):
                 for i, (x, ctx) in enumerate(stream):
@@ -42,9 +42,9 @@ class Streams:
         self.index, self.attended = self.index + 1, {}
 
     def stats(self, site, source=None):
-        """Stats of a site of the block at hand; of both models with the cross moment of their inputs.
+        """Stats of a site of the current block; of both models with the cross moment of their inputs.
 
-        source: what is known of the dense model there, whose sums need not be taken again.
+        source: known Stats of the dense model there, whose sums need not be computed again.
         """
         here, there, cross = Moments(), Moments(), Moments()
         if self.in_attention(site):
@@ -62,7 +62,7 @@ class Streams:
         return Stats(here.count, here.mean, here.covariance, None, cross.covariance, mean, covariance)
 
     def input(self, model, site, batch, x, ctx):
-        """What the site is fed, (B, T, in), for the block's input x."""
+        """The site's input, (B, T, in), for the block's input x."""
         with contextlib.nullcontext() if self.in_attention(site) else self.attention_done(model, batch):
             found = stopped_at(model.transformer.h[self.index], model.sites()[site], x, ctx)
         if found is None:
@@ -75,14 +75,14 @@ class Streams:
 
     @contextlib.contextmanager
     def attention_done(self, model, batch):
-        """While this lasts the attention at hand gives again what it gave for this batch: none of its sites changes."""
+        """Context in which the current attention returns its cached output for this batch: none of its sites changes."""
         attention, key = model.transformer.h[self.index].attn, (id(model), batch)
 
         def forward(*arguments):
             if key not in self.attended:
                 self.attended[key] = type(attention).forward(attention, *arguments)
             return self.attended[key]
-        attention.forward = forward                     # in front of the class's
+        attention.forward = forward                     # overrides the class's
         try:
             yield
         finally:
@@ -91,7 +91,7 @@ class Streams:
 
 @torch.no_grad()
 def stopped_at(outer, inner, *arguments):
-    """The arguments of the first call of module `inner` while outer(*arguments) runs, which ends there; None without one."""
+    """The arguments of the first call of module `inner` while outer(*arguments) runs, then aborted; None without one."""
     kept = []
 
     def keep(_, inputs):
@@ -109,11 +109,10 @@ def stopped_at(outer, inner, *arguments):
 
 
 def walk(dense, mixed, todo, batches, gradients=False, passes=calibrate.passes, compared=True):
-    """Yield (site, Stats) of the sites of todo, block by block; who asks for the next one has put its site into `mixed`.
+    """Yield (site, Stats) of the sites of todo, block by block; the caller puts each into `mixed` before the next.
 
-    With gradients the Stats hold the gradient covariance of the dense model, of `passes`, as calibrate.passes gives them;
-    where these are kept by somebody they serve without gradients too. compared=False: what the compressed model feeds is
-    all that is asked for.
+    With gradients the Stats include the gradient covariance of the dense model, from `passes`, as calibrate.passes gives
+    them; cached ones are used without gradients too. compared=False: only the compressed model's inputs are needed.
     """
     calibrate.check_enough(dense, todo, batches)
     streams, known = Streams(dense, mixed, batches, compared), {}

@@ -1,4 +1,4 @@
-"""Dense weights to structured ones: which method at which site, in which order, under which statistics of the inputs."""
+"""Dense weights to structured ones: which method at which site, in which order, with which input statistics."""
 import dataclasses
 import inspect
 import sys
@@ -22,12 +22,12 @@ class Decomposition:
     """How dense weights become structured ones.
 
     method: a name in the METHODS of the structures, or several with commas: each site takes the first that its
-    structure knows. Any name may end in _sequential or _streamed.
-    batches: [(x, y)] of calibration tokens, or a function that gives them when a method asks.
+    structure has. Any name may end in _sequential or _streamed.
+    batches: [(x, y)] of calibration tokens, or a function that returns them when a method needs them.
     prune_before: 'none', 'magnitude' or 'wanda', with prune_fraction, before the method.
-    validation: [(x, y)] on which each site's own damage is measured, or None.
+    validation: [(x, y)] on which the loss increase of each site alone is measured, or None.
     device: of calibration and fits, None = the model's.
-    passes: what gathers the statistics of the dense model, as calibrate.passes does; for who keeps them.
+    passes: collects the statistics of the dense model, as calibrate.passes does; for callers that cache them.
     """
     method: str = 'van_loan'
     batches: object = None
@@ -39,7 +39,7 @@ class Decomposition:
 
 
 class Work:
-    """The decomposition of a model's sites: which method where, in which order, under which stats."""
+    """The decomposition of a model's sites: which method where, in which order, with which stats."""
 
     def __init__(self, model, config, state, how):
         self.sites, self.how, self.config, self.state = fillable(model), how, config, state
@@ -73,7 +73,7 @@ class Work:
             yield from found.items()
 
     def method(self, site):
-        """(the first method of how.method that the site's structure knows, whether it needs stats)."""
+        """(the first method of how.method that the site's structure has, whether it needs stats)."""
         _, arguments = structure(self.sites[site])
         try:
             return sums.choose(type(self.sites[site]), self.how.method, arguments)
@@ -105,9 +105,9 @@ class Work:
         return row
 
     def make(self, cls, site, weight, bias, stats, arguments):
-        """The structured module; a sequential form that the class does not know is its plain one on a moved target.
+        """The structured module; a sequential form that the class does not have is its plain one with another target.
 
-        A streamed one is the plain one on what the site is fed: W as it is, under those inputs.
+        A streamed form is the plain one on the site's inputs in the compressed model: W unchanged, on those inputs.
         """
         method = self.method(site)[0].replace(STREAMED, '')
         weight = prune(weight, self.how.prune_fraction, self.how.prune_before, stats)
@@ -126,11 +126,11 @@ class Work:
 
 
 def runnable(config, state, device):
-    """The source as a model of its own that shares the tensors of `state` (those that are on the device)."""
+    """The source as a separate model that shares the tensors of `state` (those that are on the device)."""
     config = dataclasses.replace(config, dropout=0.0, recompute=False)
     with torch.device('meta'):
         model = GPT(config)
-    if any(True for _ in model.buffers()):              # tables that a layer computes when it is built
+    if any(True for _ in model.buffers()):              # tables that a layer computes at construction
         with torch.random.fork_rng(devices=[]):
             model = GPT(config)
     if config.tie_weights:
@@ -140,12 +140,12 @@ def runnable(config, state, device):
     except RuntimeError as error:
         raise UserError(f'the source does not fit its config: {error}'.replace('\n', ' '), 'init_from') from None
     if next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
-        model.float()                                   # a copy: covariances want digits, and CPUs are slow in half
+        model.float()                                   # a copy: covariances need digits, and CPUs are slow in half
     return model.to(device).eval()
 
 
 def alone(stats):
-    """The same stats without the dense model's inputs beside."""
+    """The same stats without the dense model's inputs."""
     return dataclasses.replace(stats, cross=None, source_mean=None, source_covariance=None)
 
 
@@ -175,7 +175,7 @@ def output_error(weight, bias, kept, new_bias, stats):
 # pruning
 
 def check_pruning(how):
-    """Refuse a kind of pruning that there is not, and a fraction outside 0 .. 1."""
+    """Refuse an unknown kind of pruning, and a fraction outside 0 .. 1."""
     if how.prune_before not in PRUNINGS:
         raise UserError(f"prune_before must be 'none', 'magnitude' or 'wanda', got {how.prune_before!r}"
                         f'{did_you_mean(how.prune_before, PRUNINGS)}', 'prune_before')
@@ -185,7 +185,7 @@ def check_pruning(how):
 
 
 def prune(weight, fraction, kind, stats=None):
-    """W (out, in) with floor(fraction * entries) zeros in place of the entries of least score.
+    """W (out, in) with floor(fraction * entries) zeros in place of the entries with the smallest score.
 
     kind 'magnitude': |W|, the least of the whole matrix; 'wanda': |W_ij| sqrt(E x_j^2), the least of each row, by stats
     (Sun et al. 2023, arXiv 2306.11695); 'none': W itself. Cost: a sort.
@@ -203,7 +203,7 @@ def prune(weight, fraction, kind, stats=None):
 
 
 def fillable(model):
-    """{site: module} of what a dense matrix can fill: linear sites, and linears of many experts; no routers."""
+    """{site: module} of the sites that a dense matrix can fill: linears, and linears of many experts; no routers."""
     return {site: module for site, module in model.sites(experts=True).items() if hasattr(module, 'from_dense')}
 
 
@@ -220,4 +220,4 @@ def structure(module):
     spec = variants.parse_spec(module.spec)
     bound = inspect.signature(variants.LINEARS[spec.name]).bind(0, 0, False, *spec.args, **spec.kwargs)
     bound.apply_defaults()
-    return spec.name, dict(list(bound.arguments.items())[3:])       # without in_features, out_features and bias
+    return spec.name, dict(list(bound.arguments.items())[3:])       # all but in_features, out_features and bias

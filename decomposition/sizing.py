@@ -1,4 +1,4 @@
-"""Sizes for many sites under one budget: the same share for each, or where they gain most. Sites as in allocate.py."""
+"""Sizes for many sites under one budget: the same share for each, or by gain. Sites as in allocate.py."""
 import bisect
 import heapq
 import itertools
@@ -6,7 +6,7 @@ import itertools
 import torch
 
 WINDOW = 6              # steps around the greedy choice that are tried in each class of equal costs
-HALVINGS = 100          # of the range of prices
+HALVINGS = 100          # bisections of the range of prices
 
 
 def uniform(sites, budget):
@@ -28,9 +28,9 @@ def spectrum(sites, budget, gains):
     """{site: size} with the largest sum of gains within the budget.
 
     gains: {site: those of size 1, 2, ..., falling}. Steps are taken by gain per parameter, the best for the budget that
-    they use (a Lagrangian); what is left of the budget is settled by trying all numbers of steps near those, class by
-    class of sites with one cost a step, which is exact where the optimum lies within WINDOW of them. Where the steps of a
-    site differ in cost: by_price.
+    they use (a Lagrangian); the rest of the budget is spent by trying all numbers of steps near those, per class of
+    sites with equal cost per step, which is exact where the optimum is within WINDOW of them. Where the steps of a site
+    differ in cost: by_price.
     """
     if any(s.bend for s in sites):
         return by_price(sites, budget, gains)
@@ -61,7 +61,7 @@ def best_counts(gains, budget):
         if counts[cost] < len(gains[cost]):
             heapq.heappush(heap, (-gains[cost][counts[cost]] / cost, cost))
     totals = {cost: [0, *itertools.accumulate(found)] for cost, found in gains.items()}
-    *free, last = sorted(gains, reverse=True)           # the cheapest class takes what the others leave
+    *free, last = sorted(gains, reverse=True)           # the cheapest class takes the rest
     near = [range(max(0, counts[c] - WINDOW), min(len(gains[c]), counts[c] + WINDOW) + 1) for c in free]
     best, value = counts, sum(totals[c][counts[c]] for c in gains)
     for tried in itertools.product(*near):
@@ -78,7 +78,7 @@ def best_counts(gains, budget):
 def by_price(sites, budget, gains):
     """spectrum for any costs: the sizes of largest gain - price x parameters at the lowest price that fits, then steps.
 
-    Those are the best for the parameters that they take; what is left goes to single steps, most gain per parameter first.
+    Those are the best for the parameters that they take; the rest is spent on single steps, by gain per parameter.
     """
     total = {s.name: torch.tensor(gains[s.name][:s.most], dtype=torch.float64).cumsum(0) for s in sites}
     costs = {s.name: torch.tensor([s.numel(k) for k in range(1, s.most + 1)], dtype=torch.float64) for s in sites}

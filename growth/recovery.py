@@ -102,7 +102,7 @@ def text_of(runs):
     """The whole page."""
     parts = ['# Matrices replaced during training', summary(runs)]
     parts += [f'## {run["name"]}\n\n{table(run)}' for run in runs]
-    parts.append('Losses in nats per token, on fixed batches of validation text. `alone`: increase of the training-text loss '
+    parts.append('Losses in nats per token, on fixed batches of validation text. `alone`: rise of the training-text loss '
                  'when nothing else is replaced, measured before the first replacement. `at the end`: before the '
                  'next replacement, or at the end of the run. `back after`: steps until the loss was first measured at or '
                  'below what it was before. Errors are means over the matrices, relative to the norm of the weight and to '

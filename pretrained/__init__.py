@@ -1,1 +1,1 @@
-"""Names, settings and tensors of foreign weights: GPT-2, Llama, GGUF, nanoGPT. Knows no model."""
+"""Names, settings and tensors of foreign weights: GPT-2, Llama, GGUF, nanoGPT. Imports no model."""

@@ -17,7 +17,7 @@ SIZES = {'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_
 # (n_layer, n_head, n_embd) of the models on the hub, so that their sizes are known before a download
 PUBLISHED = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
              'gpt2-xl': (48, 25, 1600)}
-# settings that change the function; Hugging Face's defaults, and all that our GPT-2 computes
+# settings that change the function: Hugging Face's defaults, the only values that our GPT-2 computes
 AS_PUBLISHED = {'model_type': 'gpt2', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
                 'add_cross_attention': False, 'scale_attn_by_inverse_layer_idx': False,
                 'reorder_and_upcast_attn': False}
@@ -81,7 +81,7 @@ def to_ours(tensors, transposed, where):
 
 
 def difference(model):
-    """What makes the model no GPT-2, as a few words, or None. Structured linears are no difference: they have a W."""
+    """Why the model is not a GPT-2, in a few words, or None. Structured linears do not count: they have a W."""
     config, defaults = model.config, GPTConfig()
     for name in configurator.settings(GPTConfig):
         if name not in (*SIZES, *NEUTRAL, 'bias', 'tie_weights', 'linear', 'attention', 'mlp'):

@@ -4,8 +4,8 @@
     h.3.attn.c_q (c_k, c_v)   model.layers.3.self_attn.q_proj (k_proj, v_proj)  blk.3.attn_q (attn_k, attn_v)
     h.3.mlp.c_gate, c_fc      model.layers.3.mlp.gate_proj, up_proj             blk.3.ffn_gate, ffn_up
 
-RoPE turns pairs of rows of a head. Hugging Face pairs row j with row j + D/2 (D the head size), GGUF and we pair 2j with
-2j + 1: `pairs` reorders the rows of queries and keys, bit by bit, and `halves` takes it back.
+RoPE rotates pairs of rows of a head. Hugging Face pairs row j with row j + D/2 (D the head size), GGUF and we pair 2j with
+2j + 1: `pairs` reorders the rows of queries and keys, bit by bit, and `halves` reverses it.
 """
 import re
 
@@ -21,7 +21,7 @@ SIZES = {'vocab_size': 'vocab_size', 'n_layer': 'num_hidden_layers', 'n_head': '
 # Hugging Face's defaults, for keys that old files leave out
 DEFAULTS = {'block_size': ('max_position_embeddings', 2048), 'norm_eps': ('rms_norm_eps', 1e-6),
             'tie_weights': ('tie_word_embeddings', False), 'bias': ('attention_bias', False)}
-# what changes the function, and all that our block computes
+# settings that change the function: the only values that our block computes
 AS_PUBLISHED = {'hidden_act': 'silu', 'quantization_config': None, 'rope_scaling': None, 'sliding_window': None,
                 'partial_rotary_factor': 1.0, 'layer_types': None}
 PARTS = {'ln_1': ('input_layernorm', 'attn_norm'), 'ln_2': ('post_attention_layernorm', 'ffn_norm'),
@@ -77,7 +77,7 @@ def rope_settings(raw, where):
 # theirs -> ours
 
 def from_hub(tensors, config, where):
-    """A state dict in our names of Hugging Face's tensors, which are taken out of `tensors`; only q and k are copied."""
+    """A state dict in our names of Hugging Face's tensors, which are removed from `tensors`; only q and k are copied."""
     return renamed(((name, tensors.pop(name)) for name in list(tensors) if not name.endswith('rotary_emb.inv_freq')),
                    config, HUB)
 
@@ -95,7 +95,7 @@ def refused_rope(pairs, where):
 
 
 def renamed(pairs, config, column):
-    """{our name: tensor}; a name that nobody knows stays, so that check_state refuses it."""
+    """{our name: tensor}; an unknown name is kept, so that check_state refuses it."""
     ours = {}
     for name, tensor in pairs:
         owner, _, kind = name.rpartition('.')
@@ -130,7 +130,7 @@ def halves_of(tensor, heads):
 # ours -> theirs
 
 def difference(model):
-    """What makes the model no Llama, as a few words, or None. Structured linears are no difference: they have a W."""
+    """Why the model is not a Llama, in a few words, or None. Structured linears do not count: they have a W."""
     config, wanted = model.config, {'norm': 'rmsnorm', 'rope': True}
     for name in configurator.settings(GPTConfig):
         if name in wanted and getattr(config, name) != wanted[name]:
@@ -170,7 +170,7 @@ def from_ours(model, vocab_size=None):
 
 
 def config_json(model, vocab_size):
-    """Hugging Face's config.json of a model of ours that is a Llama; its eos is set by who knows the tokenizer."""
+    """Hugging Face's config.json of a model of ours that is a Llama; the caller sets its eos by the tokenizer."""
     config = model.config
     return {
         'architectures': ['LlamaForCausalLM'], 'model_type': 'llama',

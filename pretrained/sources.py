@@ -1,7 +1,7 @@
-"""Models from elsewhere: GPT-2 and Llama from the hub, a folder or a GGUF, nanoGPT's ckpt.pt, our checkpoints and exports.
+"""Foreign models: GPT-2 and Llama from the hub, a folder or a GGUF, nanoGPT's ckpt.pt, our checkpoints and exports.
 
-A *source* is (GPTConfig, state dict in our names, info). No model is known here: decomposition/initialise.py checks names
-and shapes against it and builds it. Nothing that a file holds is run: safetensors, JSON, and torch.save's format as
+A *source* is (GPTConfig, state dict in our names, info). No model is imported here: decomposition/initialise.py checks
+names and shapes against it and builds it. No code in a file is run: safetensors, JSON, and torch.save's format as
 checkpoints/torchfile.py reads it.
 """
 import json
@@ -28,7 +28,7 @@ def find(init_from):
 
 
 def download(name):
-    """The local folder of a hub model's config.json and safetensors; from the cache where it is there already."""
+    """The local folder of a hub model's config.json and safetensors; from the cache if present."""
     import huggingface_hub
     if not name or name.startswith(('.', '/', '~')) or name.count('/') > 1:
         raise UserError(f'there is no folder {name!r}', 'init_from')
@@ -36,7 +36,7 @@ def download(name):
              'model-*-of-*.safetensors']
     try:
         return huggingface_hub.snapshot_download(name, allow_patterns=files)
-    except Exception as error:                          # the hub's, or those of the HTTP library that it stands on
+    except Exception as error:                          # the hub's, or those of its HTTP library
         reason = str(error).strip().split('\n')[0][:120]
         raise UserError(f'{name!r} is no folder here and cannot be downloaded ({type(error).__name__}: {reason}); '
                         'pass a local folder', 'init_from') from None
@@ -47,7 +47,7 @@ def read(folder, which='last'):
 
     which: 'last' or 'best' of our checkpoints. info: kind ('nanokron', 'nanogpt', 'gguf' or a name in LAYOUTS), step and
     data (the tokenizer's meta) or None. The state dict is dense unless it is ours. Raises UserError in one line for a
-    folder that holds none of these, for settings that ours cannot compute exactly, and as check_ends does.
+    folder with none of these, for settings that ours cannot compute exactly, and as check_ends does.
     """
     if str(folder).endswith('.gguf') and os.path.isfile(folder):
         config, state, info = read_gguf(folder)
@@ -77,9 +77,9 @@ def read_ours(folder, which):
     from checkpoints import checkpoint
     saved = checkpoint.load(folder, which)
     settings, state = parts(saved, 'config', folder)
-    settings = {**settings, **(saved.get('built') or {}).get('model', {})}          # as far as it had grown
+    settings = {**settings, **(saved.get('built') or {}).get('model', {})}          # at its stage of growth
     config = checked_config(configurator.as_dict(configurator.model_config(settings)), folder)
-    if saved.get('average'):                            # of a run with ema_decay: what it evaluated
+    if saved.get('average'):                            # of a run with ema_decay: the averaged weights
         state.update(parts({**saved, 'model': saved['average']}, 'config', folder)[1])
         if config.tie_weights:
             state['lm_head.weight'] = state['transformer.wte.weight']
@@ -158,7 +158,7 @@ def read_tensors(folder, names):
         files = sorted({str(name) for name in index.values()}) if isinstance(index, dict) else files
     tensors = {}
     for name in files:
-        if name not in names:                           # a path that leads out of the folder is none of its names
+        if name not in names:                           # a path out of the folder is not a valid name
             raise UserError(f'{folder} lacks {name!r}, which its index lists', 'init_from')
         try:
             tensors.update(load_file(os.path.join(folder, name)))
@@ -168,7 +168,7 @@ def read_tensors(folder, names):
 
 
 def checked_config(values, where):
-    """GPTConfig(**values) under the checks that the command line gets; raises UserError that names `where`."""
+    """GPTConfig(**values) with the checks of the command line; raises UserError that names `where`."""
     known = configurator.settings(GPTConfig)
     try:
         for name in values:
@@ -183,7 +183,7 @@ def checked_config(values, where):
 
 
 def check_ends(config, state, where):
-    """Add a tied head that the file leaves out; refuse a wrong number of blocks, and embeddings missing or misshapen."""
+    """Add a tied head that the file omits; refuse a wrong number of blocks, and missing or misshapen embeddings."""
     blocks = {name.split('.')[2] for name in state if name.startswith('transformer.h.')}
     if len(blocks) != config.n_layer:                   # before that many blocks are built
         raise UserError(f'{where}: n_layer is {config.n_layer}, and the file holds {len(blocks)} blocks', 'init_from')

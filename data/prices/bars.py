@@ -1,6 +1,6 @@
-"""Bars of a price series from a CSV: which columns, what a time is, which rows are bad, and in which order they stand.
+"""Bars of a price series from a CSV: columns, formats of times, bad rows, and the order of rows.
 
-Nothing is mended: a bad row is dropped, counted by what is wrong with it, and leaves a break that no return spans.
+Nothing is repaired: a bad row is dropped, counted by its fault, and leaves a break that no return spans.
 """
 import csv
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from data.shards import reason
 from variants import UserError, did_you_mean
 
-TIMES = ('timestamp', 'datetime', 'opentime', 'date', 'time', 'unix', 'unixtime')      # the first that is there
+TIMES = ('timestamp', 'datetime', 'opentime', 'date', 'time', 'unix', 'unixtime')      # the first one present
 ALIASES = {'close': ('close', 'closelast', 'last', 'price'), 'high': ('high',), 'low': ('low',), 'open': ('open',)}
 UNITS = ((1e11, 1), (1e14, 1e3), (1e17, 1e6), (math.inf, 1e9))                          # seconds, ms, us, ns by size
 ROUNDING = 1e-6                             # by which a close may leave [low, high]: files in single precision
@@ -22,7 +22,7 @@ TWICE = 'a time that stood before'
 
 @dataclass
 class Bars:
-    """The rows of a file in order of time, bad ones included, so that positions do not hang on what is bad.
+    """The rows of a file in order of time, bad ones included, so that positions do not depend on faults.
 
     time: seconds since 1970 UTC; price; line: in the file; good: the rows to use; spoilt: dropped in a way that leaves
     a break, (rows,) each. faults: what is wrong -> line numbers. notes: about the order.
@@ -52,9 +52,9 @@ def plain(name):
 
 
 def read_bars(path, column='close'):
-    """The Bars of a CSV with a header; column: the one whose values are the prices. About 3 microseconds a value.
+    """The Bars of a CSV with a header; column: the one whose values are the prices. About 3 microseconds per value.
 
-    Raises UserError in one line for a file that is no such table.
+    Raises UserError in one line for a file that is not such a table.
     """
     try:
         with open(path, encoding='utf-8-sig', newline='') as file:

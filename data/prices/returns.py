@@ -1,4 +1,4 @@
-"""What a token of a price series means: a bin of log-returns, or a gap. Imports neither torch nor numpy.
+"""Tokens of a price series: a bin of log-returns, or a gap. Imports neither torch nor numpy.
 
     {'tokenizer': 'prices', 'vocab_size': 65, 'returns': {'edges': [63 numbers], 'centres': [64 numbers]}}
 """
@@ -13,10 +13,10 @@ NO_PROMPT = '<|endoftext|>'                 # what sample.py asks for where noth
 
 
 class PriceTokenizer:
-    """One token a bar: k for a log-return r with edges[k-1] <= r < edges[k]; the last token is a gap.
+    """One token per bar: k for a log-return r with edges[k-1] <= r < edges[k]; the last token is a gap.
 
-    meta['returns']: 'edges', ascending, and 'centres', what each bin stands for, both in log-returns. As text a bin
-    is the percentage of its centre, 100 (e^centre - 1), with as many digits as tell all bins apart: '+0.12%'.
+    meta['returns']: 'edges', ascending, and 'centres', the value of each bin, both in log-returns. As text a bin
+    is the percentage of its centre, 100 (e^centre - 1), with enough digits to distinguish all bins: '+0.12%'.
     Raises UserError when these are not there or contradict one another.
     """
     name = 'prices'
@@ -31,7 +31,7 @@ class PriceTokenizer:
         self.numbers[NO_PROMPT] = bisect_right(self.edges, 0.0)     # gaps may be so rare that none was learned
 
     def encode(self, text):
-        """'+0.12% gap -1%' -> [token]: each percentage goes to its bin; raises UserError naming a word that is none."""
+        """'+0.12% gap -1%' -> [token]: each percentage goes to its bin; raises UserError naming an invalid word."""
         return [self.numbers[word] if word in self.numbers else self.token(word) for word in text.split()]
 
     encode_ordinary = encode
@@ -48,7 +48,7 @@ class PriceTokenizer:
                             f'{GAP}') from None
 
     def decode(self, tokens):
-        """[token] -> ' +0.12% gap', a space before each, so that it goes on where a prompt ends."""
+        """[token] -> ' +0.12% gap', a space before each, so that it continues a prompt."""
         return ''.join(f' {self.words[t] if 0 <= t < self.vocab_size else "(unknown)"}' for t in tokens)
 
 

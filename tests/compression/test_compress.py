@@ -194,7 +194,7 @@ def test_a_calibration_that_cannot_be_kept_is_still_given(tmp_path, capsys):
     model = random_model()
     seen = kept(tmp_path / 'file' / 'below', model)
     found = {k: v for part in seen.passes(model, seen.sites, seen.text) for k, v in part.items()}
-    assert set(found) == set(seen.sites) and 'is not kept' in capsys.readouterr().err
+    assert set(found) == set(seen.sites) and 'is not cached' in capsys.readouterr().err
 
 
 def test_sequential_hessian_takes_its_gradients_from_the_file(tmp_path):
@@ -370,7 +370,7 @@ MISTAKES = {
     '--models=3': 'models=3 needs `train`',
     '--only=alz': "there is no variant 'alz', did you mean 'als'?",
     '--test=dev:0:100': "has no split 'dev'; it has",
-    '--test=val:200:9999': 'ends behind the',
+    '--test=val:200:9999': 'ends after the',
     '--sites=x.*': "sites='x.*' matches none of the matrices",
     '--block_size=64': 'block_size can be at most 32',
     '--device=cuda:99': 'is not on this machine',

@@ -482,7 +482,7 @@ def test_parts_of_other_settings_are_thrown_away(tmp_path, monkeypatch, capsys):
             make(tmp_path / 'out', place, *options)
         monkeypatch.setattr(shard_writer.ShardWriter, 'save', save)
         make(tmp_path / 'out', place, '--shard_tokens=400')
-        assert 'other settings are thrown away' in capsys.readouterr().out
+        assert 'other settings are deleted' in capsys.readouterr().out
         assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
         shutil.rmtree(tmp_path / 'out')
 
@@ -511,7 +511,7 @@ def test_a_killed_run_goes_on(tmp_path):
     assert len(record['files']['train']) >= 2 and not list((tmp_path / 'killed').glob('*.bin'))
     again = start(tmp_path / 'killed')
     said = again.communicate()[0]
-    assert again.returncode == 0 and 'going on after' in said
+    assert again.returncode == 0 and 'resuming after' in said
     whole.communicate()
     assert contents(tmp_path / 'killed') == contents(tmp_path / 'whole')
 
