@@ -1,14 +1,14 @@
-"""What bench.py gpu is measured against: the aims, and the figures that its jobs give for them."""
+"""The aims of bench.py gpu, and the figures that its jobs give for them."""
 from typing import NamedTuple
 
 from bench import tables
 
-RUN_TOKENS = 524_288                    # tokens of the train step that Muon's share is of
+RUN_TOKENS = 524_288                    # tokens of the train step to which Muon's share refers
 FIGURES = ('tokens_per_s', 'mfu_measured', 'mfu_sheet', 'peak_memory', 'first_s')
 
 
 class Aim(NamedTuple):
-    """A figure, what it should be, at least or at most, and how it comes out of {job: its result}."""
+    """A figure, its target (at least or at most), and how to compute it from {job: its result}."""
     words: str
     need: float
     figure: object
@@ -16,7 +16,7 @@ class Aim(NamedTuple):
 
 
 def plans_at(tokens):
-    """-> dense over the chosen plan of kron(768, 768), forward at so many tokens, the worse of both matrices."""
+    """-> dense over the chosen plan of kron(768, 768), forward at that number of tokens, the worse of both matrices."""
     return lambda r: min(clause['worst'] for clause in r['plans']['clauses']
                          if '768x768x1' in clause['clause'] and clause['clause'].endswith(f'forward at {tokens}'))
 
@@ -55,7 +55,7 @@ def judged(done):
 
 
 def summary(done):
-    """The figures of {job: {'result' or 'error'}} that matter; what could not be measured is missing, the aims stay."""
+    """The figures of {job: {'result' or 'error'}} that matter; values that were not measured are missing."""
     results = {name: job['result'] for name, job in done.items() if 'result' in job}
     found = {'aims': judged(done)}
     for name, result in results.items():
@@ -80,7 +80,7 @@ def number(value):
 
 
 def text(rows):
-    """One line an aim."""
+    """One line per aim."""
     words = {True: 'met', False: 'missed', None: 'not measured'}
     return tables.aligned([['aim', 'need', 'figure', ''], *(
         [row['aim'], ('at most ' if row['most'] else 'at least ') + number(row['need']),

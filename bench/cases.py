@@ -1,8 +1,8 @@
-"""The models that part check compares, and how far compiled numbers may lie from eager ones."""
+"""The models that part check compares, and the allowed difference of compiled and eager results."""
 LIMIT = {'float32': 0.01, 'float16': 0.1, 'bfloat16': 0.2}
 RANKED = ('train_gpt', 'windows', 'kron')       # cases that are trained under DDP too
 STEPS = 4                                       # Muon steps there
-DDP_LIMIT = 0.01                                # share by which losses may differ
+DDP_LIMIT = 0.01                                # relative difference allowed between losses
 
 
 def cases(s):

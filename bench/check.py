@@ -1,11 +1,11 @@
-"""Part check: is what torch.compile makes right here? Gradients, bits, graphs, DDP of one rank, and the fp32 getter.
+"""Part check: is torch.compile's code correct here? Gradients, bits, graphs, DDP of one rank, and the fp32 getter.
 
     python bench.py check --json=check.json
     python bench.py check --device=cpu --backend=aot_eager --n_embd=128 --block_size=32 --vocab_size=64
 
-A case is a model of two blocks, on which compiled gradients stand beside eager ones, at two places of the run, so that
+A case is a model of two blocks whose compiled gradients are compared with eager ones, at two points of the run, so that
 windows move. A gradient g is wrong where |compiled - eager| / |eager| is above the LIMIT of the precision and above twice
-|eager - fp32| / |fp32|, which is what rounding alone does to it. The file of --json is written after every case.
+|eager - fp32| / |fp32|, the effect of rounding alone. The file of --json is written after every case.
 """
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class Settings(Output):
     only: str = key('', 'names of cases, by commas, ddp and getter among them; by default all')
     device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1'")
     backend: str = key('inductor', 'of torch.compile', choices=('inductor', 'aot_eager'))
-    n_embd: int = key(256, 'width; heads are half of it', low=64)
+    n_embd: int = key(256, 'hidden size; heads are half of it', low=64)
     block_size: int = key(512, 'tokens per sequence', low=16)
     batch_size: int = key(4, 'sequences', low=1)
     vocab_size: int = key(1024, 'tokens in the vocabulary', low=8)
@@ -40,7 +40,7 @@ def wanted(settings):
 
 
 def check(settings, part):
-    """What can be refused before torch is imported; raises UserError."""
+    """Refuse bad settings before torch is imported; raises UserError."""
     wanted(settings)
     if settings.device.split(':')[0] not in ('auto', 'cpu', 'cuda'):
         raise UserError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {settings.device!r}", 'device')
@@ -64,7 +64,7 @@ def run(settings, part):
 
 
 def guarded(name, settings, device):
-    """The rows of a case; whatever it raises is a row too, so that the other cases go on."""
+    """The rows of a case; an exception is a row too, so that the other cases continue."""
     import time
 
     from bench import compiled
@@ -83,13 +83,13 @@ def guarded(name, settings, device):
 
 
 def totals(rows):
-    """What the rows come to."""
+    """Totals of the rows."""
     sums = {name: sum(row.get(name, 0) for row in rows) for name in ('gradients', 'wrong', 'breaks', 'recompiled')}
     return {**sums, 'failed': [row['name'] for row in rows if not row['passed']]}
 
 
 def text(result):
-    """A line a case, then the sums."""
+    """One line per case, then the totals."""
     machine = result['machine']
     head = ['case', 'loss', 'compiled', 'gradients', 'wrong', 'worst', 'rounding', 'of', 'same bits', 'graphs', 'breaks',
             'recompiled', 's', '']

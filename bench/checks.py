@@ -1,4 +1,4 @@
-"""The checks before a long run: loss at init, one batch learned by heart, tied against untied, padding rows."""
+"""The checks before a long run: loss at init, overfitting one batch, tied against untied weights, padding rows."""
 import math
 
 import torch
@@ -16,8 +16,8 @@ RATE = 3e-4
 def notes_checks(settings, device):
     """The figures of all checks as a dict, in fp32.
 
-    init_loss beside expected = ln V + n_embd 0.02^2 / 2: logits at first are N(0, n_embd 0.02^2), as the final norm gives
-    rms 1, and the mean of exp of such a number is exp(half its variance). overfit: loss on one batch after check_iters
+    init_loss, and expected = ln V + n_embd 0.02^2 / 2: initial logits are N(0, n_embd 0.02^2), as the final norm gives
+    rms 1, and the mean of exp of such a variable is exp(half its variance). overfit: loss on one batch after check_iters
     steps on it. tied, untied: loss on fresh rows after check_iters steps. padding: mean probability of all padding rows.
     """
     tokens, vocab_size = shakespeare(settings.check_tokens)
@@ -54,12 +54,12 @@ def mean_loss(model, x, y):
 
 @torch.no_grad()
 def padding(model, x, vocab_size):
-    """Mean over positions of the probability that the rows beyond the vocabulary get together."""
+    """Mean over positions of the probability of the rows beyond the vocabulary together."""
     return model(x, x)[0].double().softmax(-1)[..., vocab_size:].sum(-1).mean().item()
 
 
 def sentences(found):
-    """The checks for people."""
+    """The checks as text."""
     tied, untied, iters = found['tied'], found['untied'], found['iters']
     return '\n'.join([
         f'loss at init {found["init_loss"]:.4f}; ln {found["rows"]} = {found["ln_rows"]:.4f}, with the spread of the '

@@ -1,4 +1,4 @@
-"""Compiled models beside eager ones, as bench/check.py asks for them and tests/training/test_gpu.py too."""
+"""Compiled models against eager ones, for bench/check.py and tests/training/test_gpu.py."""
 import math
 
 import torch
@@ -35,7 +35,7 @@ def gradients(model, net, x, y, dtype):
 
 
 def distances(found, expected):
-    """{name: |found - expected| / |expected|}, in fp64; a gradient that one side lacks is infinitely far."""
+    """{name: |found - expected| / |expected|}, in fp64; infinite for a gradient that one side lacks."""
     far = dict.fromkeys(found.keys() ^ expected.keys(), math.inf)
     for name in found.keys() & expected.keys():
         a, b = found[name].double(), expected[name].double()
@@ -45,7 +45,7 @@ def distances(found, expected):
 
 
 def verdict(far, rounding, limit):
-    """{'gradients', 'wrong', 'wrong_names', 'worst', 'rounding', 'worst_name'} of distances and of what rounding does."""
+    """{'gradients', 'wrong', 'wrong_names', 'worst', 'rounding', 'worst_name'} of distances and rounding errors."""
     allowed = {name: max(limit, 2 * rounding.get(name, 0.0)) for name in far}
     wrong = sorted(name for name in far if not far[name] <= allowed[name])
     worst = max(far, key=lambda name: far[name] / allowed[name] if allowed[name] < math.inf else 0.0)
@@ -54,7 +54,7 @@ def verdict(far, rounding, limit):
 
 
 def finite(value):
-    """The number, or None, which JSON has in place of one that is not finite."""
+    """The number, or None, as JSON has no non-finite numbers."""
     return value if math.isfinite(value) else None
 
 
@@ -88,7 +88,7 @@ def compare(name, case, settings, device):
 
 
 def losses(name, settings, device, ddp):
-    """The losses of STEPS Muon steps of a case, under DDP in a group of one rank or without.
+    """The losses of STEPS Muon steps of a case, with DDP in a group of one rank or without.
 
     As parallel.wrap has it, but the buckets are small, so that there are several: torch.compile cuts the graph at them.
     """

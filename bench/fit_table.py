@@ -2,8 +2,8 @@
 
     python -m bench.fit_table --weights=model.safetensors --matrices="*.c_fc.weight;*.c_proj.weight" --budgets=0.25,0.5
 
-prints a row per matrix and budget, and means over all. A budget is a part of a matrix's parameters: the SVD takes the rank
-R that it pays for, ABBA splits R into two ranks, the first the larger by one where R is odd. Nothing is random.
+prints a row per matrix and budget, and means over all. A budget is a share of a matrix's parameters: the SVD takes the
+rank R that fits, ABBA splits R into two ranks, the first larger by one where R is odd. Nothing is random.
 """
 import fnmatch
 import os
@@ -23,7 +23,7 @@ class Settings(Output):
     """Settings of bench/fit_table.py."""
     weights: str = key('', 'a safetensors file')
     matrices: str = key('*', "names of the matrices, patterns joined by ';' in which * crosses dots")
-    budgets: str = key('0.25,0.5', 'parts of the parameters that are kept')
+    budgets: str = key('0.25,0.5', 'shares of the parameters to keep')
     limit: int = key(0, 'at most so many matrices; 0 takes all', low=0)
 
 
@@ -62,7 +62,7 @@ def matrices(settings):
 
 
 def row(name, weight, budget):
-    """What both make of one matrix at one budget."""
+    """Both fits of one matrix at one budget."""
     from lowrank import hadamard
     from lowrank.svd import truncated_svd
     out, cols = weight.shape
@@ -80,7 +80,7 @@ def row(name, weight, budget):
 
 
 def run(settings, part=None):
-    """Every matrix at every budget, each said on stderr when it is done."""
+    """Every matrix at every budget, each reported on stderr when it is done."""
     rows = []
     for name, weight in matrices(settings):
         for budget in fractions(settings):
@@ -97,7 +97,7 @@ def line(r):
 
 
 def text(result):
-    """Markdown: a row per matrix and budget, then a row a budget, mean (least .. largest)."""
+    """Markdown: a row per matrix and budget, then a row per budget, mean (least .. largest)."""
     lines = ['| matrix | shape | kept | SVD rank | error | ABBA ranks | starts: SVD and ones, roots | error | ratio | s |',
              '|---|---|---|---|---|---|---|---|---|---|', *(line(r) for r in result['rows'])]
     lines += ['', '| kept | matrices | SVD error | ABBA error | ABBA / SVD | ABBA better |', '|---|---|---|---|---|---|']

@@ -1,14 +1,14 @@
-"""Part gpu: every measurement that wants a GPU, in one or two commands of at most `minutes`, each job a second process.
+"""Part gpu: every measurement that needs a GPU, in one or two commands of at most `minutes`, each job a child process.
 
     python bench.py gpu --list=True
     python bench.py gpu --only=first --minutes=9 --json=first.json --baseline=FOLDER_OF_A_nanoGPT_CLONE
     python bench.py gpu --only=second --minutes=9 --json=second.json
 
-Jobs are in the order of their importance, as time may run out; the group `first` is what must be right and has an aim,
-`second` the rest. The file of --json is written again after every job and, within a job, whenever its part has one more row,
-so that it is whole whenever this process is stopped. A job that fails or takes too long is an error beside what it had
-measured, and the others go on. Inductor's cache makes later compilations shorter. --device=cpu runs every job at a tiny
-size, to try the code.
+Jobs are in order of importance, as time may run out; the group `first` has the correctness checks and the aims, `second`
+the rest. The file of --json is rewritten after every job and, within a job, after each new row, so that it is complete
+whenever this process is stopped. A job that fails or takes too long is recorded as an error with what it had measured, and
+the others continue. Inductor's cache makes later compilations shorter. --device=cpu runs every job at a tiny size, to try
+the code.
 """
 import json
 import os
@@ -36,10 +36,10 @@ SHORT = ['--gradient_accumulation_steps=4', '--eval_iters=4', '--skip_zscore=0',
 class Settings(Output):
     """Where, for how long, and which."""
     device: str = key('cuda', "'cuda', or 'cpu' to try every job at a tiny size", choices=('cuda', 'cpu'))
-    minutes: float = key(8.8, 'the whole may take; what does not fit is left out', low=0)
+    minutes: float = key(8.8, 'limit for the whole; jobs that do not fit are left out', low=0)
     only: str = key('', "names of jobs, by commas, or of the groups 'first' and 'second'; by default all")
-    baseline: str = key('', 'folder of a clone of nanoGPT, for the job nanogpt; without it that is left out')
-    list: bool = key(False, 'show the jobs with the most seconds that each may take, and measure nothing')
+    baseline: str = key('', 'folder of a clone of nanoGPT, for the job nanogpt, which is otherwise left out')
+    list: bool = key(False, 'show the jobs with their time limits, and measure nothing')
 
 
 class Job(NamedTuple):
@@ -72,7 +72,7 @@ def modules_job(part, arguments):
 
 
 def first_jobs(baseline):
-    """What must be right, and what has an aim."""
+    """The correctness checks, and the jobs with an aim."""
     eight = '--gradient_accumulation_steps=8'
     dense = ['--batch_size=15', '--block_size=1024', eight]
     tiny_nanogpt = [*TINY, '--rounds=1', '--micro_steps=1', '--vocabulary=300']
@@ -133,9 +133,9 @@ def wanted(settings):
 
 
 def check(settings, part):
-    """What can be refused before torch is imported; raises UserError."""
+    """Refuse bad settings before torch is imported; raises UserError."""
     if settings.baseline and not os.path.isfile(os.path.join(settings.baseline, 'model.py')):
-        raise UserError(f'{settings.baseline!r} is no clone of nanoGPT: it lacks model.py', 'baseline')
+        raise UserError(f'{settings.baseline!r} is not a clone of nanoGPT: it lacks model.py', 'baseline')
     wanted(settings)
 
 
@@ -170,7 +170,7 @@ def run(settings, part):
 def measure(job, device, left, folder, record):
     """{'seconds', 'command', 'result'} of one job, 'error' beside or in place of the result.
 
-    record: takes (name, what there is so far) whenever the job's own file has more.
+    record: called with (name, results so far) whenever the job's own file has more.
     """
     if left < 10:
         return {'seconds': 0.0, 'error': 'no time was left'}
@@ -193,7 +193,7 @@ def measure(job, device, left, folder, record):
 
 
 def result_of(path):
-    """{'result'} of a file that a job has written, {} of none."""
+    """{'result'} of a file that a job has written, {} without one."""
     try:
         with open(path, encoding='utf-8') as file:
             return {'result': json.load(file)}
@@ -202,7 +202,7 @@ def result_of(path):
 
 
 def text(result):
-    """One line a job, the aims, then the other figures."""
+    """One line per job, the aims, then the other figures."""
     if 'plan' in result:
         return listing(result['plan'])
     lines = [['job', 's', 'what came of it']]
@@ -216,7 +216,7 @@ def text(result):
 
 
 def listing(plan):
-    """The jobs and the most that they may take."""
+    """The jobs and their time limits."""
     lines, total = [['job', 'part', 'group', 'at most, s', 'so far, min']], 0
     for job in plan:
         total += job['seconds']

@@ -1,9 +1,9 @@
-"""Part ladder: GPT-2's train step from plain fp32 upwards, each rung beside the one before it, all in one run.
+"""Part ladder: GPT-2's train step from plain fp32 upwards, each rung compared with the previous one, all in one run.
 
-Rounds: every rung is timed in turn, and a gain is the median over rounds of (time of the rung before) / (its time), so
-that above 1 is faster. A rung that is `aside` is measured too, but the next ones do not stand on it: on a CPU bf16 and
-torch.compile may well be slower. All rungs of one vocabulary begin with the same weights and batch: their first losses
-must agree.
+In each round every rung is timed in turn. A gain is the median over rounds of (time of the previous rung) / (its time):
+above 1 is faster. A rung that is `aside` is measured too, but the next ones do not build on it: on a CPU bf16 and
+torch.compile may be slower. All rungs of one vocabulary begin with the same weights and batch: their first losses must
+agree.
 """
 import sys
 import time
@@ -24,26 +24,26 @@ class Settings(Output):
     """Sizes of the model and of a batch, and how long to measure."""
     n_layer: int = key(0, 'blocks; 0 = 12 on a GPU, 6 on a CPU', low=0)
     n_head: int = key(0, 'attention heads; 0 = 12 on a GPU, 6 on a CPU', low=0)
-    n_embd: int = key(0, 'width; 0 = 768 on a GPU, 384 on a CPU', low=0)
+    n_embd: int = key(0, 'hidden size; 0 = 768 on a GPU, 384 on a CPU', low=0)
     block_size: int = key(0, 'tokens per sequence; 0 = 1024 on a GPU, 256 on a CPU', low=0)
     batch_size: int = key(0, 'sequences per step; 0 = 16 on a GPU, 4 on a CPU', low=0)
-    tokens: str = key('auto', "what a token is; 'auto' = gpt2 (50257) on a GPU, char (64) on a CPU",
+    tokens: str = key('auto', "tokenizer; 'auto' = gpt2 (50257) on a GPU, char (64) on a CPU",
                       choices=('auto', 'char', 'gpt2'))
     loss_chunk: int = key(0, 'tokens whose logits exist at a time on the last rung; 0 = an eighth of the batch', low=0)
     compile: bool | None = key(None, 'the torch.compile rung; default True on a GPU, False elsewhere (it takes minutes)')
     rounds: int = key(7, 'rounds in which every rung is timed', low=1)
-    round_s: float = key(0.3, "about how long a rung's turn takes, s", low=0)
+    round_s: float = key(0.3, "approximate time of a rung's turn, s", low=0)
     max_seconds: float = key(0.0, 'leave out the rungs that are not built by then; 0 = none', low=0)
     checks: bool = key(True, 'the checks of loss, overfitting, tied weights and padding rows too')
     check_iters: int = key(50, 'steps of those checks', low=1)
-    check_tokens: str = key('gpt2', 'what a token is in those checks', choices=('char', 'gpt2'))
+    check_tokens: str = key('gpt2', 'tokenizer of those checks', choices=('char', 'gpt2'))
     threads: int = key(1, 'torch threads on a CPU; one gives the steadiest ratios', low=1)
     device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1'")
     seed: int = key(1337, 'of weights and batches', low=0)
 
 
 class State(NamedTuple):
-    """What a rung computes with."""
+    """The settings of a rung."""
     tf32: bool = False
     half: bool = False
     compiled: bool = False
@@ -76,7 +76,7 @@ def rungs(kind, compiled, large):
 
 
 def check(settings, part):
-    """What can be refused before torch is imported; raises UserError."""
+    """Refuse bad settings before torch is imported; raises UserError."""
     if settings.device.split(':')[0] not in ('auto', 'cpu', 'cuda'):
         raise UserError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {settings.device!r}", 'device')
 
@@ -92,7 +92,7 @@ def filled(settings, kind):
 
 
 def run(settings, part):
-    """Build the rungs one after the other, time them by turns, and make the checks."""
+    """Build the rungs one after the other, time them in interleaved rounds, and run the checks."""
     import torch
 
     from bench.checks import notes_checks
@@ -130,7 +130,7 @@ def say(text):
 
 
 def table(built, rounds, settings):
-    """One dict a rung: its median time, and its gains over the rung before and over the first."""
+    """One dict per rung: its median time, and its gains over the previous rung and over the first."""
     from bench.training import spread
     rows, before = [], 0
     for i, rung in enumerate(built):

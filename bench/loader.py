@@ -1,4 +1,4 @@
-"""How long the loader takes, alone and beside a train step of GPT-2 124M.
+"""The time of the loader, alone and during a train step of GPT-2 124M.
 
 measure() is what the bench program calls; nothing here is part of a training run.
 """
@@ -12,9 +12,9 @@ from configurator import GPTConfig
 from data.loader import Loader, Prefetcher, open_dataset
 from data.prepare_text import write_dataset
 
-VOCABULARY, TOKENS = 50257, 20_000_000      # of the made-up data set: 40 MB
+VOCABULARY, TOKENS = 50257, 20_000_000      # of the random data set: 40 MB
 GPT2 = dict(vocab_size=50304, n_layer=12, n_head=12, n_embd=768)
-QUICK = 500e3                               # tokens per second of a quick machine: one H200, GPT-2 124M, as published
+QUICK = 500e3                               # tokens per second of a fast machine: one H200, GPT-2 124M, as published
 
 
 def measure(folder=None, block_size=1024, batch_size=12, seconds=1.0, device='cpu'):
@@ -23,8 +23,8 @@ def measure(folder=None, block_size=1024, batch_size=12, seconds=1.0, device='cp
     folder: a data set, by default one of 20 million random tokens in a temporary folder; seconds: for each timing;
     device: 'cpu' or 'cuda'. Keys: batch_ms and tokens_per_s of loader.batch() alone, in this thread; step_ms of a 124M
     train step with the same batch and step_how it was found; share = batch_ms / step_ms; quick_step_ms of a machine that
-    trains 500,000 tokens per second, and quick_share of that; wait_share, the part of its time that a trainer waits for
-    prefetched batches, beside matrix products that take as long as such a step.
+    trains 500,000 tokens per second, and quick_share of that; wait_share, the share of time that a trainer waits for
+    prefetched batches, during matrix products that take as long as such a step.
     """
     with tempfile.TemporaryDirectory() as made:
         loader = Loader(open_dataset(folder or make(made), notice=print), 'train', block_size, batch_size)
@@ -47,7 +47,7 @@ def make(folder):
 
 
 def time_batches(loader, seconds):
-    """Median time of a loader.batch(), s; batches go on for `seconds`."""
+    """Median time of loader.batch() in seconds, measured for `seconds`."""
     loader.batch(0)                         # draws the order of the epoch
     took, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(took) < 3:
@@ -60,8 +60,8 @@ def time_batches(loader, seconds):
 def step_seconds(block_size, batch_size, device, seconds):
     """(time of a train step of GPT-2 124M, s; how it was found).
 
-    On a GPU measured: forward, backward and AdamW in bfloat16. On a CPU, where it takes a minute, the FLOPs of forward
-    and backward at the rate of a large matrix product here, which no step reaches: shorter than the real one.
+    On a GPU measured: forward, backward and AdamW in bfloat16. On a CPU, where it takes a minute, estimated as the FLOPs
+    of forward and backward at the rate of a large matrix product here: a lower bound.
     """
     from model import GPT
     with torch.device('meta' if device.type == 'cpu' else device):

@@ -1,4 +1,4 @@
-"""Part loader: how long a batch takes, alone, and as a share of a train step of GPT-2 124M."""
+"""Part loader: the time of a batch, alone and as a share of a train step of GPT-2 124M."""
 import os
 from dataclasses import dataclass
 
@@ -12,14 +12,14 @@ class Settings(Output):
     """Which data, which batches, and how long."""
     data: str = key('', 'folder of a data set; by default one of 20 million random tokens')
     block_size: int = key(1024, 'tokens per sequence', low=1)
-    batch_size: int = key(12, 'sequences a batch', low=1)
+    batch_size: int = key(12, 'sequences per batch', low=1)
     seconds: float = key(1.0, 'of each timing', low=0)
     threads: int = key(1, 'torch threads on a CPU', low=1)
     device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1'")
 
 
 def check(settings, part):
-    """What can be refused before torch is imported; raises UserError."""
+    """Refuse bad settings before torch is imported; raises UserError."""
     if settings.data and not os.path.isdir(settings.data):
         raise UserError(f'there is no folder {settings.data!r}', 'data')
     if settings.device.split(':')[0] not in ('auto', 'cpu', 'cuda'):
@@ -41,8 +41,8 @@ def run(settings, part):
 
 def text(result):
     """The figures as sentences."""
-    return (f'{result["batch_size"]} x {result["block_size"]} tokens: {result["batch_ms"]:.3g} ms a batch, '
+    return (f'{result["batch_size"]} x {result["block_size"]} tokens: {result["batch_ms"]:.3g} ms per batch, '
             f'{result["tokens_per_s"]:,.0f} tokens/s alone\n{result["share"]:.3%} of a 124M step of '
             f'{result["step_ms"]:,.0f} ms ({result["step_how"]}), {result["quick_share"]:.3%} of one of '
             f'{result["quick_step_ms"]:.0f} ms (500,000 tokens/s)\n'
-            f'waiting for prefetched batches beside such a step: {result["wait_share"]:.3%} of the time')
+            f'waiting for prefetched batches during such a step: {result["wait_share"]:.3%} of the time')

@@ -1,11 +1,11 @@
-"""Attention maps of a checkpoint by layer and head, as one picture.
+"""Attention maps of a checkpoint by layer and head, as one image.
 
-The map of a head is read off what the attention computes, not off its code, so that it is right for every class: for a
-given x per head's output is y = A v with values v (B, T, D_v), linear in v. Values that are 1 in one position and feature
-and 0 elsewhere give A column by column, D_v columns per row of the batch. A is the whole of what the head does with its
-values: DIFF's difference, DINT's sum, Linformer's slots spread over the tokens that they stand for, a gate's factor.
-Values are replaced where heads.ValueMix hands them over, outputs are read where c_proj takes them; DIFF's and DINT's
-norm of a head, which comes in between and is not linear, is left out. That y = A v is checked on the real values.
+The map of a head is measured from its outputs, so that it is right for every class: for a given x a head's output is
+y = A v with values v (B, T, D_v), linear in v. Values that are 1 in one position and feature and 0 elsewhere give A column
+by column, D_v columns per row of the batch. A includes all that the head does with its values: DIFF's difference, DINT's
+sum, Linformer's slots spread over their tokens, a gate's factor. Values are replaced at the output of heads.ValueMix, and
+outputs are read at the input of c_proj. DIFF's and DINT's norm per head, which is in between and not linear, is left out.
+That y = A v is checked on the real values.
 """
 import contextlib
 import dataclasses
@@ -66,7 +66,7 @@ def probed(attn, x, ctx, v=None):
 
     mix = [module for module in attn.modules() if isinstance(module, ValueMix)]
     if len(mix) != 1:
-        raise UserError(f'{type(attn).__name__} hands its values through no heads.ValueMix, so its maps are not known')
+        raise UserError(f'{type(attn).__name__} does not pass its values through heads.ValueMix, so its maps are not known')
     handles = mix[0].register_forward_hook(values), attn.c_proj.register_forward_pre_hook(outputs)
     with hooked(*handles), unfinished(attn), torch.no_grad():
         attn(x, ctx)
@@ -74,7 +74,7 @@ def probed(attn, x, ctx, v=None):
 
 
 def repeated(ctx, batch):
-    """The context of `batch` rows that are all the one of ctx."""
+    """The context of `batch` copies of the row of ctx."""
     first = ctx.first_value
     return dataclasses.replace(ctx, tokens=ctx.tokens.expand(batch, -1), losses=[], cache=None,
                                first_value=None if first is None else first.expand(batch, -1, -1))
@@ -112,14 +112,14 @@ def attention_maps(model, idx):
 # drawing
 
 def label(text):
-    """A token as it can be read on an axis."""
+    """A token as an axis label."""
     for sign, shown in ((' ', '␣'), ('\n', '\\n'), ('\t', '\\t'), ('\r', '\\r'), ('$', r'\$')):
         text = text.replace(sign, shown)
     return text
 
 
 def draw(path, maps, names, labels, title):
-    """One PNG: a row of axes a layer, a column per head; queries downwards, keys to the right.
+    """One PNG: a row of axes per layer, a column per head; queries downwards, keys to the right.
 
     maps: (heads, T, T) by layer; names: of the class, by layer; labels: the tokens as text, or [] for numbers.
     One colour scale for all, in the square root of the weight, as most weights are near 0; a map with negative weights
@@ -159,7 +159,7 @@ def draw(path, maps, names, labels, title):
 
 
 def colour_bar(figure, scale, grid, bound, signed):
-    """A bar that is marked with weights, not with their roots."""
+    """A colour bar labelled with weights, not with their roots."""
     marks = [m for m in (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 4) if m <= bound]
     marks = [-m for m in marks[:0:-1]] + marks if signed else marks
     bar = figure.colorbar(scale, ax=grid, shrink=0.6, pad=0.01, aspect=40)

@@ -1,4 +1,4 @@
-"""Clocks and scales: two calls timed by turns, the peak memory of a call, and what a cache holds."""
+"""Time and memory: two calls timed in interleaved rounds, the peak memory of a call, the size of a cache."""
 import contextlib
 import gc
 import statistics
@@ -16,7 +16,7 @@ ROUNDS = 10                             # about that many fit into min_time
 
 @contextlib.contextmanager
 def no_collection():
-    """Without Python's search for garbage, which would fall on one of two calls."""
+    """Without Python's garbage collection, which would hit one of two calls."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -27,9 +27,9 @@ def no_collection():
 
 
 def side_by_side(baseline, call, min_time, device):
-    """Time two calls by turns, so that what else the machine does falls on both.
+    """Time two calls in interleaved rounds, so that other load on the machine affects both.
 
-    A round is one timing of each, of so many calls that it takes about min_time / ROUNDS s; rounds go on until both
+    A round is one timing of each, of as many calls as take about min_time / ROUNDS s; rounds continue until both
     had min_time s each, and at least MIN_ROUNDS. Returns the median ms per call of each, and median, least and largest
     of the rounds' ratios call / baseline: above 1 is slower than the baseline.
     """
@@ -52,10 +52,9 @@ def side_by_side(baseline, call, min_time, device):
 class LiveBytes(TorchDispatchMode):
     """Bytes of tensors that are made while the mode is on: `live` now, `peak` at most.
 
-    Every operation's results are seen below autograd, so that what autograd saves for backward and the gradients
-    themselves count, each storage once however many views it has, from the operation that makes it until nothing holds
-    it (a weak reference tells). Not seen: what was there before, storage that is resized, and the scratch space inside
-    a kernel. Deterministic, as nothing is timed.
+    Every operation's results are recorded below autograd, so that tensors saved for backward and the gradients count too,
+    each storage once however many views it has, from its creation until it is freed (by a weak reference). Not recorded:
+    tensors from before, storage that is resized, and scratch space inside a kernel. Deterministic, as nothing is timed.
     """
 
     def __init__(self):
@@ -84,7 +83,7 @@ def storages(tree):
 
 
 def peak_memory(call, device):
-    """Most bytes that one call holds beyond what was there before it: by the allocator on a CUDA GPU, else LiveBytes."""
+    """Peak bytes of one call beyond those before it: by the allocator on a CUDA GPU, else LiveBytes."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -99,10 +98,10 @@ def peak_memory(call, device):
 
 
 def filled(cache):
-    """(floating-point numbers, bytes of all tensors) that one layer's cache holds, without room that is still free.
+    """(floating-point elements, bytes of all tensors) of one layer's cache, without unused room.
 
     heads.extend_cache and the window's ring keep tensors (B, H, room, ...) of which cache['length'] positions, at most
-    `room`, are written; other tensors are as large as what they hold.
+    `room`, are written; other tensors are full.
     """
     numbers = size = 0
     for tensor in (value for value in cache.values() if torch.is_tensor(value)):

@@ -1,7 +1,7 @@
-"""Parts attention, linear and mlp: every module of a table beside the baseline, at one shape, in one run.
+"""Parts attention, linear and mlp: every module of a table against the baseline, at one shape, in one run.
 
-Every module is timed by turns with the baseline, so that its ratio is of times taken together; the baseline's own row is a
-second copy of it, and its ratio shows the noise. --a=SPEC --b=SPEC does the same for two specs of the table."""
+Every module is timed in interleaved rounds with the baseline, so that its ratio is of times taken together; the baseline's
+own row is a second copy of it, and its ratio shows the noise. --a=SPEC --b=SPEC does the same for two specs of the table."""
 import os
 import sys
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ BASELINES = {'attention': 'causal', 'linear': 'dense', 'mlp': 'gelu'}
 @dataclass
 class Settings(Output, GPTConfig):
     """Settings of the three parts: the model's, with sizes for a laptop, and what is measured."""
-    n_embd: int = key(384, 'width of the residual stream', low=1)
+    n_embd: int = key(384, 'hidden size: width of the residual stream', low=1)
     n_head: int = key(6, 'attention heads; must divide n_embd', low=1)
     block_size: int = key(256, 'tokens per sequence; decoding is measured at half of it', low=2)
     batch_size: int = key(4, 'sequences at once, forward and backward', low=1)
@@ -29,7 +29,7 @@ class Settings(Output, GPTConfig):
     tokens: str = key('1,16,512,2048', 'linear: numbers of tokens to measure with; a single one forward only')
     a: str = key('', 'a spec of the table to compare with --b instead of the whole table')
     b: str = key('', 'a spec of the table; its times are divided by those of --a')
-    min_time: float = key(0.5, 'seconds of every measurement, for a module and for its baseline', low=0)
+    min_time: float = key(0.5, 'seconds per measurement, for a module and for its baseline', low=0)
     threads: int = key(1, 'torch threads on a CPU; one gives the steadiest ratios', low=1)
     device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = key('auto', "autocast type; 'auto' = bfloat16 where the GPU has it, float16 on older ones, "
@@ -39,7 +39,7 @@ class Settings(Output, GPTConfig):
     out_dir: str = key('', 'maps: folder of the run')
     which: str = key('last', "maps: checkpoint of out_dir: 'last' or 'best'", choices=('last', 'best'))
     text: str = key('', 'maps: file with the text, of which the first block_size tokens are read')
-    dataset: str = key('', 'maps: data set whose tokenizer is meant, for checkpoints that do not say')
+    dataset: str = key('', 'maps: data set whose tokenizer is used, for checkpoints that do not name one')
     data_dir: str = key('data', 'maps: folder that holds the data set folders')
 
     @property
@@ -107,7 +107,7 @@ def token_counts(settings):
 
 
 def check(settings, part):
-    """What can be refused before torch is imported; raises UserError."""
+    """Refuse bad settings before torch is imported; raises UserError."""
     if settings.device.split(':')[0] not in ('auto', 'cpu', 'cuda', 'mps'):
         raise UserError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', got {settings.device!r}", 'device')
     if settings.maps or settings.text or settings.out_dir:
@@ -145,7 +145,7 @@ def check_maps(settings, part):
 # measuring
 
 class Measure(NamedTuple):
-    """What is timed: a method of Subject for `batch` sequences of `length` tokens; passes: of FLOPs, 0 = not said."""
+    """A measure: a method of Subject for `batch` sequences of `length` tokens; passes: of FLOPs, 0 = not given."""
     name: str
     method: str
     batch: int
@@ -191,14 +191,14 @@ def run(settings, part):
 
 
 def machine(device):
-    """The facts of env.json that bear on speed."""
+    """The entries of env.json that matter for speed."""
     from reporting import hardware
     facts = hardware.environment(device)
     return {name: facts[name] for name in ('torch', 'python', 'platform', 'cpus', 'threads', 'device', 'gpu', 'commit')}
 
 
 def shape(part, settings):
-    """The sizes that matter, for the reader of the result."""
+    """The relevant sizes, for the reader of the result."""
     if part == 'linear':
         return dict(zip(('out_features', 'in_features'), settings.shape))
     return {name: getattr(settings, name) for name in ('n_embd', 'n_head', 'n_kv_head', 'block_size', 'batch_size',
@@ -206,14 +206,14 @@ def shape(part, settings):
 
 
 def text(result):
-    """For people: tables, or what was drawn."""
+    """The result as text: tables, or what was drawn."""
     if 'file' in result:
         return f'{result["file"]}: maps of {result["layers"]} layers for {result["tokens"]} tokens'
     return tables.text(result)
 
 
 def row(part, name, spec, baseline, settings):
-    """One module's facts and measures; in a table, one that cannot be built says why instead."""
+    """One module's facts and measures; in a table, the error of one that cannot be built."""
     from bench.subject import Subject
     if sys.stderr.isatty():
         print(f'bench.py: {spec} ...', file=sys.stderr, flush=True)
@@ -231,7 +231,7 @@ def row(part, name, spec, baseline, settings):
 
 
 def time(subject, baseline, measure):
-    """One Measure of a subject beside the baseline's."""
+    """One Measure of a subject and of the baseline."""
     from bench.measure import side_by_side
     calls = [getattr(one, measure.method)(measure.batch, measure.length) for one in (baseline, subject)]
     times = side_by_side(*calls, subject.settings.min_time, subject.device)
@@ -241,7 +241,7 @@ def time(subject, baseline, measure):
 
 
 def difference(part, settings, baseline):
-    """What --a and --b compute with the same weights."""
+    """Difference of the outputs of --a and --b with the same weights."""
     from bench.subject import Subject, largest_difference
     largest = max(measures(part, settings), key=lambda m: m.tokens)
     found = largest_difference(baseline, Subject(part, settings.b, settings), largest.batch, largest.length)

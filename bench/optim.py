@@ -1,4 +1,4 @@
-"""Part optim: a step of our Muon, batched, beside a loop over matrices of our own and torch.optim.Muon, in one run."""
+"""Part optim: a step of our batched Muon against our loop over matrices and torch.optim.Muon, in one run."""
 import statistics
 import time
 
@@ -6,7 +6,7 @@ import torch
 
 from optimizers.muon import ADJUST_LR, Muon, newton_schulz
 
-# name -> (layers, width) of a GPT's matrices, or (layers, width, terms) where all are kron(8, 8, terms)
+# name -> (layers, hidden size) of a GPT's matrices, or (layers, hidden size, terms) where all are kron(8, 8, terms)
 SIZES = {'char': (4, 128), '6x384': (6, 384), '6x384 kron': (6, 384, 4), '124M': (12, 768)}
 
 
@@ -28,7 +28,7 @@ def flops(sizes, steps=5):
 
 
 class Loop:
-    """The same update, one matrix after the other, without batches, lists or several ranks: what batching is measured by."""
+    """The same update, one matrix after the other, without batches, lists or several ranks: the reference for batching."""
 
     def __init__(self, params, dtype):
         self.params, self.momenta, self.dtype = params, [torch.zeros_like(p) for p in params], dtype
@@ -66,7 +66,7 @@ def contestants(size, device, dtype):
 
 
 def timed(step, repeats, device):
-    """Milliseconds a call; processor time where one CPU thread does the work, as other programs disturb it less."""
+    """Milliseconds per call; CPU time where one CPU thread does the work, as other programs disturb it less."""
     alone = device.type == 'cpu' and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
     if device.type == 'cuda':
@@ -87,7 +87,7 @@ def measure(sizes=None, device='cpu', rounds=15, round_ms=100, dtype=None):
     """{size: {'matrices', 'flops', 'ms': {name: median}, 'speedup': {name: its time / batched, median, min, max}}}.
 
     sizes: names of SIZES, None = all ('124M' on CUDA only). Every round times each contestant for about round_ms in
-    turn, so that what else the machine does falls on all; a speedup is the median of the rounds' ratios, above 1 where
+    turn, so that other load on the machine affects all; a speedup is the median of the rounds' ratios, above 1 where
     the batched step is faster. dtype: of the iterations, None = Muon's own; torch.optim.Muon's is always bf16.
     """
     device, table = torch.device(device), {}

@@ -1,4 +1,4 @@
-"""Part optim: one step of Muon, batched, beside a loop over the matrices and torch.optim.Muon, for GPTs of some sizes."""
+"""Part optim: one step of batched Muon against a loop over the matrices and torch.optim.Muon, for GPTs of some sizes."""
 from dataclasses import dataclass
 
 from bench import Output, tables
@@ -13,7 +13,7 @@ class Settings(Output):
     """Which sizes, where, and how long."""
     sizes: str = key('', f'names of sizes, by commas: {", ".join(NAMES)}; by default all, 124M on a GPU only')
     rounds: int = key(15, 'rounds in which every contestant is timed', low=1)
-    round_ms: float = key(100.0, 'about how long a turn takes, ms', low=0)
+    round_ms: float = key(100.0, 'approximate time of a turn, ms', low=0)
     dtype: str = key('auto', "of the iterations; 'auto' = bfloat16 on a GPU, float32 elsewhere",
                      choices=('auto', 'float32', 'bfloat16'))
     threads: int = key(1, 'torch threads on a CPU', low=1)
@@ -30,7 +30,7 @@ def wanted(settings):
 
 
 def check(settings, part):
-    """What can be refused before torch is imported; raises UserError."""
+    """Refuse bad settings before torch is imported; raises UserError."""
     wanted(settings)
     if settings.device.split(':')[0] not in ('auto', 'cpu', 'cuda'):
         raise UserError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {settings.device!r}", 'device')
@@ -51,7 +51,7 @@ def run(settings, part):
 
 
 def text(result):
-    """One line a size and contestant."""
+    """One line per size and contestant."""
     lines = [['size', 'contestant', 'ms', 'time / batched', 'least', 'most']]
     for size, found in result['sizes'].items():
         for name, ms in found['ms'].items():

@@ -1,10 +1,10 @@
-"""Part parent: our train step beside nanoGPT's, the same model and batch, by turns in one process.
+"""Part parent: our train step against nanoGPT's, the same model and batch, interleaved in one process.
 
     git clone https://github.com/karpathy/nanoGPT FOLDER
     python bench.py parent --baseline=FOLDER --batch_size=15 --block_size=1024
 
 The parent is its model.py, its AdamW (configure_optimizers) and the loop of its train.py: micro-steps, scaler, clipping;
-both are compiled or both not. Its batch lies on the device already, ours comes from the loader. x is the median over rounds
+both are compiled or both not. Its batch is on the device already, ours comes from the loader. x is the median over rounds
 of its time over ours.
 """
 import os
@@ -30,16 +30,16 @@ class Settings(Output, Config):
 
 
 def check(settings, part):
-    """What can be refused before torch is imported; raises UserError."""
+    """Refuse bad settings before torch is imported; raises UserError."""
     if not settings.baseline:
         raise UserError('name the clone of nanoGPT: --baseline=FOLDER', 'baseline')
     if not os.path.isfile(os.path.join(settings.baseline, 'model.py')):
-        raise UserError(f'{settings.baseline!r} is no clone of nanoGPT: it lacks model.py', 'baseline')
+        raise UserError(f'{settings.baseline!r} is not a clone of nanoGPT: it lacks model.py', 'baseline')
     chosen(settings)
 
 
 def run(settings, part):
-    """Time both by turns."""
+    """Time both in interleaved rounds."""
     import torch
 
     from bench.steps import Steps
@@ -98,7 +98,7 @@ def measure(settings, ours, theirs, job):
     ahead = 2 * (job.device.type == 'cuda')
     with Prefetcher(ours.loader, 0, ahead, job.device) as batches:
         calls = [lambda: ours.whole(batches, settings.micro_steps), theirs]
-        for call in (*calls, *calls):                   # compiles, and makes the optimizers' states
+        for call in (*calls, *calls):                   # compiles, and creates the optimizers' states
             call()
         rounds = by_turns(calls, settings.rounds, 0, job.device)
     ms, parent_ms = (spread(column)['median'] for column in zip(*rounds))
@@ -111,7 +111,7 @@ def measure(settings, ours, theirs, job):
 
 
 def text(result):
-    """The result for people."""
+    """The result as text."""
     machine, x, how = result['machine'], result['x'], result['dtype'] + ', compiled' * result['compiled']
     return (f'{result["config"]}: {result["parameters"]:,} parameters, {how}, {machine["gpu"] or machine["device"]}, '
             f'torch {machine["torch"]}\n{result["tokens"]:,} tokens: '

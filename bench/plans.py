@@ -1,14 +1,14 @@
-"""Part plans: every way of applying a Kronecker sum beside the one that is chosen and the dense matrix, on a fixed list.
+"""Part plans: every contraction plan of a Kronecker sum against the chosen one and the dense matrix, on a fixed list.
 
     python bench.py plans --json=plans.json
 
 The list: Krony-PT's shapes of GPT-2's two MLP matrices and kron(out/2, in/2) of smaller ones; one token to 8,192, forward
-without gradients (a W that is formed is kept there) and, from 512 tokens, forward + backward. Chosen is what timing.fastest
-takes, which times on its own; then the plans and the dense layer are timed by turns in one process, the median of the
-rounds counts, and what misses an aim is timed once more with three times the rounds. Calls go round as
-many layers as make 128 MB, the dense ones and the sums each for themselves: a token that is decoded reads every weight of a
-model once, from memory and not from a cache. A plan that was SLOW at 512 tokens, or clearly behind at the number before,
-is not timed with more tokens. Three quarters of an hour on one thread.
+without gradients (a W that is formed is kept there) and, from 512 tokens, forward + backward. The chosen plan is that of
+timing.fastest, which does its own timing. Then the plans and the dense layer are timed in interleaved rounds in one
+process, the median counts, and cells that miss an aim are timed again with three times the rounds. Calls cycle through as
+many layers as make 128 MB, dense ones and sums separately: decoding a token reads every weight of a model once, from memory
+and not from a cache. A plan that was SLOW at 512 tokens, or clearly behind at the previous number, is not timed with more
+tokens. Takes three quarters of an hour on one thread.
 """
 import copy
 import itertools
@@ -36,7 +36,7 @@ SMALL = [(576, 1536), (128, 512), (384, 1536)]          # kron(out/2, in/2), bot
 TRAINED = 512                           # tokens from which forward + backward is timed
 BEHIND = 1.3                            # times the best: a plan that far behind is not timed with more tokens
 LEAST_ROUNDS, MOST_ROUNDS = 3, 7
-LAYERS = 64                             # at most that calls go round, to read 128 MB of weights
+LAYERS = 64                             # most layers that calls cycle through, to read 128 MB of weights
 
 
 @dataclass
@@ -81,7 +81,7 @@ def token_counts(settings):
 
 
 def check(settings, part):
-    """What can be refused before torch is imported; raises UserError."""
+    """Refuse bad settings before torch is imported; raises UserError."""
     wanted(settings)
     token_counts(settings)
 
@@ -90,7 +90,7 @@ def check(settings, part):
 # measuring
 
 class Layer:
-    """LAYERS copies of the dense matrix and of the Kronecker sum of one row of the list, and calls that go round them."""
+    """LAYERS copies of the dense matrix and of the Kronecker sum of one row, and calls that cycle through them."""
 
     def __init__(self, row, settings, device, dtype):
         import torch
@@ -135,7 +135,7 @@ class Layer:
 
 
 def rounds_of(calls, settings, device, more=1):
-    """{name: ms of a call}, the median of rounds by turns."""
+    """{name: ms per call}, the median of interleaved rounds."""
     from kron.timing import seconds
     once = {name: max(seconds(call, 1, device), 1e-9) for name, call in calls.items()}     # kernels are chosen at the first
     times = {name: max(1, min(100, round(settings.cell_s / 10 / len(calls) / t))) for name, t in once.items()}
@@ -152,7 +152,7 @@ def rounds_of(calls, settings, device, more=1):
 
 
 def cell(layer, tokens, training, names, settings):
-    """One number of tokens, forward or with backward: times, the choice, and what FLOPs promise."""
+    """One number of tokens, forward or with backward: times, the choice, and the prediction by FLOPs."""
     from bench.verdicts import needs, ratio
     from kron.plan import order_flops, sizes_of
     from kron.timing import fastest
@@ -211,7 +211,7 @@ def run(settings, part):
 
 
 def bandwidth(device):
-    """Bytes a second that a large copy reads and writes."""
+    """Bytes per second that a large copy reads and writes."""
     import torch
 
     from kron.timing import seconds
@@ -221,6 +221,6 @@ def bandwidth(device):
 
 
 def text(result):
-    """One table a phase, then the clauses."""
+    """One table per phase, then the verdicts."""
     from bench.verdicts import text
     return text(result)

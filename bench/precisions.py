@@ -1,8 +1,8 @@
-"""Part precision: a train step in every precision beside fp32, for models below and above 10 million parameters.
+"""Part precision: a train step in every precision against fp32, for models below and above 10 million parameters.
 
     python bench.py precision --json=precision.json
 
-"Below 10M parameters fp32 is as fast" is a saying among people who train small models; this measures it. Every step is
+"Below 10M parameters fp32 is as fast" is a common rule of thumb; this measures it. Every step is
 that of train.py (scaler, clipping, optimizer and rounding of the weights included) on random tokens. Rounds: every
 precision is timed in turn, and x is the median over rounds of (time of the step in fp32) / (its time): above 1 is faster.
 """
@@ -32,18 +32,18 @@ TOKENS = {'cpu': (4, 128), 'cuda': (64, 256)}
 @dataclass
 class Settings(Output):
     """Which models, and how long to measure."""
-    sizes: str = key('', 'models as layers x heads x width, by commas; by default three, two of them below 10M parameters')
+    sizes: str = key('', 'models as layers x heads x hidden size, by commas; by default three, two below 10M parameters')
     batch_size: int = key(0, 'sequences per step; 0 = 64 on a GPU, 4 on a CPU', low=0)
     block_size: int = key(0, 'tokens per sequence; 0 = 256 on a GPU, 128 on a CPU', low=0)
     compile: bool | None = key(None, 'torch.compile; default True on a GPU, False elsewhere')
     rounds: int = key(5, 'rounds in which every precision is timed', low=1)
-    round_s: float = key(0.2, "about how long a precision's turn takes, s", low=0)
+    round_s: float = key(0.2, "approximate time of a precision's turn, s", low=0)
     threads: int = key(1, 'torch threads on a CPU; one gives the steadiest ratios', low=1)
     device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1'")
 
 
 def sizes_of(text):
-    """[(layers, heads, width)] of '4x4x128, ...'; raises UserError."""
+    """[(layers, heads, hidden size)] of '4x4x128, ...'; raises UserError."""
     try:
         found = [tuple(int(n) for n in size.split('x')) for size in text.split(',')]
         if all(len(size) == 3 and min(size) > 0 and size[2] % size[1] == 0 for size in found):
@@ -55,7 +55,7 @@ def sizes_of(text):
 
 
 def check(settings, part):
-    """What can be refused before torch is imported; raises UserError."""
+    """Refuse bad settings before torch is imported; raises UserError."""
     if settings.device.split(':')[0] not in ('auto', 'cpu', 'cuda'):
         raise UserError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {settings.device!r}", 'device')
     if settings.sizes:
@@ -85,7 +85,7 @@ def run(settings, part):
 
 
 def measure(size, rows, length, settings, dataset, device):
-    """{'size', 'parameters', 'compiled', 'rows': one dict a precision} of one model."""
+    """{'size', 'parameters', 'compiled', 'rows': one dict per precision} of one model."""
     from bench.training import by_turns, spread
     names = [name for name in KINDS if name != 'TF32' or device.type == 'cuda']
     steps = [make(size, rows, length, settings, KINDS[name], dataset, device) for name in names]

@@ -1,4 +1,4 @@
-"""Second processes of the parts that race or launch: their wall and processor time, and results kept as they come."""
+"""Child processes of the parts that race or launch: wall-clock and CPU time, and results saved as they come."""
 import json
 import os
 import resource
@@ -49,15 +49,15 @@ def wait(process, timeout, watch):
 
 
 def last_line(done):
-    """What a failed process said last."""
+    """The last line of a failed process."""
     if done['code'] is None:
         return f'stopped after {done["wall_s"]:.0f} s'
     lines = [line for line in (done['err'] or done['out']).splitlines() if line.strip()]
-    return f'exit code {done["code"]}: {lines[-1][:300] if lines else "nothing was said"}'
+    return f'exit code {done["code"]}: {lines[-1][:300] if lines else "no output"}'
 
 
 def keep(result, path):
-    """Write what there is so far into the file of --json; bench.py writes the whole at the end."""
+    """Write the results so far into the file of --json; bench.py writes all at the end."""
     if path not in ('', '-'):
         from checkpoints.durable import DISK, write_whole
         write_whole(Path(path), json.dumps(result, indent=1, allow_nan=False).encode(), DISK)

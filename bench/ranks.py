@@ -25,7 +25,7 @@ class Settings(Output, Config):
     config: str = key('', 'config file of what is trained')
     ranks: int = key(2, 'ranks that share the device', low=2)
     steps: int = key(20, 'steps of a run; the checkpoint to resume from is in the middle', low=2)
-    tolerance: float = key(0.01, 'share by which validation losses may differ', low=0)
+    tolerance: float = key(0.01, 'relative difference allowed between validation losses', low=0)
     vocabulary: int = key(1024, 'of the random tokens', low=2)
     threads: int = key(1, 'torch threads of a rank on a CPU', low=1)
     limit: float = key(120.0, 'seconds that a run may take', low=1)
@@ -36,7 +36,7 @@ FORCED = ('dataset', 'data_dir', 'out_dir', 'max_iters', 'lr_decay_iters', 'eval
 
 
 def check(settings, part):
-    """What can be refused before torch is imported; raises UserError."""
+    """Refuse bad settings before torch is imported; raises UserError."""
     if not settings.config:
         raise UserError('name what is trained: --config=config/X.py', 'config')
     for name in FORCED:
@@ -65,7 +65,7 @@ def run(settings, part):
 def train(settings, count, resume, folder):
     """One run: {'s', 'from', 'kept', 'loss', 'val_loss', 'ms', 'tokens_per_s'}, or {'s', 'error'}.
 
-    resume: without the last checkpoint of the run before, so that it goes on from the middle.
+    resume: without the last checkpoint of the previous run, so that it resumes from the middle.
     """
     from bench.processes import last_line, read_log, timed
     out, half = os.path.join(folder, f'out{count}'), settings.steps // 2
@@ -83,12 +83,12 @@ def train(settings, count, resume, folder):
     steps, evaluations = read_log(out)
     return {'s': done['wall_s'], 'from': half if resume else 0, 'loss': steps[-1]['loss'],
             'val_loss': evaluations[-1]['val_loss'],
-            'kept': sum(old == new for old, new in zip(before, steps)),         # steps that were not made again
+            'kept': sum(old == new for old, new in zip(before, steps)),         # steps that were not repeated
             **{name: statistics.median(line[name] for line in steps[len(steps) // 2:]) for name in ('ms', 'tokens_per_s')}}
 
 
 def failed(rows, tolerance):
-    """The runs that ended with an error or another loss than the first, and a resumed one that began elsewhere."""
+    """The runs that ended with an error or another loss than the first, and a resumed run that began at another step."""
     expected = rows[0].get('val_loss', 0.0)
     return [row['name'] for row in rows if 'error' in row or row['kept'] != row['from'] or
             not abs(row['val_loss'] - expected) <= tolerance * abs(expected)]

@@ -1,13 +1,13 @@
-"""Part recipe: the race against a clone of nanoGPT, both as second processes, from process start to exit.
+"""Part recipe: the race against a clone of nanoGPT, both as child processes, from process start to exit.
 
     git clone https://github.com/karpathy/nanoGPT FOLDER
     python bench.py recipe --baseline=FOLDER --json=FILE
 
-Every seed is one round. The parent trains in a copy of the clone by the CPU flags of its README, its own prepare.py having
-made its data; its checkpoint is then scored on the whole validation split by evaluate.py, as train.py scores ours: windows
-of its block_size side by side. Ours trains until an evaluation reaches that loss. With --full it trains once more, for as
-many steps as fit into the parent's wall time. Both have the same text and equally many threads, and evaluation is in all
-times.
+Every seed is one round. The parent (nanoGPT) trains in a copy of the clone with the CPU flags of its README, on data from
+its own prepare.py. Its checkpoint is then scored on the whole validation split by evaluate.py, as train.py scores ours: in
+adjacent windows of its block_size. Ours trains until an evaluation reaches that loss. With --full it trains once more, for
+as many steps as fit into the parent's wall-clock time. Both have the same text and number of threads, and all times include
+evaluation.
 """
 import os
 import re
@@ -35,25 +35,25 @@ class Settings(Output):
     """The two sides, and how often."""
     baseline: str = key('', 'folder of a clone of nanoGPT')
     config: str = key('config/train_shakespeare_char_fast.py', "our side's config")
-    full_config: str = key('', "our side's config for the whole wall time; by default the same")
+    full_config: str = key('', "our side's config for the whole wall-clock time; by default the same")
     seeds: int = key(3, 'rounds; round k has seed 1337 + k on both sides', low=1)
     baseline_iters: int = key(2000, "the parent's steps", low=1)
-    full: bool = key(True, "train again for the parent's whole wall time")
-    reserve: float = key(0.05, 'share of that time that is kept back, as speeds vary', low=0)
+    full: bool = key(True, "train again for the parent's whole wall-clock time")
+    reserve: float = key(0.05, 'share of that time kept in reserve, as speeds vary', low=0)
     text: str = key('', 'text for both, such as the canonical input.txt; by default the one that ships with this repository')
     threads: int = key(1, 'torch threads of either side', low=1)
-    resume: bool = key(False, 'go on with the rounds that the file of --json lacks')
+    resume: bool = key(False, 'run the rounds that the file of --json lacks')
 
 
 def check(settings, part):
-    """What can be refused before torch is imported; raises UserError."""
+    """Refuse bad settings before torch is imported; raises UserError."""
     import configurator
     if not settings.baseline:
         raise UserError('name the clone of nanoGPT: --baseline=FOLDER', 'baseline')
     for name in ('train.py', 'model.py', 'configurator.py', 'config/train_shakespeare_char.py',
                  'data/shakespeare_char/prepare.py'):
         if not os.path.isfile(os.path.join(settings.baseline, name)):
-            raise UserError(f'{settings.baseline!r} is no clone of nanoGPT: it lacks {name}', 'baseline')
+            raise UserError(f'{settings.baseline!r} is not a clone of nanoGPT: it lacks {name}', 'baseline')
     if settings.text and not os.path.isfile(settings.text):
         raise UserError(f'there is no file {settings.text!r}', 'text')
     if settings.reserve >= 1:
@@ -77,7 +77,7 @@ def run_or_stop(what, command, settings, **more):
 
 
 def prepare(settings, folder):
-    """Copy the clone to folder/parent and give both sides the same tokens; ours stand in folder/data."""
+    """Copy the clone to folder/parent and give both sides the same tokens; ours are in folder/data."""
     from data import prepare_text
     parent, source = Path(folder, 'parent'), Path(folder, 'input.txt')
     text = prepare_text.read_text(settings.text) if settings.text else prepare_text.shakespeare()
@@ -148,7 +148,7 @@ def train_ours(settings, config, folder, seed, **changes):
 # the race
 
 def race(settings, folder, parent, seed):
-    """One round: parent, ours to its loss, ours for its wall time."""
+    """One round: parent, ours to its loss, ours for its wall-clock time."""
     say(f'seed {seed}: nanoGPT, {settings.baseline_iters} steps ...')
     theirs = train_parent(settings, parent, seed)
     say(f'seed {seed}: {theirs["wall_s"]:.0f} s to {theirs["val_loss"]:.4f}; ours to that loss ...')
@@ -163,7 +163,7 @@ def race(settings, folder, parent, seed):
 
 
 def train_full(settings, folder, seed, wall_s, ours):
-    """Ours with as many steps as fit into wall_s less the reserve, by the step time of the run before; two evaluations.
+    """Ours with as many steps as fit into wall_s less the reserve, by the step time of the previous run; two evaluations.
 
     within: whether it ended in time.
     """

@@ -30,7 +30,7 @@ def tf32(wanted):
 
 
 class Rung:
-    """Weights and batch are those of the seed, so that all rungs begin with the same loss.
+    """A model whose weights and batch follow from the seed, so that all rungs begin with the same loss.
 
     step() is one train step. first_s: the time of the first one, which compiles; first_loss; memory: see
     training.step_memory, None where torch.compile hides it on a CPU.

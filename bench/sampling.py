@@ -4,7 +4,7 @@
 
 Random weights: the speed does not depend on them. Greedy, so that all ways must give the same text, which is checked. Static
 steps (attention/decoding.py) are captured on a GPU; on a CPU they are timed with --static=True only.
-Every model setting may be given and stands above the config's.
+Every model setting may be given and overrides the config's.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -22,22 +22,22 @@ class Settings(Output, Config):
     config: str = key('', 'config file of the model')
     prompt: int = key(16, 'tokens of the prompt', low=1)
     new_tokens: int = key(64, 'tokens that are generated, at most what block_size leaves', low=1)
-    samples: int = key(1, 'sequences at once', low=1)
+    samples: int = key(1, 'sequences per batch', low=1)
     rounds: int = key(5, 'rounds in which all are timed', low=1)
     static: bool = key(False, 'static steps on a CPU too, where nothing captures them')
-    progress: float = key(0.0, 'share of the run that is over, for windows on a schedule', low=0)
+    progress: float = key(0.0, 'progress of the run, 0 to 1, for windows on a schedule', low=0)
     threads: int = key(1, 'torch threads on a CPU', low=1)
 
 
 def check(settings, part):
-    """What can be refused before torch is imported; raises UserError."""
+    """Refuse bad settings before torch is imported; raises UserError."""
     check_config(settings, part)
     if settings.prompt >= chosen(settings).block_size:
         raise UserError(f'prompt must be below block_size ({chosen(settings).block_size}), got {settings.prompt}', 'prompt')
 
 
 def run(settings, part):
-    """Time all by turns."""
+    """Time all in interleaved rounds."""
     import torch
 
     from attention import decoding
@@ -77,7 +77,7 @@ def run(settings, part):
 
 
 def text(result):
-    """The result for people."""
+    """The result as text."""
     machine, where = result['machine'], result['machine']['gpu'] or result['machine']['device']
     static = '' if 'static_gain' not in result else (
         f'\nstatic steps{", captured" * (machine["gpu"] is not None)}: {result["tokens_per_s_static"]:,.1f} tokens/s, '

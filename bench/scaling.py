@@ -2,8 +2,8 @@
 
     python bench.py scaling --config=config/train_shakespeare_char.py --max_ranks=2
 
-Each is a torchrun of train.py on random tokens, with an accumulation of as many micro-steps as ranks; efficiency is
-tokens per second a rank, over those of one rank. On a CPU the ranks use gloo and one thread each (--threads).
+Each is a torchrun of train.py on random tokens, with as many accumulated micro-steps as ranks; efficiency is tokens per
+second and rank, relative to one rank. On a CPU the ranks use gloo and one thread each (--threads).
 """
 import os
 import statistics
@@ -34,7 +34,7 @@ FORCED = ('dataset', 'data_dir', 'out_dir', 'max_iters', 'gradient_accumulation_
 
 
 def check(settings, part):
-    """What can be refused before torch is imported; raises UserError."""
+    """Refuse bad settings before torch is imported; raises UserError."""
     if not settings.config:
         raise UserError('name what is trained: --config=config/X.py', 'config')
     for kind in settings.kinds.split(','):

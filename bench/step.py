@@ -1,10 +1,10 @@
-"""Part step: where the time of a config's train step goes, its tokens per second, its MFU and its memory.
+"""Part step: a config's train step: time by part, tokens per second, MFU and memory.
 
     python bench.py step --config=config/train_gpt2.py --batch_size=16
 
-Every setting of train.py may be given and stands above the config's. One process; a step of `gradient_accumulation_steps`
-micro-steps is measured as one micro-step and one optimizer step, and put together: accumulation * micro + optimizer.
-Where the config's data set is not there, random tokens stand in; the result says which. The parts are timed with a wait
+Every setting of train.py may be given and overrides the config's. One process; a step of `gradient_accumulation_steps`
+micro-steps is measured as one micro-step and one optimizer step, and combined: accumulation * micro + optimizer.
+Where the config's data set is missing, random tokens are used; the result says which. The parts are timed with a wait
 for the device after each, `ms` without.
 """
 import os
@@ -21,8 +21,8 @@ class Settings(Output, Config):
     """What is trained, and how long to measure; every setting of train.py besides."""
     config: str = key('', 'config file of what is trained')
     rounds: int = key(7, 'rounds in which everything is timed', low=1)
-    progress: float = key(0.0, 'share of the run that is over, for windows on a schedule', low=0)
-    random_tokens: bool = key(False, 'random tokens even where the data set is there')
+    progress: float = key(0.0, 'progress of the run, 0 to 1, for windows on a schedule', low=0)
+    random_tokens: bool = key(False, 'random tokens even where the data set exists')
     vocabulary: int = key(50257, 'of the random tokens', low=2)
     threads: int = key(1, 'torch threads on a CPU', low=1)
 
@@ -31,7 +31,7 @@ OWN = ('config', 'rounds', 'progress', 'random_tokens', 'vocabulary', 'threads',
 
 
 def check(settings, part):
-    """What can be refused before torch is imported; raises UserError."""
+    """Refuse bad settings before torch is imported; raises UserError."""
     if not settings.config:
         raise UserError('name what is trained: --config=config/X.py', 'config')
     if settings.init_from != 'scratch':
@@ -42,7 +42,7 @@ def check(settings, part):
 
 
 def chosen(settings):
-    """The Config of --config, with the settings that were given here in place of the file's."""
+    """The Config of --config, with the given settings in place of the file's."""
     config = configurator.load([settings.config])
     for name, where in settings.sources.items():
         if name not in OWN:
@@ -61,7 +61,7 @@ def random_data(folder, vocab_size, block_size):
     size = max(100_000, 40 * block_size)
     tokens = np.random.default_rng(0).integers(0, vocab_size, size, np.uint16)
     described = {'tokenizer': 'gpt2', 'vocab_size': vocab_size}
-    if vocab_size < 257:                                # fewer than GPT-2's tokenizer can have
+    if vocab_size < 257:                                # fewer than GPT-2's tokenizer supports
         described = {'tokenizer': 'char', 'vocab_size': vocab_size, 'chars': [chr(0x100 + i) for i in range(vocab_size)]}
     write_dataset(folder, described, {'train': tokens, 'val': tokens[:size // 4]})
 
@@ -89,7 +89,7 @@ def run(settings, part):
 
 
 def measure(settings, config, job, dataset, source):
-    """The result, from a data set that is open."""
+    """The result, from an open data set."""
     from bench.modules import machine
     from bench.processes import keep
     from bench.steps import Steps
@@ -111,7 +111,7 @@ def measure(settings, config, job, dataset, source):
 
 
 def text(result):
-    """The result for people."""
+    """The result as text."""
     machine, tokens = result['machine'], result['tokens']
     where = machine['gpu'] or f'{machine["device"]} ({machine["threads"]} threads)'
     sheet = '' if result['mfu_sheet'] is None else f', {result["mfu_sheet"]:.1%} of the data sheet'

@@ -43,7 +43,7 @@ class Steps:
             return self.net(x, y)[1]
 
     def update(self):
-        """What train.py does after the last backward pass."""
+        """The part of a step after the last backward pass, as in train.py."""
         with precision.widened(self.optimizer, self.job.half_weights, self.config.master_weights):
             self.scaler.unscale_(self.optimizer)
             if self.config.grad_clip:
@@ -78,13 +78,13 @@ class Steps:
     def measure(self, rounds):
         """{'ms' of a whole step, 'parts': {part: ms of a whole step}, 'shares' of their sum, 'first_s'}, medians.
 
-        With micro-steps beside each other the loader's thread works while the device does, as in train.py.
+        With consecutive micro-steps the loader's thread works while the device does, as in train.py.
         """
         config, begin = self.config, self.now()
         ahead = config.prefetch if config.prefetch is not None else 2 * (self.job.device.type == 'cuda')
         micro = min(2, self.accumulation)
         with Prefetcher(self.loader, 0, ahead, self.job.device) as batches:
-            self.split(batches)                         # compiles, and makes the optimizer's state
+            self.split(batches)                         # compiles, and creates the optimizer's state
             first = self.now() - begin
             self.whole(batches, micro)
             taken = [(self.split(batches), self.whole(batches, micro)) for _ in range(rounds)]
@@ -96,7 +96,7 @@ class Steps:
         return {'ms': ms, 'parts': parts, 'shares': {name: part / total for name, part in parts.items()}, 'first_s': first}
 
     def memory(self):
-        """Most bytes that a step holds; None where torch.compile hides them on a CPU."""
+        """Peak bytes of a step; None where torch.compile hides them on a CPU."""
         if self.compiled and self.job.device.type == 'cpu':
             return None
         x, y = (t.to(self.job.device) for t in self.loader.batch(0))

@@ -38,10 +38,10 @@ def initialise(module, config):
 
 
 class Subject:
-    """A module of `part` made of `spec`, with inputs as the block's norm hands them over: rms 1, under ngpt length 1.
+    """A module of `part` built from `spec`, with inputs as from the block's norm: rms 1, under ngpt length 1.
 
-    Equal specs have equal weights and inputs. RoPE's tables are made before anything is timed, as all blocks of a model
-    share them.
+    Equal specs have equal weights and inputs. RoPE's tables are computed before anything is timed, as all blocks of a
+    model share them.
     """
 
     def __init__(self, part, spec, settings):
@@ -56,12 +56,12 @@ class Subject:
         self.width = self.module.in_features if part == 'linear' else self.config.n_embd
 
     def inputs(self, batch, T):
-        """(B, T, C) random, the same for every subject of that width; fewer tokens are the first of more."""
+        """(B, T, C) random, the same for every subject of that hidden size; fewer tokens are a prefix of more."""
         x = torch.randn(T, batch, self.width, generator=torch.Generator().manual_seed(self.settings.seed))
         return (x if self.config.ngpt == 'none' else unit(x)).transpose(0, 1).contiguous().to(self.device)
 
     def apply(self, x, cache=None, start=0):
-        """(output, auxiliary losses) of x (B, T, C), whose first token stands at position `start`."""
+        """(output, auxiliary losses) of x (B, T, C), whose first token is at position `start`."""
         if self.part == 'linear':
             return self.module(x), []
         B, T = x.shape[:2]
@@ -97,9 +97,9 @@ class Subject:
         return call
 
     def peak_memory(self, batch, T):
-        """Most bytes that a step holds beyond weights and input: what is saved for backward, gradients, the rest."""
+        """Peak bytes of a step beyond weights and input: tensors saved for backward, gradients, the rest."""
         call = self.step(batch, T)
-        call()                          # libraries take their workspace
+        call()                          # libraries allocate their workspace
         return peak_memory(call, self.device)
 
     def prefill(self, batch, T):
@@ -111,7 +111,7 @@ class Subject:
         return cache
 
     def decode(self, batch, T):
-        """-> a call: one token a row on a cache of T tokens, always the same one.
+        """-> a call: one token per row on a cache of T tokens, always the same one.
 
         Each call gets a shallow copy of the cache: a token writes nothing into the tensors there but its own entry.
         """
@@ -141,8 +141,8 @@ class Subject:
 def largest_difference(a, b, batch, T):
     """Largest absolute difference of the outputs of two subjects after b has taken over a's parameters.
 
-    None when their parameters differ in name or shape. Buffers stay: they are part of what a spec says (a window's
-    size is one).
+    None when their parameters differ in name or shape. Buffers are not copied: they belong to the spec (such as a
+    window's size).
     """
     theirs, ours = dict(a.module.named_parameters()), dict(b.module.named_parameters())
     if {n: p.shape for n, p in theirs.items()} != {n: p.shape for n, p in ours.items()}:

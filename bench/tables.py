@@ -1,6 +1,6 @@
-"""The result of bench/modules.py as tables for people, in Markdown."""
+"""The result of bench/modules.py as Markdown tables."""
 
-# head of a column -> (key of a row, how it is written)
+# head of a column -> (key of a row, format)
 FACTS = {'parameters': ('parameters', '{:,}'), 'FLOPs per token': ('flops_per_token', '{:,}'),
          'peak memory, bytes': ('peak_memory', '{:,}'), 'cache bytes per token': ('cache_bytes_per_token', '{:,.0f}')}
 
@@ -15,7 +15,7 @@ def aligned(lines):
 
 
 def text(result):
-    """The facts of every module, one table a measure, and the sentences of what could not be measured."""
+    """The counts of every module, one table per measure, and a sentence for each module that could not be measured."""
     there = [row for row in result['rows'] if 'measures' in row]
     found = [heading(result), facts(result['part'], there)]
     found += [speeds(result['baseline'], there, i) for i in range(len(there[0]['measures']))]
@@ -35,14 +35,14 @@ def heading(result):
 
 
 def facts(part, rows):
-    """One line a module: what needs no clock."""
+    """One line per module: counts."""
     columns = {head: fact for head, fact in FACTS.items() if fact[0] in rows[0]}
     return aligned([[part, *columns], *([row['spec'], *(form.format(row[name]) for name, form in columns.values())]
                                         for row in rows)])
 
 
 def speeds(baseline, rows, i):
-    """One line a module: its i-th measure."""
+    """One line per module: its i-th measure."""
     measure = rows[0]['measures'][i]
     cached = f' on {measure["cached"]} cached' if measure['cached'] else ''
     head = [f'{measure["measure"].replace("_", " + ")}, tokens: {measure["tokens"]}{cached}', 'ms', f'{baseline} beside it',

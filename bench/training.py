@@ -1,4 +1,4 @@
-"""What the parts that train share: texts as batches, a train step as a call, its memory, the peak of matrix products."""
+"""Shared by the parts that train: texts as batches, a train step as a call, its memory, the peak of matrix products."""
 import statistics
 import time
 
@@ -12,7 +12,7 @@ KINDS = {'char': lambda text: {'tokenizer': 'char', 'chars': sorted(set(text))},
 
 
 def shakespeare(kind):
-    """(tokens (N,) int64, size of the vocabulary) of the text that ships with the repository; kind: 'char' or 'gpt2'."""
+    """(tokens (N,) int64, vocabulary size) of the text in the repository; kind: 'char' or 'gpt2'."""
     from data import prepare_text, tokenizer
     text = prepare_text.shakespeare()
     chosen = tokenizer.load(KINDS[kind](text))
@@ -48,7 +48,7 @@ def state_bytes(model, optimizer):
 
 
 def step_memory(step, model, optimizer, device):
-    """Most bytes that a step holds: weights, optimizer state, gradients, and what is saved for backward.
+    """Peak bytes of a step: weights, optimizer state, gradients, and tensors saved for backward.
 
     On a CUDA GPU by the allocator, elsewhere by bench.measure.LiveBytes; call it after a first step.
     """
@@ -56,9 +56,9 @@ def step_memory(step, model, optimizer, device):
 
 
 def by_turns(calls, rounds, round_s, device):
-    """Time calls by turns: [[ms of each call] of each round], so that what else the machine does falls on all.
+    """Time calls in interleaved rounds: [[ms of each call] of each round], so that other load affects all.
 
-    calls: functions that ran before; round_s: about how long a call's turn takes, in repeats.
+    calls: functions that ran before; round_s: approximate time of a call's turn, in repeats.
     """
     repeats = [max(1, min(100, round(round_s / max(seconds(call, 1, device), 1e-9)))) for call in calls]
     return [[1e3 * seconds(call, n, device) / n for call, n in zip(calls, repeats)] for _ in range(rounds)]
@@ -70,7 +70,7 @@ def spread(values):
 
 
 def matmul_peak(device, dtype, at_least_s=0.3):
-    """FLOP/s of the best of several large matrix products in `dtype`: what 100% of the measured peak stands for."""
+    """FLOP/s of the best of several large matrix products in `dtype`: 100% of the measured peak."""
     size = 8192 if device.type == 'cuda' else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best, spent, now = float('inf'), 0.0, clock(device)

@@ -1,7 +1,7 @@
-"""What part plans must show: the aims, the verdicts on its cells, and its tables for people."""
+"""Part plans: the aims, the verdicts on its cells, and its tables as text."""
 from bench import tables
 
-BINDS_MS = 1.0                          # what dense must take for its clause to bind
+BINDS_MS = 1.0                          # least dense time for which its clause counts
 
 # m x n x terms -> (phase, tokens) -> times dense
 AIMS = {
@@ -12,7 +12,7 @@ AIMS = {
 
 
 def needs(found, ms):
-    """{'best': .., 'dense': ..}: what the chosen plan must reach, times the best plan and times dense; 0 = nothing."""
+    """{'best': .., 'dense': ..}: least speed of the chosen plan, relative to the best plan and to dense; 0 = none."""
     training, tokens, flops = found['phase'] == 'training', found['tokens'], found['flops']
     dense = 0.9 if flops < 1 and ms['dense'] >= BINDS_MS else 0.75 if flops >= 1 and training and tokens == 512 else 0
     words = found['matrix'].split(' by ')[1]
@@ -39,7 +39,7 @@ def bound_ms(found, result):
 
 
 def clauses(cells):
-    """[{'clause', 'need', 'worst', 'where', 'cells', 'met'}] of what the list has cells for."""
+    """[{'clause', 'need', 'worst', 'where', 'cells', 'met'}] for the cells of the list."""
     found = []
 
     def clause(words, need, kind, some):
@@ -64,11 +64,11 @@ def clauses(cells):
 
 
 def text(result):
-    """One table a phase, then the clauses."""
+    """One table per phase, then the clauses."""
     names = list(dict.fromkeys(name for c in result['cells'] for name in c['ms'] if name != 'dense'))
     parts = [f'{result["dtype"]} on {result["machine"]["gpu"] or result["machine"]["device"]} '
              f'({result["machine"]["threads"]} threads), torch {result["machine"]["torch"]}, {result["seconds"]:.0f} s. ms '
-             'a call of dense and of every plan, median of the rounds; - was not timed; x: dense over chosen; roofline: '
+             'per call of dense and of every plan, median of the rounds; - was not timed; x: dense over chosen; roofline: '
              f'share of {result["peak_flops"] / 1e12:.3g} TFLOP/s or {result["bandwidth"] / 1e9:.3g} GB/s it has']
     for phase in ('forward', 'training'):
         rows = [[f'{c["name"]} {c["matrix"]}', f'{c["tokens"]}', f'{c["flops"]:.2f}', f'{c["ms"]["dense"]:.4g}',

@@ -89,16 +89,16 @@ def settings_of(part, *arguments):
     (['scaling', f'--config={CHAR}', '--kinds=tp'], "got 'tp'"),
     (['scaling', f'--config={CHAR}', '--out_dir=here'], 'set by this part itself'),
     (['recipe'], '--baseline=FOLDER'),
-    (['recipe', '--baseline=tests'], "'tests' is no clone of nanoGPT: it lacks train.py"),
+    (['recipe', '--baseline=tests'], "'tests' is not a clone of nanoGPT: it lacks train.py"),
     (['gpu', '--only=everything'], "got 'everything'"),
     (['gpu', '--only=nanogpt'], 'nanogpt wants --baseline=FOLDER'),
-    (['gpu', '--baseline=tests'], "'tests' is no clone of nanoGPT: it lacks model.py"),
+    (['gpu', '--baseline=tests'], "'tests' is not a clone of nanoGPT: it lacks model.py"),
     (['check', '--only=krom'], "did you mean 'kron'?"),
     (['check', '--device=tpu'], 'device must be'),
     (['ranks'], '--config=config/X.py'),
     (['ranks', f'--config={CHAR}', '--backend=nccl'], 'set by this part itself'),
     (['parent'], '--baseline=FOLDER'),
-    (['parent', '--baseline=tests'], "'tests' is no clone of nanoGPT: it lacks model.py"),
+    (['parent', '--baseline=tests'], "'tests' is not a clone of nanoGPT: it lacks model.py"),
 ])
 def test_a_mistake_is_one_line(arguments, sentence, run):
     code, out, err = run(*arguments)
