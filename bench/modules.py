@@ -155,7 +155,7 @@ class Measure(NamedTuple):
 
 
 def measures(part, settings):
-    """The measures of a part; backward counts twice forward's FLOPs, and absorbed decoding has FLOPs of its own."""
+    """The measures of a part; backward counts twice forward's FLOPs, and absorbed decoding has other FLOPs."""
     found, T = [], settings.block_size
     if part == 'linear':
         for n in token_counts(settings):

@@ -59,7 +59,7 @@ def check(settings, part):
     if settings.reserve >= 1:
         raise UserError(f'reserve must be below 1, got {settings.reserve}', 'reserve')
     if settings.resume and settings.json in ('', '-'):
-        raise UserError('resume goes on with the file of --json=FILE; name it', 'resume')
+        raise UserError('resume continues the file of --json=FILE; name it', 'resume')
     for path in filter(None, (settings.config, settings.full_config)):
         configurator.load([path])
 
@@ -241,8 +241,8 @@ def text(result):
             f'{row[side]["val_loss"]:.4f}')), *(f'{row[f"{name}_ratio"]:.1f}' for name in ('wall', 'cpu', 'tokens')),
             f'{row["full"]["val_loss"]:.4f}' if 'full' in row else ''])
     median = result['summary']
-    full = f'; in its whole wall time ours reaches {median["full_val_loss"]:.4f}' if 'full_val_loss' in median else ''
+    full = f'; in its whole wall-clock time ours reaches {median["full_val_loss"]:.4f}' if 'full_val_loss' in median else ''
     return '\n\n'.join([tables.aligned(lines), (
-        f'medians: ours takes 1/{median["wall_ratio"]:.1f} of the wall time, 1/{median["cpu_ratio"]:.1f} of the processor '
+        f'medians: ours takes 1/{median["wall_ratio"]:.1f} of the wall-clock time, 1/{median["cpu_ratio"]:.1f} of the CPU '
         f'time and 1/{median["tokens_ratio"]:.1f} of the tokens{full}') + ('' if median['reached'] else (
             '; NOT every run reached the loss'))])

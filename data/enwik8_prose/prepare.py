@@ -1,4 +1,4 @@
-"""The articles of enwik8 without markup in GPT-2's byte pairs: writes train.bin, val.bin, test.bin and meta.json here.
+"""The articles of enwik8 without markup in GPT-2 tokens: writes train.bin, val.bin, test.bin and meta.json here.
 
     python data/enwik8_prose/prepare.py [--input=FILE] [--vocab_size=N] [--out=DIR] [--processes=N]
 

@@ -1,11 +1,11 @@
-"""FineWeb in GPT-2's byte pairs: writes fineweb_val_000000.bin, fineweb_train_000001.bin and on, and meta.json here.
+"""FineWeb in GPT-2 tokens: writes fineweb_val_000000.bin, fineweb_train_000001.bin and so on, and meta.json here.
 
     python data/fineweb/prepare.py [--tokens=1B] [--name=sample-10BT] [--input=FILE_OR_FOLDER] [--shard_tokens=100M]
                                    [--out=DIR] [--processes=N]
 
 Streams from the Hugging Face hub (HuggingFaceFW/fineweb; needs the network), or reads local files of the same form. The
-first shard is for validation, as in llm.c and modded-nanogpt; what is left of its last document is dropped. The sample
-has about 10 billion tokens, 21 GB of disk. Safe to kill: the same command goes on.
+first shard is for validation, as in llm.c and modded-nanogpt; the rest of its last document is dropped. The sample
+has about 10 billion tokens, 21 GB on disk. Safe to interrupt: the same command resumes.
 """
 import sys
 from pathlib import Path

@@ -1,11 +1,11 @@
-"""OpenWebText in GPT-2's byte pairs: writes openwebtext_val_000000.bin, openwebtext_train_000001.bin and on, meta.json.
+"""OpenWebText in GPT-2 tokens: writes openwebtext_val_000000.bin, openwebtext_train_000001.bin and so on, and meta.json.
 
     python data/openwebtext/prepare.py [--tokens=1B] [--input=FILE_OR_FOLDER] [--val_documents=4007] [--out=DIR]
                                        [--shard_tokens=100M] [--processes=N]
 
 Streams from the Hugging Face hub (Skylion007/openwebtext; needs the network), or reads local files of the same form. The
 first 4,007 of 8,013,769 documents are for validation: nanoGPT's share of 0.05%, but not its draw, which needs all of
-them at hand. About 9 billion tokens, 18 GB of disk. Safe to kill: the same command goes on.
+them at hand. About 9 billion tokens, 18 GB on disk. Safe to interrupt: the same command resumes.
 """
 import sys
 from pathlib import Path

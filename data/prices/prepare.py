@@ -1,12 +1,12 @@
-"""Prices as tokens: quantised log-returns of an OHLCV CSV that you have; writes train.bin, val.bin and meta.json.
+"""Prices as tokens: quantised log-returns of your OHLCV CSV file; writes train.bin, val.bin and meta.json.
 
     python data/prices/prepare.py --input=FILE.csv [--column=close] [--bins=64] [--val_fraction=0.1] [--max_gap=N]
                                   [--out=DIR]
     python data/prices/prepare.py --generate=ar1|random_walk [--rows=100000] [--seed=1]
 
-Needs no network and no torch. Without --input and --generate an AR(1) series is made, so that there is something to
-try. README.md beside this file says what a token is, what is dropped, and why no row of the validation part can reach
-the training part. A mistake is told in one line and ends the program with exit code 2.
+Needs no network and no torch. Without --input and --generate it generates an AR(1) series to try. The README.md in this
+folder says what a token is, what is dropped, and why no row of the validation part affects the training part. A user
+error is reported in one line and ends the program with exit code 2.
 """
 import argparse
 import csv
@@ -27,7 +27,7 @@ from data.shards import reason
 from variants import UserError
 
 COEFFICIENTS = {'ar1': 0.6, 'random_walk': 0.0}
-NOISE = 0.01                                # standard deviation of what is new in a generated log-return
+NOISE = 0.01                                # standard deviation of the noise in a generated log-return
 LEAST_PER_BIN = 10                          # training returns
 DAY = 86400.0
 
@@ -53,7 +53,7 @@ def arguments(argv):
 
 
 def check(args):
-    """Raise UserError for a value that cannot be meant."""
+    """Raise UserError for an invalid value."""
     for name, good, words in [('bins', 2 <= args.bins <= MOST_BINS, f'from 2 to {MOST_BINS}'),
                               ('val_fraction', 0 < args.val_fraction < 1, 'between 0 and 1'),
                               ('rows', 3 <= args.rows <= 10_000_000, 'from 3 to 10,000,000'),
@@ -78,7 +78,7 @@ def main(argv=None):
         sys.exit(complain(f'{error.filename or args.out}: {reason(error)}'))
 
 
-# ---- a series that is made ----
+# ---- a generated series ----
 
 def series(kind, rows, seed):
     """`rows` prices from 100: r_t = a r_(t-1) + 0.01 e_t in log-returns, e Gaussian, a = 0.6 (ar1) or 0 (random_walk)."""
@@ -111,10 +111,10 @@ def generate(kind, rows, seed, folder):
 # ---- tokens ----
 
 def prepare(path, column, bins, val_fraction, max_gap, out):
-    """Read, check, cut by time, quantise with the edges of the training part, write the folder and say what was done."""
+    """Read, check, cut by time, quantise with the edges of the training part, write the folder and print a summary."""
     bars = read_bars(path, column)
     rows = len(bars.good)
-    cut = rows - max(1, round(rows * val_fraction))                 # counts bad rows too: their number moves nothing
+    cut = rows - max(1, round(rows * val_fraction))                 # counts bad rows too: their number changes nothing
     kept = np.flatnonzero(bars.good)
     training = kept[1:] < cut                                       # by the later row of a return
     enough(path, bars, training, ~training, bins)
@@ -139,12 +139,12 @@ def prepare(path, column, bins, val_fraction, max_gap, out):
 
 
 def log_returns(prices):
-    """r_t = log(c_t / c_(t-1)): one number fewer than prices."""
+    """r_t = log(c_t / c_(t-1)): one value fewer than prices."""
     return np.diff(np.log(prices))
 
 
 def enough(path, bars, training, validation, bins):
-    """Raise UserError unless both parts (masks of returns) hold some, and the training part some for every bin."""
+    """Raise UserError unless both parts (masks of returns) have some, and the training part some for every bin."""
     dropped = f'; dropped: {bars.summary()}' if bars.faults else ''
     least, found = LEAST_PER_BIN * bins, int(training.sum())
     if found < least:
@@ -156,9 +156,9 @@ def enough(path, bars, training, validation, bins):
 
 
 def gap_limit(times, max_gap):
-    """(longest time between two bars that is no gap, median interval), seconds, both from the training part's times.
+    """(longest time between two bars that is not a gap, median interval), seconds, both from the training part's times.
 
-    Daily bars that know no weekend may lie 5 days apart: a weekend with a holiday on either side.
+    Daily bars without weekends may be 5 days apart: a weekend with a holiday on either side.
     """
     interval = float(np.median(np.diff(times)))
     weekend = np.isin((times // DAY + 3) % 7, (5, 6)).mean()        # 1970-01-01 was a Thursday
@@ -169,7 +169,7 @@ def gap_limit(times, max_gap):
 def quantiles(returns, bins, path):
     """(edges, centres) of quantile bins of training returns; fewer bins where returns repeat, so that none is empty.
 
-    Bin k holds edges[k-1] <= r < edges[k]; its centre is the mean of its returns.
+    Bin k contains edges[k-1] <= r < edges[k]; its centre is the mean of its returns.
     """
     if not np.ptp(returns):
         raise UserError(f'{path}: all returns of the training part are equal ({returns[0]:+.3g}); there is nothing to learn')
@@ -184,7 +184,7 @@ def quantiles(returns, bins, path):
 
 
 def report(bars, source, interval, limit, lines, late, spoilt):
-    """What was read, dropped and taken for a gap, with the first lines of each."""
+    """Rows that were read, dropped or treated as gaps, with the first lines of each."""
     print(f'{source}: {len(bars.good):,} rows, median interval {duration(interval)}')
     for note in bars.notes:
         print(note)

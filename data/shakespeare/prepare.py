@@ -1,9 +1,9 @@
-"""Shakespeare in GPT-2's byte pairs: writes train.bin, val.bin and meta.json here.
+"""Shakespeare in GPT-2 tokens: writes train.bin, val.bin and meta.json here.
 
     python data/shakespeare/prepare.py [--input=FILE] [--out=DIR]
 
-Needs no network: text and merges ship with the repository. The canonical tiny shakespeare, put here as input.txt, is
-used instead (301,966 + 36,059 tokens, as nanoGPT has); --input=FILE takes any text in UTF-8.
+Needs no network: text and merges are in the repository. The canonical tiny shakespeare, put here as input.txt, is used
+instead (301,966 + 36,059 tokens, as in nanoGPT); --input=FILE takes any UTF-8 text.
 """
 import sys
 from pathlib import Path

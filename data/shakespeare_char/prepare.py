@@ -3,7 +3,7 @@
     python data/shakespeare_char/prepare.py [--input=FILE] [--out=DIR]
 
 Needs no network and about a second. The canonical tiny shakespeare, put here as input.txt, is used instead;
---input=FILE takes any text in UTF-8, whose characters become the vocabulary.
+--input=FILE takes any UTF-8 text, whose characters become the vocabulary.
 """
 import sys
 from pathlib import Path

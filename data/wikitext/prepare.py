@@ -1,10 +1,10 @@
-"""wikitext-103 (or wikitext-2), raw, in GPT-2's byte pairs: writes shards of train, val and test, and meta.json here.
+"""wikitext-103 (or wikitext-2), raw, in GPT-2 tokens: writes shards of train, val and test, and meta.json here.
 
     python data/wikitext/prepare.py [--name=wikitext-2-raw-v1] [--input=FOLDER] [--tokens=N] [--out=DIR]
                                     [--processes=N]
 
 Streams from the Hugging Face hub (Salesforce/wikitext; needs the network), or reads local files of the same form, whose
-names hold train, valid and test. The published split. Rows are lines; an article begins at its title, ` = Title = `.
+names contain train, valid and test. The published split. Rows are lines; an article begins at its title, ` = Title = `.
 """
 import sys
 from pathlib import Path
