@@ -12,9 +12,8 @@ import sys
 from dataclasses import dataclass
 
 import configurator
+from commandline import ends
 from configurator import key
-from growth import recovery
-from reporting import records
 from variants import UserError
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -39,6 +38,7 @@ def compare(folders, config):
     """Print the table of the runs, and keep a record of them where one is asked for."""
     if not folders:
         raise UserError('name the folders of the runs: python compare.py out/kron_mlp out/dense_mlp')
+    from reporting import records
     found = [records.read_run(folder) for folder in folders]
     print(records.table(found))
     if config.record:
@@ -51,6 +51,8 @@ def recover(folders, config):
     """Print what changes of the model did to the runs, and write it beside them."""
     if not folders:
         raise UserError('name the folders of the runs: python compare.py recovery out/kron_drop_in')
+    from growth import recovery
+    from reporting import records
     if config.baseline:
         print(recovery.savings([records.read_run(folder) for folder in folders], config.baseline))
     elif len(folders) == 1 and not config.to:
@@ -67,7 +69,7 @@ def main():
         name, act, settings = 'compare.py recovery', recover, RecoveryConfig
     folders = [a for a in sys.argv[1:] if not a.startswith('-')]
     sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith('-')]
-    config = configurator.run_program(name, settings)
+    config = configurator.run_program(name, settings, 'RUN [RUN ...] [--key=value ...]')
     try:
         act(folders, config)
     except UserError as error:
@@ -75,4 +77,5 @@ def main():
 
 
 if __name__ == '__main__':
+    ends.watch('compare.py')
     main()

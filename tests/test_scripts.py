@@ -99,7 +99,7 @@ class Clone:
     def __init__(self, folder, run_program, start_program):
         self.folder, self.run_program, self.start_program = folder, run_program, start_program
         for name in ('run.sh', 'test.sh', 'venv.sh', 'pyproject.toml', 'configurator.py', 'configfile.py',
-                     'optimizers/schedules.py', 'variants.py', 'specs.py'):
+                     'commandline/configs.py', 'commandline/ends.py', 'commandline/help.py', 'optimizers/schedules.py', 'variants.py', 'specs.py'):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
         for name, text in {**STUBS, 'calls.txt': ''}.items():
@@ -260,8 +260,12 @@ def test_a_mistake_is_one_line_and_exit_2_before_anything_is_made(clone, argumen
 
 
 def test_help_is_passed_on(clone):
-    assert '--n_embd' in clone.run('--help').stdout
-    assert '--n_embd' in clone.run('config/small.py', '--help').stdout
+    for words in (['--help'], ['-h'], ['config/small.py', '--help'], ['--nnodes=2', 'config/small.py', '--help']):
+        done = clone.run(*words)
+        assert done.stdout.startswith('usage: bash run.sh ') and '--n_embd' in done.stdout and done.stderr == ''
+    section = clone.run('--help=growth').stdout
+    assert section.startswith('usage: bash run.sh ') and '--grow_from' in section and '--n_embd' not in section
+    assert 'sections are model, data' in clone.run('config/small.py', '--help=grwth', code=2).stderr
     assert clone.calls() == []
 
 
