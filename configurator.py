@@ -430,12 +430,12 @@ def run_program(program, cls=Config, usage='[config/X.py ...] [--key=value ...]'
 def main():
     """Check a configuration; with --get=KEY print that setting's value; `configs` prints config/README.md."""
     ends.watch('configurator.py')
-    if sys.argv[1:] == ['configs']:
-        ends.show(configs.text())
     own = [a for a in sys.argv[1:] if a.startswith(('--get=', '--usage='))]
     arguments = [a for a in sys.argv[1:] if a not in own]
     usage = [a[8:] for a in own if a.startswith('--usage=')] or ['python configurator.py [--get=KEY ...] config/X.py ...']
     try:
+        if arguments == ['configs']:
+            ends.show(configs.text())
         config = load(arguments, Config, usage[0])
     except UserError as error:
         say_mistake('configurator.py', error)
