@@ -59,7 +59,8 @@ def test_every_prepare_is_tried():
 @pytest.mark.parametrize('package', ['numpy', 'tqdm', 'safetensors'])
 def test_train_without_a_package_beside_torch_says_it_in_one_line(package):
     done = without(package, 'train.py')
-    assert (done.returncode, done.stderr) == (2, f'train.py: {package} is not installed in this Python; {ACTIVATE}\n')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr         # torch warns of a missing NumPy
+    assert done.stderr.endswith(f'train.py: {package} is not installed in this Python; {ACTIVATE}\n')
 
 
 def test_datasets_is_named_with_how_to_get_it(tmp_path):
