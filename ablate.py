@@ -24,9 +24,11 @@ import configurator
 from ablation import axes
 from ablation import grid as grids
 from ablation.grid import Grid, first_runs, later_runs
+from commandline import ends
 from variants import UserError, did_you_mean
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
+USAGE = 'python ablate.py config/ablation/X.py [--key=value ...]'
 TEXT, PAGE, COMMANDS = 'report.md', 'report.html', 'commands.txt'
 
 
@@ -38,7 +40,7 @@ def read(arguments):
     arguments = [f'--part={a[7:]}' if a.startswith('--axes=') else a for a in arguments]
     fields = configurator.settings(Grid)
     passed = [a for a in arguments if a.startswith('--') and a[2:].partition('=')[0] not in (*fields, 'help')]
-    grid = configurator.load([a for a in arguments if a not in passed], Grid)
+    grid = configurator.load([a for a in arguments if a not in passed], Grid, USAGE)
     files = [a for a in arguments if not a.startswith('-')]
     if not grid.base or not (grid.variants or grid.axes):
         raise UserError(f'{files[0] if files else "ablate.py"}: a grid needs `base` and `variants` or `axes`; name a file '
@@ -211,7 +213,8 @@ def main_report(arguments):
     """`ablate.py report DIR [--axes=NAME] [--record=NAME --title= --note=]`."""
     if not arguments or arguments[0].startswith('-'):
         raise UserError('name the folder of a grid: python ablate.py report DIR')
-    options = configurator.load([f'--part={a[7:]}' if a.startswith('--axes=') else a for a in arguments[1:]], Grid)
+    options = configurator.load([f'--part={a[7:]}' if a.startswith('--axes=') else a for a in arguments[1:]], Grid,
+                                'python ablate.py report DIR [--axes=NAME] [--record=NAME --title= --note=]')
     grid, found, text, files = report(arguments[0], options.part)
     print(text)
     print(f'\nwritten to {os.path.join(arguments[0], PAGE)}, {TEXT} and {len(files) - 2} plots')
@@ -228,4 +231,5 @@ def main():
 
 
 if __name__ == '__main__':
+    ends.watch('ablate.py')
     main()

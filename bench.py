@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import configurator
+from commandline import ends
 from variants import UserError, did_you_mean
 
 # part -> the module in bench/ that measures it; bench/__init__.py says what such a module has
@@ -43,8 +44,7 @@ def read_arguments(words):
     if not words:
         raise UserError(f'name what to measure: python bench.py PART [--key=value], PART one of {", ".join(PARTS)}')
     if words[0] in ('--help', '-h'):
-        print(__doc__.strip())
-        raise SystemExit(0)
+        ends.show(__doc__.strip())
     if words[0] not in PARTS:
         raise UserError(f'{words[0]!r} is not one of {", ".join(PARTS)}{did_you_mean(words[0], PARTS)}')
     return words[0], ['--json=-' if word == '--json' else word for word in words[1:]]
@@ -91,7 +91,7 @@ def main():
     except UserError as error:
         configurator.say_mistake('bench.py', error)
     module = importlib.import_module(PARTS[part])
-    config = configurator.run_program('bench.py', module.Settings)
+    config = configurator.run_program('bench.py', module.Settings, f'{part} [--key=value ...]')
     try:
         measure(part, config, module)
     except UserError as error:
@@ -108,4 +108,5 @@ def main():
 
 
 if __name__ == '__main__':
+    ends.watch('bench.py')
     main()

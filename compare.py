@@ -13,9 +13,8 @@ import sys
 from dataclasses import dataclass
 
 import configurator
+from commandline import ends
 from configurator import key
-from growth import recovery
-from reporting import records
 from variants import UserError
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -40,6 +39,7 @@ def compare(folders, config):
     """Print the table of the runs, and write a record of them if one was requested."""
     if not folders:
         raise UserError('name the folders of the runs: python compare.py out/kron_mlp out/dense_mlp')
+    from reporting import records
     found = [records.read_run(folder) for folder in folders]
     print(records.table(found))
     if config.record:
@@ -52,6 +52,8 @@ def recover(folders, config):
     """Print how changes of the model affected the runs, and write it into their folder."""
     if not folders:
         raise UserError('name the folders of the runs: python compare.py recovery out/kron_drop_in')
+    from growth import recovery
+    from reporting import records
     if config.baseline:
         print(recovery.savings([records.read_run(folder) for folder in folders], config.baseline))
     elif len(folders) == 1 and not config.to:
@@ -68,7 +70,7 @@ def main():
         name, act, settings = 'compare.py recovery', recover, RecoveryConfig
     folders = [a for a in sys.argv[1:] if not a.startswith('-')]
     sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith('-')]
-    config = configurator.run_program(name, settings)
+    config = configurator.run_program(name, settings, 'RUN [RUN ...] [--key=value ...]')
     try:
         act(folders, config)
     except UserError as error:
@@ -76,4 +78,5 @@ def main():
 
 
 if __name__ == '__main__':
+    ends.watch('compare.py')
     main()

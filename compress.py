@@ -21,10 +21,12 @@ import signal
 import sys
 
 import configurator
+from commandline import ends
 from compression.study import DENSE, Study, check, heal_settings, labels, signature, trials
 from variants import UserError, did_you_mean
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
+USAGE = 'python compress.py config/compression/X.py [--key=value ...]'
 RESULTS, TABLE, PLOT = 'results.jsonl', 'report.md', 'compression.png'
 
 
@@ -33,7 +35,7 @@ RESULTS, TABLE, PLOT = 'results.jsonl', 'report.md', 'compression.png'
 
 def read(arguments):
     """The checked Study of a command line; raises UserError."""
-    study = configurator.load(arguments, Study)
+    study = configurator.load(arguments, Study, USAGE)
     files = [a for a in arguments if not a.startswith('-')]
     if not files:
         raise UserError('name a study: python compress.py config/compression/X.py')
@@ -313,7 +315,7 @@ def main_report(arguments):
     """`compress.py report DIR [--record=NAME --title= --note=]`."""
     if not arguments or arguments[0].startswith('-'):
         raise UserError('name the folder of a study: python compress.py report DIR')
-    options = configurator.load(arguments[1:], Study)
+    options = configurator.load(arguments[1:], Study, 'python compress.py report DIR [--record=NAME --title= --note=]')
     study, text = report(arguments[0])
     print(text)
     print(f'\nwritten to {os.path.join(arguments[0], TABLE)} and {PLOT}')
@@ -332,4 +334,5 @@ def main():
 
 
 if __name__ == '__main__':
+    ends.watch('compress.py')
     main()

@@ -1,12 +1,15 @@
-"""The reader of config files: Python syntax, read with ast and never run. Imports no torch.
+"""The reader of config files and of --key=value: Python syntax, read with ast and never run. Imports no torch.
 
-A docstring, `name = literal`, arithmetic, earlier names, and `import time` with `str(time.time())`.
+A file holds a docstring, `name = literal`, arithmetic, earlier names, and `import time` with `str(time.time())`.
 """
 import ast
+import math
 import operator
 import time
+import typing
 
-from variants import UserError
+import variants
+from variants import UserError, did_you_mean
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
@@ -88,3 +91,55 @@ def read_statement(statement, names, where):
         raise UserError(f'{ast.unparse(statement)[:60]!r} is not read; a config file holds `name = literal` lines')
     names[target.id] = evaluate(statement.value, names)
     return [] if target.id.startswith('_') else [(target.id, names[target.id], where)]
+
+
+# ----------------------------------------------------------------------------------------------------
+# arguments, and values in their types
+
+def read_argument(argument, fields):
+    """[(key, value, where)] of one --key=value; split at the first '='. --help alone has the value None."""
+    name, equals, text = argument.lstrip('-').partition('=')
+    where = argument[:120]
+    if argument in ('--help', '-h'):
+        return [('help', None, where)]
+    if not equals or not argument.startswith('--'):
+        raise UserError(f'{where}: write --{name}=VALUE')
+    value = text
+    if name in fields and str not in types_of(fields[name]):    # a text setting is taken as it stands
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            pass
+    elif name in fields and dict in types_of(fields[name]):
+        try:
+            value = variants.parse_rules(text)
+        except UserError as error:
+            raise UserError(f'{where}: {error}') from None
+    return [(name, value, where)]
+
+
+def types_of(setting):
+    return typing.get_args(setting.type) or (setting.type,)
+
+
+def coerce(setting, value):
+    """The value in the setting's type (an int becomes a float); raises UserError naming value and remedy."""
+    types = types_of(setting)
+    if float in types and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) not in types:
+        words = ' or '.join({bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text',
+                             dict: 'a dict of rules'}.get(t, 'None') for t in types)
+        hint = ' without quotes' if isinstance(value, str) and str not in types else ''
+        raise UserError(f'{setting.name} takes {words}{hint}, got {value!r}')
+    low, choices = setting.metadata['low'], setting.metadata['choices']
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f'{setting.name} must be finite, got {value!r}')
+    if low is not None and value is not None and value < low:
+        raise UserError(f'{setting.name} must be at least {low}, got {value!r}')
+    if number(value) and abs(value) > 1e15:
+        raise UserError(f'{setting.name} is too large: {value!r}')
+    if choices and value not in choices:
+        raise UserError(f'{setting.name} must be one of {", ".join(choices)}, got {value!r}'
+                        f'{did_you_mean(value, choices)}')
+    return value

@@ -35,6 +35,7 @@ import time
 from dataclasses import dataclass
 
 import configurator
+from commandline import ends
 from configurator import key
 from variants import UserError
 
@@ -377,7 +378,7 @@ def row(name, found):
 
 def main():
     sys.argv[1:] = [named(argument) for argument in sys.argv[1:]]
-    config = configurator.run_program('evaluate.py', EvaluateConfig)
+    config = configurator.run_program('evaluate.py', EvaluateConfig, '[FOLDER_OR_FILE] [--key=value ...]')
     try:
         check(config)
         result = evaluate(config)
@@ -397,4 +398,5 @@ def main():
 
 
 if __name__ == '__main__':
+    ends.watch('evaluate.py')
     main()

@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 
 import configurator
+from commandline import ends
 from configurator import key
 from variants import UserError
 
@@ -97,7 +98,7 @@ def write(folder, raw, tensors, files):
 
 
 def main():
-    config = configurator.run_program('export.py', ExportConfig)
+    config = configurator.run_program('export.py', ExportConfig, '[--key=value ...]')
     try:
         check(config)
         from decomposition import initialise
@@ -113,4 +114,5 @@ def main():
 
 
 if __name__ == '__main__':
+    ends.watch('export.py')
     main()

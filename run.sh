@@ -6,7 +6,7 @@
 # torchrun's flags, before the config or after it, as --name=value with - or _, go to torchrun (docs/distributed.md):
 #   bash run.sh config/gpt2_kron_mlp.py --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500
 # The sample at the end is printed on the first node.
-# --dry_run=True and --eval_only=True end without a sample; --help lists every setting.
+# --dry_run=True and --eval_only=True end without a sample; --help lists every setting, --help=growth a section.
 # Leaves with the exit code of what failed: 2 for a mistake in the configuration, before anything is installed.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -82,10 +82,11 @@ is_flag() { # is_flag WORD: torchrun's, in either spelling; none is a setting of
     esac
 }
 
+usage='bash run.sh [torchrun flags] config/X.py [--key=value ...]'
 flags=()
 words=()
 for word in "$@"; do
-    if is_flag "$word" || { [ ${#words[@]} = 0 ] && [[ $word == --* && $word != --help ]]; }; then
+    if is_flag "$word" || { [ ${#words[@]} = 0 ] && [[ $word == --* && $word != --help && $word != --help=* ]]; }; then
         flags+=("$word")
     else
         words+=("$word")
@@ -93,7 +94,7 @@ for word in "$@"; do
 done
 set -- ${words[@]+"${words[@]}"}
 if [ $# = 0 ]; then
-    echo 'usage: bash run.sh [torchrun flags] config/kron_mlp.py [--key=value ...]' >&2
+    echo "usage: $usage" >&2
     exit 2
 fi
 if [ -f "$1" ] && [ "$PWD" != "$root" ] && [[ $1 != /* ]]; then
@@ -101,12 +102,14 @@ if [ -f "$1" ] && [ "$PWD" != "$root" ] && [[ $1 != /* ]]; then
 fi
 cd "$root"
 
+for word in "$@"; do
+    case $word in
+        -h | --help | --help=*)
+            configure --usage="$usage" "$@"
+            exit ;;
+    esac
+done
 settings=$(configure --get=dataset --get=data_dir --get=out_dir --get=device --get=dry_run --get=eval_only "$@")
-case " $* " in
-    *' --help '*)
-        printf '%s\n' "$settings"
-        exit 0 ;;
-esac
 { read -r dataset; read -r data_dir; read -r out_dir; read -r device; read -r dry_run; read -r eval_only; } \
     <<<"$settings"
 

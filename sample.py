@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
+from commandline import ends
 from configurator import key
 from variants import UserError
 
@@ -213,4 +214,5 @@ def main():
 
 
 if __name__ == '__main__':
+    ends.watch('sample.py')
     main()

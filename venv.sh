@@ -62,8 +62,19 @@ for extra in sys.argv[2:]:
 PYTHON
 }
 
+has_pip() {
+    "$python" -m pip --version >/dev/null 2>&1
+}
+
+is_uvs() { # uv sync makes .venv without pip; packages that are missing there are for uv to add
+    grep -qs '^uv = ' "$venv/pyvenv.cfg" && ! has_pip && command -v uv >/dev/null
+}
+
 pip_install() { # pip_install EXTRA...
-    local lines line arguments=(-qq --no-input --disable-pip-version-check)
+    local lines line arguments=() installer=("$python" -m pip install -qq --no-input --disable-pip-version-check)
+    if is_uvs; then
+        installer=(uv pip install -q --python "$python")
+    fi
     lines=$(requirements "$@") || return
     while IFS= read -r line; do
         arguments+=("$line")
@@ -72,12 +83,12 @@ pip_install() { # pip_install EXTRA...
     if [ -n "${TORCH_INDEX_URL:-}" ]; then
         arguments+=(--extra-index-url "$TORCH_INDEX_URL")
     fi
-    "$python" -m pip install "${arguments[@]}" >&2
+    "${installer[@]}" "${arguments[@]}" >&2
 }
 
 install() { # install EXTRA...: makes or mends $venv; the caller holds the lock
     local extra base
-    if [ -e "$venv/.installing" ] || ! "$python" -m pip --version >/dev/null 2>&1; then
+    if [ -e "$venv/.installing" ] || ! { has_pip || is_uvs; }; then
         base=$(find_python) || exit
         rm -rf "$venv"
         mkdir "$venv"

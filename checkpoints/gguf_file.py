@@ -10,7 +10,7 @@ import numpy as np
 
 from variants import UserError
 
-INSTALL = 'a GGUF file is read by the package gguf; install it: pip install gguf'
+INSTALL = 'a GGUF file is read by the package gguf; install it: pip install gguf tokenizers'
 ARCHITECTURE = 'llama'
 SIZES = {'hidden_size': 'embedding_length', 'intermediate_size': 'feed_forward_length',
          'num_hidden_layers': 'block_count', 'num_attention_heads': 'attention.head_count',

@@ -1,7 +1,9 @@
 """The dense twin of config/kron_mlp.py: the same GPT, data, steps and learning rate, with dense MLPs.
 
 Launch: bash run.sh config/dense_mlp.py
-Takes about 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.777.
+Hardware: 2 CPU cores
+Time: about 2 minutes
+Result: 1.777 nats per character on the whole validation split
 """
 out_dir = 'out/dense_mlp'
 dataset = 'shakespeare_char'

@@ -1,7 +1,10 @@
 """Fine-tune GPT-2 XL on Shakespeare in BPE: 20 steps of 32,768 tokens at a constant rate, as nanoGPT does.
 
 Launch: bash run.sh config/finetune_shakespeare.py      (a smaller model: --init_from=gpt2)
-Needs a GPU of 40 GB for gpt2-xl and GPT-2's weights from the Hugging Face hub, or --init_from=FOLDER.
+Data: GPT-2's weights from the Hugging Face hub, or --init_from=FOLDER
+Hardware: a GPU of 40 GB for gpt2-xl
+Time: no record
+Result: no record
 """
 import time
 

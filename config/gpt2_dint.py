@@ -4,8 +4,11 @@ DINT (Cang et al. 2025, arXiv 2501.17486) with the mean over the queries so far,
 GPT-2's parameters but for 384 numbers per layer; its cache, and 768 numbers per layer for the mean; two passes of attention.
 
 Launch: torchrun --standalone --nproc_per_node=8 train.py config/gpt2_dint.py
-For 4-8 A100, 491,520 tokens per step, 9.8B tokens. Estimate, not measured: 4 to 6 hours on 8 A100 40GB (nanoGPT's GPT-2
-takes about 3.2 for as many tokens; here attention takes one and a half times the FLOPs). Not run yet: no loss to expect.
+Hardware: 4 to 8 A100; 491,520 tokens per step, 9.8B tokens
+Time: 4 to 6 hours on 8 A100 40GB, an estimate
+Result: not run yet
+
+nanoGPT's GPT-2 takes about 3.2 hours for as many tokens; here attention takes one and a half times the FLOPs.
 """
 out_dir = 'out/gpt2_dint'
 wandb_project = 'nanokron'

@@ -6,9 +6,10 @@ rank 240: half and 39 % of their dense parameters. From step 14,000 on every mat
 the whole model of 124,373,760 parameters trains. 491,520 tokens per step, 9.8 billion in all.
 
 Launch: torchrun --standalone --nproc_per_node=8 train.py config/gpt2_grow_lowrank.py
-For 4-8 A100 80GB; needs data/openwebtext (python data/openwebtext/prepare.py).
-5.7e18 training FLOPs, 0.68 of what the dense model takes for as many tokens. Estimate, not measured: 2 to 3 hours on 8
-A100. Not run yet: no loss to expect.
+Data: OpenWebText (python data/openwebtext/prepare.py)
+Hardware: 4 to 8 A100 80GB; 5.7e18 training FLOPs, 0.68 of what the dense model takes for as many tokens
+Time: 2 to 3 hours on 8 A100, an estimate
+Result: not run yet
 """
 out_dir = 'out/gpt2_grow_lowrank'
 wandb_project = 'nanokron'

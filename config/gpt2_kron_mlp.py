@@ -1,12 +1,16 @@
 """GPT-2 124M with its MLPs as Kronecker products, started from OpenAI's weights by Van Loan.
 
 It has 82,008,672 parameters, 81,972,576 without the 47 rows that pad the vocabulary to a multiple of 64, which GPUs like.
-Every c_fc is A (768 x 768) (x) B (4 x 1), every c_proj its mirror image: a quarter of the MLP's parameters and of its
-FLOPs. The factors start as the nearest Kronecker product of the pretrained matrix with its norm restored, and train
-with everything else on OpenWebText (Krony-PT, arXiv 2412.12351, reaches wikitext103 perplexity 42.7 at this size).
+Every c_fc is the Kronecker product of A (768 x 768) and B (4 x 1), every c_proj its mirror image: a quarter of the MLP's
+parameters and of its FLOPs. The factors start as the nearest Kronecker product of the pretrained matrix with its norm
+restored, and train with everything else on OpenWebText (Krony-PT, arXiv 2412.12351, reaches wikitext103 perplexity 42.7 at
+this size).
 
 Launch: torchrun --standalone --nproc_per_node=8 train.py config/gpt2_kron_mlp.py
-For 4-8 A100 80GB, 122,880 tokens per step, about a day on 8. Needs GPT-2's weights from the Hugging Face hub.
+Data: OpenWebText (python data/openwebtext/prepare.py) and GPT-2's weights from the Hugging Face hub
+Hardware: 4 to 8 A100 80GB, 122,880 tokens per step
+Time: about a day on 8, an estimate
+Result: no record
 """
 out_dir = 'out/gpt2_kron_mlp'
 wandb_project = 'nanokron'

@@ -1,11 +1,14 @@
 """GPT-2 124M with causal Linformer attention: chunks of 128 tokens, each mixed into 16 slots for the chunks after it.
 
 Wang et al. 2020 (arXiv 2006.04768), made causal chunk by chunk: at most 128 raw keys and 8 x 16 slots where GPT-2 looks at
-1,024 keys, so a quarter of the cache and of the scores at full context. 4,096 parameters more an attention.
+1,024 keys, so a quarter of the cache and of the scores at full context. 4,096 parameters more per attention.
 
 Launch: torchrun --standalone --nproc_per_node=8 train.py config/gpt2_linformer.py
-For 4-8 A100, 491,520 tokens per step, 9.8B tokens. Estimate, not measured: 4 to 6 hours on 8 A100 40GB (nanoGPT's GPT-2
-takes about 3.2 for as many tokens; there are fewer scores here, but no fused kernel). Not run yet: no loss to expect.
+Hardware: 4 to 8 A100; 491,520 tokens per step, 9.8B tokens
+Time: 4 to 6 hours on 8 A100 40GB, an estimate
+Result: not run yet
+
+nanoGPT's GPT-2 takes about 3.2 hours for as many tokens; there are fewer scores here, but no fused kernel.
 """
 out_dir = 'out/gpt2_linformer'
 wandb_project = 'nanokron'

@@ -1,12 +1,15 @@
 """GPT-2 124M with latent attention: keys and values from 256 numbers per token, queries from 384, rotary positions.
 
-MLA (DeepSeek-V2, arXiv 2405.04434) at this size: 1,942,144 parameters an attention where GPT-2 has 2,359,296, and a cache
+MLA (DeepSeek-V2, arXiv 2405.04434) at this size: 1,942,144 parameters per attention where GPT-2 has 2,359,296, and a cache
 of 288 numbers per token and layer where GPT-2 has 1,536. Training multiplies the latents out, so it is not faster than
 GPT-2; generating long texts is where it pays.
 
 Launch: torchrun --standalone --nproc_per_node=8 train.py config/gpt2_mla.py
-For 4-8 A100, 491,520 tokens per step, 9.8B tokens. Estimate, not measured: 4 to 6 hours on 8 A100 40GB (nanoGPT's GPT-2
-takes about 3.2 for as many tokens; heads of unequal sizes may rule out the fastest kernels). Not run yet: no loss to expect.
+Hardware: 4 to 8 A100; 491,520 tokens per step, 9.8B tokens
+Time: 4 to 6 hours on 8 A100 40GB, an estimate
+Result: not run yet
+
+nanoGPT's GPT-2 takes about 3.2 hours for as many tokens; heads of unequal sizes may rule out the fastest kernels.
 """
 out_dir = 'out/gpt2_mla'
 wandb_project = 'nanokron'

@@ -6,8 +6,10 @@ function, and the rest of the run trains the dense model. Blocks before the newe
 
 Launch: bash run.sh config/grow_shakespeare_char.py
         torchrun --standalone --nproc_per_node=2 train.py config/grow_shakespeare_char.py
-Takes 3 min 17 s on 2 CPU cores, 20 s of it in evaluations. Validation loss 1.805 nats per character on the whole last
-10 % of the text (one seed) after 8.9e12 training FLOPs, 0.56 of what four dense blocks take for as many steps.
+Hardware: 2 CPU cores
+Time: 3 min 17 s, 20 s of it in evaluations
+Result: 1.805 nats per character on the whole validation split, one seed, after 8.9e12 training FLOPs, 0.56 of what four
+dense blocks take for as many steps
 """
 out_dir = 'out/grow_shakespeare_char'
 dataset = 'shakespeare_char'

@@ -1,12 +1,13 @@
 """A small GPT on Shakespeare whose MLPs are Kronecker products, next to config/dense_mlp.py, its dense twin.
 
-Every c_fc (512 x 128) is one product A (256 x 64) (x) B (2 x 2) and every c_proj its mirror image: 25 % of the twin's
-MLP parameters (131,104 of 524,288) and 50 % of its MLP FLOPs.
+Every c_fc (512 x 128) is the Kronecker product of A (256 x 64) and B (2 x 2), every c_proj its mirror image: 25 % of the
+twin's MLP parameters (131,104 of 524,288) and 50 % of its MLP FLOPs.
 
 Launch: bash run.sh config/kron_mlp.py           (or: python train.py config/kron_mlp.py)
         torchrun --standalone --nproc_per_node=2 train.py config/kron_mlp.py
-Takes about 2 minutes on 2 CPU cores; the same file runs on a GPU. Validation loss on the whole last 10 % of the text
-(nats per character): 1.784.
+Hardware: 2 CPU cores; the same file runs on a GPU
+Time: about 2 minutes
+Result: 1.784 nats per character on the whole validation split
 """
 out_dir = 'out/kron_mlp'
 dataset = 'shakespeare_char'

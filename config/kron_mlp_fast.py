@@ -1,8 +1,11 @@
 """config/kron_mlp.py on the modern block, by Muon: Kronecker MLPs with the recipe of config/train_shakespeare_char_fast.py.
 
 Launch: bash run.sh config/kron_mlp_fast.py
-About 20 seconds on one CPU core, 153,600 tokens. Validation loss (nats per character): 1.939 +- 0.005, 3 seeds; dense
-MLPs in its place: 1.872 +- 0.004. --max_iters=1600 --lr_decay_iters=1600 goes on for two minutes.
+Hardware: one CPU core
+Time: about 20 seconds (153,600 tokens)
+Result: 1.939 +- 0.005 nats per character, 3 seeds; with dense MLPs 1.872 +- 0.004
+
+--max_iters=1600 --lr_decay_iters=1600 goes on for two minutes.
 """
 out_dir = 'out/kron_mlp_fast'
 dataset = 'shakespeare_char'

@@ -4,7 +4,9 @@ Run config/dense_mlp.py first. The start is far from the twin (Van Loan keeps ab
 and 500 steps at a third of the learning rate bring most of it back.
 
 Launch: bash run.sh config/dense_mlp.py && bash run.sh config/kron_mlp_from_dense.py
-Takes about half a minute on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.817.
+Hardware: 2 CPU cores
+Time: about half a minute, after the twin's run
+Result: 1.817 nats per character on the whole validation split
 """
 out_dir = 'out/kron_mlp_from_dense'
 dataset = 'shakespeare_char'

@@ -2,9 +2,10 @@
 
 Launch: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt.py      (1, 2, 4 or 8 GPUs: one optimisation)
 Data: python data/fineweb/prepare.py --tokens=2B
-Hardware: GPUs of 80 GB; smaller ones set batch_size lower and gradient_accumulation_steps higher, or --memory_budget_gb.
-Expected: not run yet. Published runs of this shape: Muon reaches 3.276 after 5,100 steps of 524,288 tokens (modded-nanogpt,
-October 2024), later ones with more of the parts below after about 3,200.
+Hardware: GPUs of 80 GB; smaller ones set batch_size lower and gradient_accumulation_steps higher, or --memory_budget_gb
+Time: not run yet
+Result: not run yet; published runs of this shape: Muon reaches 3.276 after 5,100 steps of 524,288 tokens (modded-nanogpt,
+October 2024), later ones with more of the parts below after about 3,200
 """
 out_dir = 'out/train_gpt'
 dataset = 'fineweb'

@@ -1,7 +1,9 @@
 """GPT-2 124M from scratch on OpenWebText, nanoGPT's recipe: 491,520 tokens per step, 295B tokens.
 
 Launch: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-About four days on 8 A100 40GB; nanoGPT reports a validation loss of 2.85.
+Hardware: 8 A100 40GB
+Time: about four days
+Result: no record; nanoGPT reports a validation loss of 2.85
 """
 out_dir = 'out/train_gpt2'
 wandb_log = True

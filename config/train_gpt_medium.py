@@ -2,9 +2,10 @@
 
 Launch: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt_medium.py
 Data: python data/fineweb/prepare.py --tokens=5B
-Hardware: GPUs of 80 GB; smaller ones set batch_size lower and gradient_accumulation_steps higher, or --memory_budget_gb.
-Expected: not run yet. Published: 2.91975 after 5,960 steps of 524,288 tokens (modded-nanogpt's medium track, April
-2025), with value embeddings and windows besides what stands below.
+Hardware: GPUs of 80 GB; smaller ones set batch_size lower and gradient_accumulation_steps higher, or --memory_budget_gb
+Time: not run yet
+Result: not run yet; published: 2.91975 after 5,960 steps of 524,288 tokens (modded-nanogpt's medium track, April 2025), with
+value embeddings and windows besides what stands below
 """
 out_dir = 'out/train_gpt_medium'
 dataset = 'fineweb'

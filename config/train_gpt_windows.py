@@ -2,8 +2,9 @@
 
 Launch: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt_windows.py
 Data: python data/fineweb/prepare.py --tokens=2B
-Hardware: GPUs of 80 GB (FlexAttention has no backward pass on a CPU, where a masked SDPA stands in).
-Expected: not run yet.
+Hardware: GPUs of 80 GB (FlexAttention has no backward pass on a CPU, where a masked SDPA stands in)
+Time: not run yet
+Result: not run yet
 """
 out_dir = 'out/train_gpt_windows'
 dataset = 'fineweb'

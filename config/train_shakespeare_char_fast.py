@@ -1,8 +1,11 @@
 """The modern recipe on a laptop: what nanoGPT's CPU recipe reaches, in a fraction of its tokens and time.
 
 Launch: bash run.sh config/train_shakespeare_char_fast.py
-About 18 seconds on one CPU core, 148,480 tokens; the classic recipe takes 1.5 million to 1.90 nats per character. The race
-against nanoGPT, with the losses, is in records/2026-11-21_recipe.
+Hardware: one CPU core
+Time: about 18 seconds (148,480 tokens)
+Result: 1.877 nats per character, median of 3 seeds (records/2026-11-21_recipe has the race against nanoGPT)
+
+The classic recipe takes 1.5 million tokens to 1.90 nats per character.
 """
 out_dir = 'out/train_shakespeare_char_fast'
 dataset = 'shakespeare_char'

@@ -18,9 +18,10 @@ MAY_IMPORT = {
     'specs': '',
     'variants': 'specs',
     'configfile': 'variants',
+    'commandline': 'variants',                                          # help, missing packages: what every program says
     'layers': 'variants',
     'optimizers': 'variants layers',
-    'configurator': 'variants configfile optimizers',                   # of optimizers, schedules.py, which needs no torch
+    'configurator': 'variants configfile commandline optimizers',       # of optimizers, schedules.py, which needs no torch
     'kron': 'variants layers',
     'lowrank': 'variants layers',
     'attention': 'variants layers',
@@ -38,7 +39,7 @@ PARTS = ('ablation', 'bench', 'compression')
 UPWARDS = {'model': 'decomposition'}                                    # GPT.from_pretrained, inside the method
 OF_PROGRAMS = {'evaluate': 'sample', 'bench.maps': 'sample', 'compression.squeeze': 'evaluate'}     # more than they should
 PACKAGES = {                                                            # of others; a row that is not here takes any
-    **dict.fromkeys(('specs', 'variants', 'configfile', 'configurator', 'optimizers.schedules'), ''),
+    **dict.fromkeys(('specs', 'variants', 'configfile', 'commandline', 'configurator', 'optimizers.schedules'), ''),
     **dict.fromkeys(('layers', 'kron', 'lowrank', 'attention', 'model'), 'torch'),
     'kron.fused': 'torch triton',                                       # a part of torch's CUDA wheels, and guarded
 }

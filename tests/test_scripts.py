@@ -58,7 +58,7 @@ sys.exit(int(os.environ.get('STUB_CODE', '0')))
     'pip/__main__.py': NOTE + """
 import signal
 if '--version' in sys.argv:
-    sys.exit(0)
+    sys.exit(int(os.environ.get('STUB_NO_PIP', '0')))
 note('pip', *[word for word in sys.argv[2:] if not word.startswith('-q')])
 time.sleep(float(os.environ.get('STUB_SECONDS', '0')))
 if os.environ.get('STUB_KILL'):
@@ -99,6 +99,7 @@ class Clone:
     def __init__(self, folder, run_program, start_program):
         self.folder, self.run_program, self.start_program = folder, run_program, start_program
         for name in ('run.sh', 'test.sh', 'venv.sh', 'pyproject.toml', 'configurator.py', 'configfile.py',
+                     'commandline/__init__.py', 'commandline/configs.py', 'commandline/ends.py', 'commandline/help.py',
                      'optimizers/schedules.py', 'variants.py', 'specs.py'):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
@@ -202,6 +203,27 @@ def test_a_failed_install_is_told_and_tried_again_without_starting_afresh(clone)
     assert names(clone.calls())[:2] == ['pip', 'prepare']
 
 
+@pytest.mark.parametrize('has_uv', [True, False])
+def test_what_uv_sync_made_is_kept_and_filled_by_uv(clone, has_uv):
+    if not has_uv and shutil.which('uv'):
+        pytest.skip('uv stands on the PATH')
+    clone.ready()
+    home = os.path.dirname(os.path.realpath(sys.executable))
+    (clone.folder / '.venv' / 'pyvenv.cfg').write_text(f'home = {home}\nuv = 0.9.1\n')
+    (clone.folder / '.venv' / 'theirs').write_text('')
+    if has_uv:
+        (clone.tools / 'uv').write_text(f'#!/bin/sh\necho "uv $@" >> "{clone.folder}/calls.txt"\n')
+        (clone.tools / 'uv').chmod(0o755)
+    clone.run('config/small.py', STUB_NO_PIP=1)
+    calls = clone.calls()
+    assert names(calls)[:2] == (['uv', 'prepare'] if has_uv else ['venv', 'pip'])
+    assert (clone.folder / '.venv' / 'theirs').exists() == has_uv
+    if has_uv:
+        assert calls[0].startswith('uv pip install -q --python ') and 'torch>=2.11' in calls[0]
+    clone.run('config/small.py', STUB_NO_PIP=1)
+    assert names(clone.calls()) == ['train', 'sample']
+
+
 def test_a_venv_whose_python_is_gone_is_made_afresh(clone):
     clone.ready('base')
     link = clone.folder / '.venv' / 'bin' / 'python'
@@ -260,8 +282,12 @@ def test_a_mistake_is_one_line_and_exit_2_before_anything_is_made(clone, argumen
 
 
 def test_help_is_passed_on(clone):
-    assert '--n_embd' in clone.run('--help').stdout
-    assert '--n_embd' in clone.run('config/small.py', '--help').stdout
+    for words in (['--help'], ['-h'], ['config/small.py', '--help'], ['--nnodes=2', 'config/small.py', '--help']):
+        done = clone.run(*words)
+        assert done.stdout.startswith('usage: bash run.sh ') and '--n_embd' in done.stdout and done.stderr == ''
+    section = clone.run('--help=growth').stdout
+    assert section.startswith('usage: bash run.sh ') and '--grow_from' in section and '--n_embd' not in section
+    assert 'sections are model, data' in clone.run('config/small.py', '--help=grwth', code=2).stderr
     assert clone.calls() == []
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from commandline import install
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ['run.sh', 'test.sh', 'venv.sh', '.ci/run']
 NOT_OURS = {'tests', 'out', 'wandb', 'build'}
@@ -47,6 +49,25 @@ def test_pyproject_lists_what_the_programs_need():
     assert extras['log'] == ['wandb', 'tensorboard']
     assert extras['sweep'] == ['optuna']
     assert {'pytest', 'pytest-xdist', 'transformers', 'hypothesis', 'ruff'} <= set(extras['dev'])
+
+
+def test_pip_install_is_refused_in_one_sentence(tmp_path):
+    pytest.importorskip('pip')
+    done = subprocess.run([sys.executable, '-m', 'pip', 'install', '--no-index', '--no-deps', '--no-build-isolation',
+                           f'--target={tmp_path}', '--disable-pip-version-check', ROOT], cwd=tmp_path,
+                          capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if 'nanokron is run from its folder' in line]
+    assert done.returncode and len(said) == 1 and 'bash run.sh' in said[0] and 'Traceback' not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_hook_of_the_build_backend_refuses():
+    settings = project()
+    assert settings['build-system'] == {'requires': [], 'build-backend': 'commandline.install', 'backend-path': ['.']}
+    assert settings['tool']['uv'] == {'package': False}                 # so that `uv sync` builds nothing
+    for hook in ('build_wheel', 'build_sdist', 'build_editable', 'prepare_metadata_for_build_wheel'):
+        with pytest.raises(SystemExit, match='nanokron is run from its folder'):
+            getattr(install, hook)('somewhere', None)
 
 
 def test_torch_is_bounded_in_one_place():

@@ -3,11 +3,13 @@
 Launch: python ablate.py config/ablation/approximations.py --axes=note --jobs=2             the note's grid, 3 seeds
         python ablate.py config/ablation/approximations.py --jobs=2 --seeds=1               then all 78 variants
         python ablate.py report out/approximations
+Hardware: 2 CPU cores
+Time: 42 minutes for the note's grid (145 runs) and 45 for the rest (153 runs), on cores that also did other work
+Result: records/2026-11-21_approximations_note, records/2026-11-21_approximations
+
 Add --equal=flops for the same training FLOPs in place of the same tokens; it has a folder of its own.
 78 variants fit together, 26 of them in the note's grid (layer by layer always on, no Linformer). Beside them run the dense
 model and narrower dense ones (n_embd 96 and 88) of the variants' sizes, every one with the best of three learning rates.
-The note's grid is 145 runs, all 78 are 153 more: 42 and 45 minutes on 2 cores that also did other work. What they found:
-records/2026-11-21_approximations_note, records/2026-11-21_approximations.
 """
 base = 'config/attention/causal.py'
 

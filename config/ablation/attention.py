@@ -1,9 +1,13 @@
 """Attention classes and blocks at equal parameters and equal tokens, by characters and by byte pairs.
 
 Launch: python ablate.py config/ablation/attention.py --jobs=2
-About 200 runs of about a minute of one core each, 1.5 to 3 hours with --jobs=2; needs data/shakespeare_char and
-data/enwik8_prose_4096 (python data/NAME/prepare.py). The table: python ablate.py report out/attention
-The answers are in records/: this is small models and short runs, so compare differences over seeds, not absolute losses.
+        python ablate.py report out/attention
+Data: data/shakespeare_char and data/enwik8_prose_4096 (python data/NAME/prepare.py)
+Hardware: 2 CPU cores
+Time: 1.5 to 3 hours: about 200 runs of about a minute of one core each
+Result: records/2026-11-21_attention
+
+These are small models and short runs, so compare differences over seeds, not absolute losses.
 """
 base = 'config/attention/causal.py'
 baseline = 'llama'

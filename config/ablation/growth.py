@@ -9,8 +9,10 @@ of its own length.
 Launch: python ablate.py config/ablation/growth.py --jobs=2
 Then:   python ablate.py report out/growth
         python compare.py recovery out/growth/*/*/* --baseline="*/dense/*"
-55 runs of about 1.3 minutes of one core each, about 40 minutes with --jobs=2; needs data/shakespeare_char. Found: from
-one block by `copy`, dense's loss with 1.77 times fewer FLOPs (records/2026-11-21_growth).
+Data: python data/shakespeare_char/prepare.py
+Hardware: 2 CPU cores
+Time: about 40 minutes: 55 runs of about 1.3 minutes of one core each
+Result: from one block by `copy`, dense's loss with 1.77 times fewer FLOPs (records/2026-11-21_growth)
 """
 base = 'config/dense_mlp.py'
 baseline = 'dense'

@@ -1,11 +1,15 @@
 """Which ranks are best under a budget: low-rank V and MLP, the same with ABBA, with Linformer's slots beside.
 
 Launch: python ablate.py config/ablation/ranks.py --jobs=2       (--budget=0.4, --budget_of=flops, --trials=40)
+        python ablate.py report out/ranks
+Hardware: 2 CPU cores
+Time: 18 minutes: 36 trials, 12 confirming runs and 8 controls
+Result: records/2026-11-21_ranks
+
 optuna draws ranks whose model fits the budget, a share of the dense base's parameters or training FLOPs, and stops a run
 that is worse than the median of the others at one of its five evaluations. The best two then run with the other seeds.
-Beside them run the dense base and a dense model of the budget's size, each with its own learning rate.
-36 trials, 12 confirming runs and 8 controls took 18 minutes on 2 cores (records/2026-11-21_ranks). Twelve trials a structure
-are a coarse search: optuna draws the first ten blindly. Report: python ablate.py report out/ranks
+Beside them run the dense base and a dense model of the budget's size, each with its own learning rate. Twelve trials per
+structure are a coarse search: optuna draws the first ten blindly.
 """
 base = 'config/attention/causal.py'
 

@@ -6,9 +6,11 @@ Shares of the MLP's parameters: kron and its three recipes 25.0 %, low rank 25.4
 
 Launch: python ablate.py config/ablation/scratch.py --jobs=2
 Then:   python ablate.py report out/scratch_equal_flops
-36 runs of about 1.5 minutes of one core each, half an hour with --jobs=2; needs data/shakespeare_char. Found: the narrow
-model is better than any of them by 0.04; they, but for low rank, are better than dense by 0.03 to 0.08
-(records/2026-11-21_scratch).
+Data: python data/shakespeare_char/prepare.py
+Hardware: 2 CPU cores
+Time: about half an hour: 36 runs of about 1.5 minutes of one core each
+Result: the narrow model is better than any of them by 0.04; they, but for low rank, are better than dense by 0.03 to 0.08
+(records/2026-11-21_scratch)
 """
 base = 'config/dense_mlp.py'
 baseline = 'dense'

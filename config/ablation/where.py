@@ -1,4 +1,4 @@
-"""Where the money is: Kronecker sums in the MLPs, in the attention projections, or in both, at equal parameters.
+"""Where to save parameters: Kronecker sums in the MLPs, in the attention projections, or in both, at equal parameters.
 
 A block's matrices have 196,608 parameters, 131,072 of them in the MLP. At 75 % of them all of the saving comes from
 attention (at 25 %), from the MLP (at 62.5 %), or from both (at 75 % each); at 50 % from the MLP (at 25 %) or from both (at
@@ -7,7 +7,10 @@ sizes.
 
 Launch: python ablate.py config/ablation/where.py --jobs=2
 Then:   python ablate.py report out/where
-48 runs of about a minute of one core each; needs data/shakespeare_char. Result: records/2026-11-22_where_the_money_is.
+Data: python data/shakespeare_char/prepare.py
+Hardware: 2 CPU cores
+Time: 48 runs of about a minute of one core each
+Result: records/2026-11-22_where_the_money_is
 """
 base = 'config/dense_mlp.py'
 baseline = 'dense'

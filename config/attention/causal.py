@@ -1,7 +1,9 @@
 """The LLaMA block (RMSNorm, RoPE, SwiGLU) with plain causal attention: what the other files here are beside.
 
 Launch: bash run.sh config/attention/causal.py
-About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.690, one seed.
+Hardware: 2 CPU cores
+Time: about 2 minutes
+Result: 1.690 nats per character on the whole validation split, one seed
 """
 out_dir = 'out/attention_causal'
 dataset = 'shakespeare_char'

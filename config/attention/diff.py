@@ -1,7 +1,9 @@
-"""DIFF: two attention maps per head, the second subtracted from the first.
+"""Differential attention (DIFF): two attention maps per head, the second subtracted from the first.
 
 Launch: bash run.sh config/attention/diff.py
-About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.762, one seed.
+Hardware: 2 CPU cores
+Time: about 2 minutes
+Result: 1.762 nats per character on the whole validation split, one seed
 """
 out_dir = 'out/attention_diff'
 dataset = 'shakespeare_char'

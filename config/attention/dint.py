@@ -1,7 +1,11 @@
-"""DINT, causal: DIFF and, added back, the running mean of the first map. (The published form sees the future.)
+"""Differential integral attention (DINT), made causal: as DIFF, with the running mean of the first map added back.
+
+The published form sees the future.
 
 Launch: bash run.sh config/attention/dint.py
-About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.791, one seed.
+Hardware: 2 CPU cores
+Time: about 2 minutes
+Result: 1.791 nats per character on the whole validation split, one seed
 """
 out_dir = 'out/attention_dint'
 dataset = 'shakespeare_char'

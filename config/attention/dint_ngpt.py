@@ -1,7 +1,9 @@
 """DINT + nGPT: the causal differential integral attention among unit vectors; each map's queries and keys normed alone.
 
 Launch: bash run.sh config/attention/dint_ngpt.py
-About 3 minutes on one CPU core; expect a validation loss of 1.739 nats per character (one seed).
+Hardware: one CPU core
+Time: about 3 minutes
+Result: 1.739 nats per character, one seed
 """
 out_dir = 'out/attention_dint_ngpt'
 dataset = 'shakespeare_char'

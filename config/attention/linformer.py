@@ -1,7 +1,9 @@
 """Causal Linformer: chunks of 32 tokens, each compressed into 8 slots for the chunks after it.
 
 Launch: bash run.sh config/attention/linformer.py
-About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.699, one seed.
+Hardware: 2 CPU cores
+Time: about 2 minutes
+Result: 1.699 nats per character on the whole validation split, one seed
 """
 out_dir = 'out/attention_linformer'
 dataset = 'shakespeare_char'

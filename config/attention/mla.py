@@ -1,7 +1,11 @@
-"""MLA: keys and values from a latent of 48 numbers and a shared rotary key of 16, which is all that decoding keeps.
+"""Multi-head latent attention (MLA): keys and values from a latent of 48 numbers and a shared rotary key of 16.
+
+The latent and the rotary key are all that decoding keeps.
 
 Launch: bash run.sh config/attention/mla.py
-About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.737, one seed.
+Hardware: 2 CPU cores
+Time: about 2 minutes
+Result: 1.737 nats per character on the whole validation split, one seed
 """
 out_dir = 'out/attention_mla'
 dataset = 'shakespeare_char'

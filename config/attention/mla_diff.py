@@ -1,7 +1,9 @@
-"""MLA + DIFF: two maps per head over keys and values from a latent of 48 numbers, with a shared rotary key of 16 a map.
+"""MLA + DIFF: two maps per head over keys and values from a latent of 48 numbers, with a shared rotary key of 16 per map.
 
 Launch: bash run.sh config/attention/mla_diff.py
-About 3 minutes on one CPU core; expect a validation loss of 1.840 nats per character (one seed).
+Hardware: one CPU core
+Time: about 3 minutes
+Result: 1.840 nats per character, one seed
 """
 out_dir = 'out/attention_mla_diff'
 dataset = 'shakespeare_char'

@@ -1,7 +1,10 @@
 """MLA + DINT: as mla_diff.py, with the running mean of the first map added back.
 
 Launch: bash run.sh config/attention/mla_dint.py
-About 3 minutes on one CPU core; expect a validation loss of 1.889 nats per character (one seed).
+Hardware: one CPU core
+Time: about 3 minutes
+Result: 1.889 nats per character, one seed
+
 DINT + nGPT + MLA: append --ngpt=full --ngpt_sz_init=10 --tie_weights=False --weight_decay=0
 --warmup_iters=0 --out_dir=out/attention_mla_dint_ngpt
 """

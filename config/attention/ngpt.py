@@ -1,7 +1,9 @@
 """nGPT: unit vectors everywhere, weights normalised after every step; no norms, no weight decay, no warm-up.
 
 Launch: bash run.sh config/attention/ngpt.py
-About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.681, one seed.
+Hardware: 2 CPU cores
+Time: about 2 minutes
+Result: 1.681 nats per character on the whole validation split, one seed
 """
 out_dir = 'out/attention_ngpt'
 dataset = 'shakespeare_char'

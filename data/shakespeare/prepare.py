@@ -11,6 +11,11 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
+from commandline import ends
+
+if __name__ == '__main__':
+    ends.watch('prepare.py')
+
 from data import prepare_text
 
 if __name__ == '__main__':

@@ -46,7 +46,7 @@ def test_gpt2_configs_have_the_size_and_words_they_promise(name):
     assert tokens == 491_520 and config.max_iters == config.lr_decay_iters == 20_000
     text = (ROOT / f'config/{name}.py').read_text()
     assert f'torchrun --standalone --nproc_per_node=8 train.py config/{name}.py' in text
-    assert 'Estimate, not measured' in text and ('Not run yet' in text or 'Validation loss' in text)
+    assert ', an estimate\n' in text and ('Result: not run yet' in text or 'nats per token' in text)
 
 
 def test_the_counts_in_docs_attention_md_are_right():
