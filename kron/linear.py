@@ -32,8 +32,8 @@ class KroneckerLinear(Structured):
     Source: Krony-PT (arXiv 2412.12351) for the model; it forms W, which this class does not.
     """
     tags = {'A': 'factor', 'B': 'factor', 'scale': 'vector', 'bias': 'vector'}
-    size_argument = 'terms'                 # the argument to lower for fewer parameters
-    zero_factor = 'B'                       # zeros in it make W zero, and gradients still flow
+    methods, calibrated = METHODS, CALIBRATED
+    size_argument, zero_factor = 'terms', 'B'
 
     def __init__(self, in_features, out_features, bias, m, n, terms=1, scale=False, *, exact_columns=0, weight_norm=False,
                  guide=False):

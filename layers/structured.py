@@ -5,8 +5,10 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from layers.base import BaseLinear
 
-class Structured(nn.Module):
+
+class Structured(BaseLinear):
     """y = W x + b with W = diag(magnitude / ||P_i||) P, + columns at `index`; P, (out, in), is a product of factors.
 
     A subclass makes its factors, calls `add_options`, and has product(x, bias=None) = P x + bias for x (..., in),

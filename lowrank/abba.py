@@ -48,8 +48,8 @@ class ABBALinear(Structured):
     products as weights, from scratch.
     """
     tags = {'B1': 'factor', 'A1': 'factor', 'B2': 'factor', 'A2': 'factor', 'scale': 'vector', 'bias': 'vector'}
-    size_argument = 'rank1'                 # the argument to lower for fewer parameters
-    zero_factor = 'B1'                      # zeros in it make W zero, and gradients still flow
+    methods, calibrated = METHODS, CALIBRATED
+    size_argument, zero_factor = 'rank1', 'B1'
 
     def __init__(self, in_features, out_features, bias, rank1, rank2, scale=False, *, guide=False):
         super().__init__()

@@ -62,8 +62,8 @@ class LowRankLinear(Structured):
     Raises ValueError for sizes that are not positive.
     """
     tags = {'U': 'factor', 'V': 'factor', 'bias': 'vector'}
-    size_argument = 'rank'                  # the argument to lower for fewer parameters
-    zero_factor = 'U'                       # zeros in it make W zero, and gradients still flow
+    methods, calibrated = METHODS, CALIBRATED
+    size_argument, zero_factor = 'rank', 'U'
 
     def __init__(self, in_features, out_features, bias, rank, *, exact_columns=0, weight_norm=False, guide=False):
         super().__init__()
