@@ -7,6 +7,13 @@ import torch.nn as nn
 import variants
 
 
+def whole(**sizes):
+    """ValueError, one sentence that names it, for the first that is no whole number of at least 1."""
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f'{name}={value!r} must be a whole number of at least 1')
+
+
 class Entry(nn.Module):
     """A class that a table names. required: {member: what it is}; examples: specs that the contract tests try."""
     required, examples = {}, ()

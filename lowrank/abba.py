@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from layers.base import whole
 from layers.structured import Structured, no_autocast, options_numel
 from lowrank.hadamard import nearest_hadamard
 from lowrank.svd import seen
@@ -70,9 +71,7 @@ class ABBALinear(Structured):
         Raises ValueError, in one sentence, for sizes below 1 or a scale that is no bool.
         """
         options_numel(in_features, out_features, guide=guide)
-        for name, value in {'rank1': rank1, 'rank2': rank2}.items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f'{name}={value!r} must be a whole number of at least 1')
+        whole(rank1=rank1, rank2=rank2)
         if not isinstance(scale, bool):
             raise ValueError(f'scale={scale!r} is neither True nor False; True learns one scale')
         return (rank1 + rank2) * (out_features + in_features) + scale

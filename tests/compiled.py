@@ -13,14 +13,15 @@ import configurator
 from growth import changes
 from model import GPT, GPTConfig
 from optimizers import schedules
-from tests.contract.test_attention import EXAMPLES as ATTENTION
-from tests.contract.test_mlps import EXAMPLES as MLP
+from tests.contract.test_attention import SPECS as ATTENTION
+from tests.contract.test_linears import EXAMPLES, TESTED
+from tests.contract.test_mlps import SPECS as MLP
 from tests.tiny import ROOT
 from training.startup import adopt
-from variants import ATTENTIONS, LINEARS, MLPS, UserError
+from variants import LINEARS, UserError
 
 SMALL = dict(n_layer=2, n_head=8, n_embd=32, block_size=16, vocab_size=65)
-# name -> rules that put the linear at every site of any attention and mlp
+# name -> rules that put the linear at every site of any attention and mlp, a newcomer at one that all have
 RULES = {
     'dense': {},
     'kron': {'*': 'kron(4, 4, terms=2)'},
@@ -29,6 +30,7 @@ RULES = {
     'pivot': {'*': 'pivot(5)'},
     'abba': {'*': 'abba(2, 2)'},
     'sum': {'*': 'lowrank(2) + kron(4, 4)'},
+    **{name: {'h.*.attn.c_proj': LINEARS[name].examples[0]} for name in TESTED if name not in EXAMPLES},     # newcomers
 }
 RECIPE = dict(norm='rmsnorm', rope=True, qk_norm='standard', mlp='relu2', value_residual=True, tie_weights=False,
               softcap=15.0, loss_chunk=8)
@@ -49,9 +51,9 @@ TRAINED = sorted(str(p.relative_to(ROOT)) for folder in ('config', 'config/atten
 
 def entries():
     """{label: GPTConfig fields}: every entry of the three tables in every spec of the contract tests, and COMBINATIONS."""
-    found = {f'linear {name}': dict(linear=RULES[name]) for name in LINEARS}
-    found |= {f'attention {spec}': dict(attention=spec, rope=True) for name in ATTENTIONS for spec in ATTENTION[name]}
-    found |= {f'mlp {spec}': dict(mlp=spec) for name in MLPS for spec in MLP[name]}
+    found = {f'linear {name}': dict(linear=rules) for name, rules in RULES.items()}
+    found |= {f'attention {spec}': dict(attention=spec, rope=True) for specs in ATTENTION.values() for spec in specs}
+    found |= {f'mlp {spec}': dict(mlp=spec) for specs in MLP.values() for spec in specs}
     return found | COMBINATIONS
 
 
