@@ -92,8 +92,7 @@ def specs(part, settings):
     if settings.a:
         return [(variants.parse_spec(spec).name, spec) for spec in (settings.a, settings.b)]
     names = [BASELINES[part], *(name for name in TABLES[part] if name != BASELINES[part])]
-    return [(name, EXAMPLES[part][name](settings) if name in EXAMPLES[part] else (
-        *getattr(TABLES[part][name], 'examples', ()), name)[0]) for name in names]
+    return [(n, EXAMPLES[part][n](settings) if n in EXAMPLES[part] else [*TABLES[part][n].examples, n][0]) for n in names]
 
 
 # ----------------------------------------------------------------------------------------------------

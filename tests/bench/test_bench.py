@@ -15,6 +15,7 @@ from bench import maps, measure, modules, subject, tables
 from bench.modules import Settings
 from bench.subject import Subject
 from checkpoints import checkpoint
+from layers.base import BaseMLP
 from model import GPT, Context, GPTConfig
 from tests.contract.test_attention import EXAMPLES as KEPT
 from variants import UserError
@@ -182,7 +183,8 @@ def test_a_module_that_does_not_fit_says_so_in_its_row_and_the_others_are_measur
 
 def test_a_newcomer_is_measured_by_its_first_example_or_its_name(monkeypatch):
     monkeypatch.setitem(variants.MLPS, 'newcomer', variants.MLPS['relu2'])
-    monkeypatch.setitem(variants.MLPS, 'needy', type('Needy', (), {'__init__': lambda self, config, site, size: None}))
+    needy = type('Needy', (BaseMLP,), {'__init__': lambda self, config, site, size: None})
+    monkeypatch.setitem(variants.MLPS, 'needy', needy)
     shown = type('Shown', (variants.MLPS['swiglu'],), {'examples': ['shown(hidden=40)']})
     monkeypatch.setitem(variants.MLPS, 'shown', shown)
     result = modules.run(small(), 'mlp')
