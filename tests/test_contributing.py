@@ -195,7 +195,8 @@ def test_zeros_go_to_the_first_factor(newcomers):
 def copy(tmp_path_factory):
     """The root of a copy; records and outputs stay behind."""
     root = tmp_path_factory.mktemp('copy') / 'nanokron'
-    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns('.*', 'out', 'records', '*.bin', '__pycache__', 'golden', 'shared'))
+    behind = '.*', 'out', 'records', '*.bin', '__pycache__', 'golden', 'shared'
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(*behind))
     written(root)
     text = (root / 'variants.py').read_text(encoding='utf-8')
     for name, module, cls in LINES:
@@ -225,7 +226,7 @@ def test_the_programs_take_them(copy, tmp_path, run_program):
     run_program(copy / 'train.py', *tiny.arguments(data, out, *theirs, '--max_iters=4', '--init_from=resume'))
     table = run_program(copy / 'train.py', *tiny.arguments(data, tmp_path / 'dry', *theirs, '--dry_run=True')).stdout
     assert table.count('blockdiag(4)') == 6
-    assert 'loss' in run_program(copy / 'evaluate.py', f'--out_dir={out}', '--dataset=tiny', f'--data_dir={data}').stdout
+    assert 'nats per' in run_program(copy / 'evaluate.py', f'--out_dir={out}', '--dataset=tiny', f'--data_dir={data}').stdout
     run_program(copy / 'sample.py', f'--out_dir={out}', '--start=the', '--num_samples=1', '--max_new_tokens=5')
     dense = tmp_path / 'dense'
     run_program(copy / 'train.py', *tiny.arguments(data, dense, *short, '--linear=dense'))
