@@ -45,7 +45,7 @@ class BaseLinear(Entry):
         'weight_numel': 'a classmethod weight_numel(in_features, out_features, **spec arguments), the parameters without '
                         'the bias; ValueError for arguments that do not fit',
         'nearest': 'a classmethod nearest(weight, **spec arguments), {parameter: values} of the structure nearest to '
-                   'weight (out, in)',
+                   'weight (out, in), fp32 at least',
     }
     examples = ()                           # specs that save parameters where 48 are mapped to 96 and 96 to 48
     exact = None                            # a spec whose `nearest` is any such matrix itself, where there is one
@@ -105,7 +105,8 @@ class BaseLinear(Entry):
         if method not in cls.methods:
             raise ValueError(f'method={method!r} is unknown; {cls.__name__} knows {", ".join(cls.methods)}')
         module = cls(weight.shape[1], weight.shape[0], bias is not None, **arguments).to(weight.device, weight.dtype)
-        found = cls.nearest(weight.detach(), **arguments) | ({} if bias is None else {'bias': bias})
+        wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))         # no SVD in half precision
+        found = cls.nearest(wide, **arguments) | ({} if bias is None else {'bias': bias})
         own = module.state_dict(keep_vars=True)
         if found.keys() != own.keys():
             raise ValueError(f'{cls.__name__}.nearest gives {", ".join(sorted(found))}, and the module holds '

@@ -14,14 +14,14 @@ from growth import changes
 from model import GPT, GPTConfig
 from optimizers import schedules
 from tests.contract.test_attention import SPECS as ATTENTION
-from tests.contract.test_linears import EXAMPLES, TESTED
+from tests.contract.test_linears import TESTED
 from tests.contract.test_mlps import SPECS as MLP
 from tests.tiny import ROOT
 from training.startup import adopt
 from variants import LINEARS, UserError
 
 SMALL = dict(n_layer=2, n_head=8, n_embd=32, block_size=16, vocab_size=65)
-# name -> rules that put the linear at every site of any attention and mlp, a newcomer at one that all have
+# name -> rules that put the linear at every site of any attention and mlp
 RULES = {
     'dense': {},
     'kron': {'*': 'kron(4, 4, terms=2)'},
@@ -30,7 +30,6 @@ RULES = {
     'pivot': {'*': 'pivot(5)'},
     'abba': {'*': 'abba(2, 2)'},
     'sum': {'*': 'lowrank(2) + kron(4, 4)'},
-    **{name: {'h.*.attn.c_proj': LINEARS[name].examples[0]} for name in TESTED if name not in EXAMPLES},     # newcomers
 }
 RECIPE = dict(norm='rmsnorm', rope=True, qk_norm='standard', mlp='relu2', value_residual=True, tie_weights=False,
               softcap=15.0, loss_chunk=8)
@@ -52,6 +51,8 @@ TRAINED = sorted(str(p.relative_to(ROOT)) for folder in ('config', 'config/atten
 def entries():
     """{label: GPTConfig fields}: every entry of the three tables in every spec of the contract tests, and COMBINATIONS."""
     found = {f'linear {name}': dict(linear=rules) for name, rules in RULES.items()}
+    found |= {f'linear {name}': dict(linear={'h.*.mlp.*': LINEARS[name].examples[0]}, mlp='swiglu(96)', n_embd=48)
+              for name in TESTED if name not in RULES}                  # newcomers
     found |= {f'attention {spec}': dict(attention=spec, rope=True) for specs in ATTENTION.values() for spec in specs}
     found |= {f'mlp {spec}': dict(mlp=spec) for specs in MLP.values() for spec in specs}
     return found | COMBINATIONS

@@ -1,4 +1,5 @@
 """CONTRIBUTING.md: its example files, and one line each in variants.py, are all that a newcomer takes."""
+import functools
 import importlib
 import re
 import shutil
@@ -170,6 +171,23 @@ def test_an_example_that_is_none_is_named(newcomers, name, examples, words):
     assert words in entries.lacks(KEYS[name], name)
 
 
+def test_a_parameter_without_a_tag_and_an_error_of_its_own_are_named(newcomers):
+    alibi, linear = variants.ATTENTIONS['alibi'], variants.LINEARS['blockdiag']
+    alibi.__init__ = then(alibi.__init__, lambda self: self.register_parameter('sink', torch.nn.Parameter(torch.zeros(8))))
+    assert "attn.sink has no tag; add 'sink' to ALiBiAttention.tags" in entries.lacks('attention', 'alibi')
+    linear.__init__ = then(linear.__init__, lambda self: self.nothing)
+    assert re.search(r"'blockdiag\(4\)' cannot be built: AttributeError: .*'nothing'", entries.lacks('linear', 'blockdiag'))
+
+
+def then(init, more):
+    """An __init__ of the same signature that does something more."""
+    @functools.wraps(init)
+    def longer(self, *arguments, **named):
+        init(self, *arguments, **named)
+        more(self)
+    return longer
+
+
 def test_what_init_forgets_is_named(newcomers):
     variants.LINEARS['blockdiag'].__init__ = lambda self, inputs, outputs, bias, blocks: torch.nn.Module.__init__(self)
     assert 'BlockDiagonal sets no self.in_features; its __init__ must' in refused(linear='blockdiag(4)')
@@ -235,5 +253,5 @@ def test_the_programs_take_them(copy, tmp_path, run_program):
     run_program(copy / 'export.py', f'--out_dir={tmp_path / "healed"}', f'--to={tmp_path / "exported"}')
     done = run_program(copy / 'train.py', *heal, '--decompose=nonsense', code=2)
     assert done.stderr.count('\n') == 1 and 'blockdiag knows van_loan' in done.stderr
-    done = run_program(copy / 'bench.py', 'linear', '--json', '--n_embd=32', '--min_time=0', '--tokens=1', '--device=cpu')
+    done = run_program(copy / 'bench.py', 'linear', '--json', '--n_embd=32', '--n_head=4', '--min_time=0', '--tokens=1', '--device=cpu')
     assert '"spec": "blockdiag(4)"' in done.stdout and '"note"' not in done.stdout

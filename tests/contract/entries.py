@@ -1,7 +1,12 @@
 """What the contract tests try of each entry: the specs that they list, and those that a newcomer's class names itself."""
+import traceback
+
 import pytest
+import torch
 
 import variants
+from layers.basic import tags_of
+from model import GPT, GPTConfig
 from variants import UserError
 
 TABLES = {'linear': variants.LINEARS, 'attention': variants.ATTENTIONS, 'mlp': variants.MLPS}
@@ -29,9 +34,27 @@ def lacks(key, name, listed=()):
         try:
             if variants.parse_spec(text).name != name:
                 return f'{cls.__name__}.examples has {text!r}, which is no spec of {name}; write {name!r} or {name}(...)'
-            arguments(key, text)
+            given = arguments(key, text)
         except UserError as error:
             return f'{cls.__name__}.examples: {error}'
+        fault = built(key, cls, text, given)
+        if fault:
+            return f'{cls.__name__}.examples: {text!r} cannot be built: {fault}'
+    return ''
+
+
+def built(key, cls, text, given):
+    """Why an example cannot be built or has a parameter without a tag; '' for one that can."""
+    sizes = dict(n_layer=2, n_head=8, n_embd=32, block_size=16, vocab_size=65)
+    try:
+        if key == 'linear':
+            tags_of(cls(48, 96, True, **given))
+        else:
+            with torch.device('meta'):
+                GPT(GPTConfig(**sizes, **{key: text}))
+    except Exception as error:                          # whatever a newcomer's own lines raise
+        file, line = traceback.extract_tb(error.__traceback__)[-1][:2]
+        return f'{type(error).__name__}: {error} ({file}, line {line})'
     return ''
 
 

@@ -450,10 +450,10 @@ def as_text(case):
 
 
 def model_of(case, **changes):
-    """A small model with it in the MLPs: 48 -> 192 -> 48."""
+    """A small model with it in the MLPs: 48 -> 96 -> 48."""
     torch.manual_seed(0)
-    return GPT(GPTConfig(n_layer=2, n_head=4, n_embd=48, block_size=8, vocab_size=17, linear={'h.*.mlp.*': as_text(case)},
-                         **changes)).double().eval()
+    return GPT(GPTConfig(n_layer=2, n_head=4, n_embd=48, block_size=8, vocab_size=17, mlp='swiglu(96)',
+                         linear={'h.*.mlp.*': as_text(case)}, **changes)).double().eval()
 
 
 @each_case
