@@ -5,11 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 import variants
+from compression import sizes
 from decomposition.allocate import resolve
 from decomposition.initialise import initialise
 from growth import guided
@@ -117,6 +119,11 @@ def test_budgets_and_guides_are_refused_with_what_would_do(newcomers):
     config.rank_budget, config.rank_allocation = 0.5, 'uniform'
     with pytest.raises(UserError, match='rank_budget knows no size of blockdiag; give it rules of lowrank'):
         resolve(config)
+    for kind, words in (('uniform', 'rank_budget knows no size of blockdiag'), ('given', r'given sizes take 0\.2500')):
+        with pytest.raises(UserError, match=words):     # compress.py
+            sizes.fitted(config, types.SimpleNamespace(linear=config.linear, sizes=kind), 0.5, '*.mlp.*')
+    given = types.SimpleNamespace(linear=config.linear, sizes='given')
+    assert sizes.fitted(config, given, 0.25, '*.mlp.*') == config.linear
     with pytest.raises(UserError, match='self_guided needs structures that take guide=True, and blockdiag'):
         guided.fields(config)
 
@@ -253,5 +260,6 @@ def test_the_programs_take_them(copy, tmp_path, run_program):
     run_program(copy / 'export.py', f'--out_dir={tmp_path / "healed"}', f'--to={tmp_path / "exported"}')
     done = run_program(copy / 'train.py', *heal, '--decompose=nonsense', code=2)
     assert done.stderr.count('\n') == 1 and 'blockdiag knows van_loan' in done.stderr
-    done = run_program(copy / 'bench.py', 'linear', '--json', '--n_embd=32', '--n_head=4', '--min_time=0', '--tokens=1', '--device=cpu')
+    done = run_program(copy / 'bench.py', 'linear', '--json', '--n_embd=32', '--n_head=4', '--min_time=0', '--tokens=1',
+                       '--device=cpu')
     assert '"spec": "blockdiag(4)"' in done.stdout and '"note"' not in done.stdout
