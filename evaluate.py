@@ -307,7 +307,7 @@ def evaluate(config):
     window, stride = chosen_windows(config, model.config.block_size)
     if source.count < 2:
         raise UserError(f'{source.name}: expected at least 2 tokens, one to predict the other, found {source.count}')
-    leaks = any(getattr(block.attn, 'leaks', False) for block in model.transformer.h)
+    leaks = any(block.attn.leaks for block in model.transformer.h)
     if leaks:
         note(f'the attention of {config.out_dir} sees the future, so its loss means nothing')
     model.eval().to(device)

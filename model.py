@@ -17,6 +17,7 @@ from attention.context import Context, again
 from attention.decoding import Kept, stream
 from attention.heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, padded, split_heads
 from configurator import GPTConfig
+from layers.base import BaseAttention, BaseMLP
 from layers.basic import Learned, as_stream, choose, hidden_scale, norm, tags_of, unit, zero_
 from layers.losses import LOSSES, ChunkedCrossEntropy, likeliest
 from variants import UserError
@@ -24,7 +25,7 @@ from variants import UserError
 __all__ = ['CausalSelfAttention', 'MLP', 'Block', 'GPT', 'GPTConfig', 'Context', 'UserError']
 
 
-class CausalSelfAttention(nn.Module):
+class CausalSelfAttention(BaseAttention):
     """softmax(q k^T / sqrt(D) + causal mask) v, by heads (GPT-2; Radford et al. 2019).
 
     config: n_kv_head groups queries (GQA), rope, qk_norm, value_residual, ngpt. gate: y of head h times
@@ -79,7 +80,7 @@ class Gate(nn.Module):
         return 2 * torch.sigmoid(F.linear(x, self.weight)).mT.unsqueeze(-1)
 
 
-class MLP(nn.Module):
+class MLP(BaseMLP):
     """c_proj(gelu(c_fc x)), hidden size 4 C. approximate='tanh' is what GPT-2's own weights were trained with."""
 
     def __init__(self, config, site, approximate='none'):
@@ -109,7 +110,7 @@ class ReLU2MLP(MLP):
         return F.relu(u).square()
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(BaseMLP):
     """c_proj(silu(c_gate x) * c_fc x) of size `hidden`; None = 8/3 C, up to a multiple of 64 (Shazeer 2020; LLaMA)."""
 
     def __init__(self, config, site, hidden=None):
@@ -181,9 +182,6 @@ class GPT(nn.Module):
         if idle:
             raise UserError(f'linear: the pattern {idle[0]!r} wins at no site (the first match wins); the sites are '
                             'h.0.attn.c_q, ...', 'linear')
-        for site, module in self.sites().items():
-            if config.ngpt != 'none' and not hasattr(module, 'normalise_'):
-                raise UserError(f'ngpt: {site} is {module.spec}, which cannot be normalised', 'ngpt')
         try:
             self.init_weights()
         except ValueError as error:
@@ -281,15 +279,14 @@ class GPT(nn.Module):
             dense = variants.LINEARS['dense'].from_dense(module.dense_weight(), module.bias)
             dense.requires_grad_(next(module.parameters()).requires_grad).spec = 'dense'
             self.transformer.set_submodule(name, dense)
-        for block in (b for b in self.transformer.h if hasattr(b.mlp, 'realise')):
+        for block in self.transformer.h:
             block.mlp.realise()
         self.config.linear, self.config.mlp = {}, variants.realised_mlp(self.config)
 
     def set_progress(self, fraction):
         """Tell every attention with a schedule the progress of the run, step / max_iters."""
         for block in self.transformer.h:
-            if hasattr(block.attn, 'set_progress'):
-                block.attn.set_progress(fraction)
+            block.attn.set_progress(fraction)
 
     def num_params(self, positions=True):
         """Number of parameters, tied ones once (gpt2: 124,439,808); positions=False omits the position table (nanoGPT)."""
@@ -365,8 +362,7 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(ctx.positions)
         x = self.transformer.drop(as_stream(x if self.s_z is None else unit(x), self.config.residual))
         for block in self.transformer.h if caches is None else ():
-            if hasattr(block.attn, 'prepare'):          # outside of checkpoint(), which may not write into ctx
-                block.attn.prepare(ctx)
+            block.attn.prepare(ctx)                     # outside of checkpoint(), which may not write into ctx
         thrifty = self.config.recompute and torch.is_grad_enabled()
         for i, block in enumerate(self.transformer.h):
             ctx.cache = caches[i] if caches is not None else None

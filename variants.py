@@ -3,6 +3,7 @@
 The three tables below are the only place to register a variant: a new one is one file and one line here.
 Specs and rules are in specs.py, whose names are re-exported.
 """
+import contextlib
 import importlib
 import inspect
 
@@ -15,9 +16,24 @@ class Table(dict):
     def __getitem__(self, name):
         entry = super().__getitem__(name)
         if isinstance(entry, str):
-            module, _, attribute = entry.partition(':')
-            entry = self[name] = getattr(importlib.import_module(module), attribute)
+            entry = self[name] = named(name, entry)
         return entry
+
+
+def named(name, entry):
+    """The class that an entry of a table names; UserError for a module or a class that is not there."""
+    path, _, attribute = entry.partition(':')
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if not f'{path}.'.startswith(f'{error.name}.'):                 # another one, which that file imports
+            raise
+        raise UserError(f'variants.py: {name!r} is {entry!r}, and there is no module {error.name}; write '
+                        "'folder.file:Class'") from None
+    if not hasattr(module, attribute):
+        raise UserError(f'variants.py: {name!r} is {entry!r}, and {path} has no class {attribute!r}'
+                        f'{did_you_mean(attribute, vars(module))}')
+    return getattr(module, attribute)
 
 
 LINEARS = Table({
@@ -49,6 +65,8 @@ MLPS = Table({
     'kron_moe': 'kron.moe:KronMoE',
 })
 
+BASES = {'linear': 'BaseLinear', 'attention': 'BaseAttention', 'mlp': 'BaseMLP'}        # in layers/base.py
+
 
 def check_rules(rules, table):
     """Parse every spec of the rules and look up its name in the table; raises UserError."""
@@ -72,8 +90,20 @@ def check_arguments(key, cls, site, spec, *leading):
             (named if parameter.kind == parameter.KEYWORD_ONLY else placed).append(str(parameter))
         takes = f'{spec.name}({", ".join(placed)})' + (f', and by name {", ".join(named)}' if named else '')
         raise sentence(key, site, spec, f'{error}; it takes {takes}') from None
+    missing = incomplete(key, cls)
+    if missing:
+        raise sentence(key, site, spec, missing)
     bound.apply_defaults()
     return dict(list(bound.arguments.items())[len(leading):])
+
+
+def incomplete(key, cls):
+    """What a class does not define and its base asks for, in one sentence; '' for nothing."""
+    base = getattr(importlib.import_module('layers.base'), BASES[key])
+    if not issubclass(cls, base):
+        return (f'{cls.__name__} is no {base.__name__}; derive it from layers.base.{base.__name__}, which says what to '
+                'define and has the rest')
+    return '; '.join(f'{cls.__name__} lacks {member}: define {what}' for member, what in cls.lacking().items())
 
 
 def build(key, cls, site, spec, *leading):
@@ -93,8 +123,7 @@ def refuse_waste(cls, site, spec, in_features, out_features):
         numel = cls.weight_numel(in_features, out_features, **arguments)
         if numel < dense:
             return
-        remedy = cls.remedy(in_features, out_features, **arguments) if hasattr(cls, 'remedy') else saving_size(
-            cls, in_features, out_features, arguments, dense)
+        remedy = cls.remedy(in_features, out_features, **arguments)
     except (ValueError, TypeError) as error:
         raise sentence('linear', site, spec, error) from None
     raise UserError(f'{site}: {spec} saves nothing: {numel:,} parameters where dense has {dense:,}; '
@@ -102,11 +131,22 @@ def refuse_waste(cls, site, spec, in_features, out_features):
 
 
 def saving_size(cls, in_features, out_features, arguments, limit):
-    """'rank=5 is the largest that saves some': the size below the given one with fewer than `limit` parameters, or ''."""
+    """'rank=5 is the largest that saves some': the size below the given one with fewer than `limit` parameters, or ''.
+
+    Of a class without a size_argument the nearest value of one argument that saves some.
+    """
+    def saves(name, value):
+        return cls.weight_numel(in_features, out_features, **{**arguments, name: value}) < limit
+
     size = cls.size_argument
-    for k in range(min(arguments[size] - 1, in_features * out_features), 0, -1):
-        if cls.weight_numel(in_features, out_features, **{**arguments, size: k}) < limit:
-            return f'{size}={k} is the largest that saves some'
+    if size is not None:
+        found = (k for k in range(min(arguments[size] - 1, in_features * out_features), 0, -1) if saves(size, k))
+        return next((f'{size}={k} is the largest that saves some' for k in found), '')
+    for name in (name for name, value in arguments.items() if type(value) is int):
+        for k in sorted(range(1, max(in_features, out_features) + 1), key=lambda k: abs(k - arguments[name])):
+            with contextlib.suppress(ValueError):       # it does not divide the sizes, say
+                if saves(name, k):
+                    return f'{name}={k} saves some'
     return ''
 
 
@@ -120,6 +160,9 @@ def linear(config, site, in_features, out_features, bias=None):
     if spec.name != 'dense':
         refuse_waste(cls, site, spec, in_features, out_features)
     module = build('linear', cls, site, spec, in_features, out_features, config.bias if bias is None else bias)
+    for name in ('in_features', 'out_features', 'bias'):
+        if not hasattr(module, name):
+            raise sentence('linear', site, spec, f'{cls.__name__} sets no self.{name}; its __init__ must')
     module.spec = str(spec)
     return module
 
@@ -134,12 +177,11 @@ def mlp(config, site, block):
     """The MLP that `config.mlp` names for `block` (h.3), built for `site` (h.3.mlp)."""
     spec = parse_spec(match(config.mlp, block, 'gelu')[1], MLPS)
     cls = MLPS[spec.name]
-    if hasattr(cls, 'refuse_waste'):
-        arguments = check_arguments('mlp', cls, site, spec, config, site)
-        try:
-            cls.refuse_waste(config, **arguments)
-        except ValueError as error:
-            raise sentence('mlp', site, spec, error) from None
+    arguments = check_arguments('mlp', cls, site, spec, config, site)
+    try:
+        cls.refuse_waste(config, **arguments)
+    except ValueError as error:
+        raise sentence('mlp', site, spec, error) from None
     return build('mlp', cls, site, spec, config, site)
 
 
@@ -149,8 +191,6 @@ def realised_mlp(config):
     for pattern, text in as_rules(config.mlp).items():
         spec = parse_spec(text, MLPS)
         cls = MLPS[spec.name]
-        if hasattr(cls, 'realised'):
-            arguments = cls.realised(check_arguments('mlp', cls, pattern, spec, config, pattern), config.n_embd)
-            text = str(Spec(spec.name, (), arguments))
-        rules[pattern] = text
+        arguments = cls.realised(check_arguments('mlp', cls, pattern, spec, config, pattern), config.n_embd)
+        rules[pattern] = text if arguments is None else str(Spec(spec.name, (), arguments))
     return rules['*'] if isinstance(config.mlp, str) else rules

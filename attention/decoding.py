@@ -59,7 +59,7 @@ def wanted(model, idx, max_new_tokens, decode):
 def able(model):
     """Whether the model has a static step; False where FSDP2 has sharded the weights."""
     return not model.training and not any(hasattr(p, 'full_tensor') for p in model.parameters()) and all(
-        hasattr(block.attn, 'static_cache') for block in model.transformer.h)
+        block.attn.static_cache is not None for block in model.transformer.h)
 
 
 class Kept:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import variants
 from attention.heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, padded, split_heads
+from layers.base import BaseAttention
 from layers.basic import RMSNorm, unit
 
 PAD_FROM = 256                                          # queries; measured on a CPU
@@ -19,7 +20,6 @@ PAD_FROM = 256                                          # queries; measured on a
 class TwoMaps:
     """Mixin for heads of two maps: version 1's lam, norm and factor, and the two outputs."""
     tags = {'lambdas': 'vector'}
-    leaks = False                                       # train.py refuses those that do
 
     def make_lambda(self, config, site, map_dim, value_dim):
         """The four vectors of lam, of a query's size; the norm per head, and the factor 1 - lambda_init."""
@@ -50,7 +50,7 @@ class TwoMaps:
         return y * self.head_scale
 
 
-class DifferentialAttention(TwoMaps, nn.Module):
+class DifferentialAttention(TwoMaps, BaseAttention):
     """(softmax(q1 k1) - lam softmax(q2 k2)) v, by heads.
 
     Version 1 (Ye et al. 2024, arXiv 2410.05258): P = H / 2 heads with two keys each and values of size 2 D; lam =

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import variants
 from attention.heads import QueryKeyNorm, ValueMix, merge_heads, padded, split_heads, write
+from layers.base import BaseAttention
 from layers.basic import RMSNorm
 
 
@@ -20,7 +21,7 @@ def block_average(slots, chunk):
     return member / member.sum(1, keepdim=True)
 
 
-class LinformerAttention(nn.Module):
+class LinformerAttention(BaseAttention):
     """One softmax over r slots of every past chunk and over the keys of the current chunk up to t.
 
     Chunk n, once complete, has slot keys E K_n and slot values F V_n. E, F (r, c) are learned and shared over

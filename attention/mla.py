@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import variants
 from attention.heads import ValueMix, attend, extend_cache, mask_of, merge_heads, padded, split_heads
+from layers.base import BaseAttention
 from layers.basic import Learned, RMSNorm, UnitNorm, unit
 
 
@@ -59,7 +60,7 @@ class LatentScale(nn.Module):
         return squares.clamp_min(1e-24).rsqrt()
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(BaseAttention):
     """c = norm(W_DKV x); [k_n, v] = W_UKV c per head; scores (q_n . k_n + q_r . k_r) / sqrt(d_n + d_r), k_r shared.
 
     kv_lora_rank: d_c, features of the latent; q_lora_rank: the same for queries, None = W_Q without a latent;

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import variants
 from attention.heads import QueryKeyNorm, ValueMix, keep, merge_heads, padded, split_heads, write
+from layers.base import BaseAttention
 
 try:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -94,7 +95,7 @@ def extend_ring(cache, size, **new):
     return found
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(BaseAttention):
     """softmax(q k^T / sqrt(D) + mask) v, the mask open for the last `size` tokens, the current one included.
 
     size: tokens, any from 1; with a schedule the largest window, reached at the end of the run and rounded up to a

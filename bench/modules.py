@@ -73,7 +73,7 @@ def lowrank(s, words='lowrank({0})', share=2):
     return words.format(divided(s.shape[0] * s.shape[1], share * sum(s.shape)))     # half of the dense parameters
 
 
-# part -> name -> (settings) -> its spec; a name without an example is a spec as it is
+# part -> name -> (settings) -> its spec; of others the class's first example, or the name as it is
 EXAMPLES = {
     'attention': {
         'window': lambda s: f'window({divided(s.block_size, 4)})',
@@ -92,7 +92,7 @@ def specs(part, settings):
     if settings.a:
         return [(variants.parse_spec(spec).name, spec) for spec in (settings.a, settings.b)]
     names = [BASELINES[part], *(name for name in TABLES[part] if name != BASELINES[part])]
-    return [(name, EXAMPLES[part].get(name, lambda s, name=name: name)(settings)) for name in names]
+    return [(n, EXAMPLES[part][n](settings) if n in EXAMPLES[part] else [*TABLES[part][n].examples, n][0]) for n in names]
 
 
 # ----------------------------------------------------------------------------------------------------

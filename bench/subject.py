@@ -33,7 +33,7 @@ def initialise(module, config):
             if config.ngpt != 'none':
                 try:
                     site.normalise_(0 if joins else 1)
-                except (AttributeError, ValueError) as error:
+                except ValueError as error:
                     raise variants.UserError(f'ngpt: {site.spec} cannot be normalised: {error}', 'ngpt') from None
 
 

@@ -1,7 +1,6 @@
 """Dense weights to structured ones: which method at which site, in which order, with which input statistics."""
 import dataclasses
 import inspect
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +110,7 @@ class Work:
         """
         method = self.method(site)[0].replace(STREAMED, '')
         weight = prune(weight, self.how.prune_fraction, self.how.prune_before, stats)
-        if SEQUENTIAL in method and method not in sys.modules[cls.__module__].METHODS:
+        if SEQUENTIAL in method and method not in cls.methods:
             method, (weight, bias, stats) = method.replace(SEQUENTIAL, ''), moved(weight, bias, stats)
         return cls.from_dense(weight, bias, method=method, stats=stats, **arguments)
 

@@ -5,18 +5,24 @@ G starts as W, so that nothing changes, and learns as a dense layer does; g fall
 Building on Efficient Foundations (structured feed-forward layers), section on self-guided training; from scratch they take
 half of the run.
 """
+import inspect
 import math
 
 import torch
 
 import variants
-from variants import LINEARS, Spec, parse_spec
+from variants import LINEARS, Spec, UserError, parse_spec
 
 
 def with_guide(text):
-    """The spec with guide=True; a dense one unchanged."""
+    """The spec with guide=True; a dense one unchanged. UserError for a structure that takes no guide."""
     spec = parse_spec(text, LINEARS)
-    return text if spec.name == 'dense' else str(Spec(spec.name, spec.args, {**spec.kwargs, 'guide': True}))
+    if spec.name == 'dense':
+        return text
+    if 'guide' not in inspect.signature(LINEARS[spec.name]).parameters:
+        raise UserError(f'self_guided needs structures that take guide=True, and {spec} does not; set self_guided=0, or '
+                        'derive its class from layers.structured.Structured, which has one', 'self_guided')
+    return str(Spec(spec.name, spec.args, {**spec.kwargs, 'guide': True}))
 
 
 def fields(config):

@@ -14,8 +14,6 @@ from kron.van_loan import nearest_kronecker_sum
 from layers.basic import Linear
 from layers.structured import no_autocast
 
-__all__ = ['CALIBRATED', 'METHODS', 'ExpertLinear']
-
 
 def left(X, A):
     """A_g X for every row: X (G, R, n, q), A (G, m, n) -> (G, R, m, q), as one product per group."""
@@ -40,6 +38,7 @@ class ExpertLinear(nn.Module):
     (out, in) matrix is formed, forward or backward. Raises ValueError, one sentence, for sizes that do not divide.
     """
     tags = {'A': 'factor', 'B': 'factor', 'weight': 'factor', 'bias': 'vector'}
+    methods, calibrated = METHODS, CALIBRATED
 
     def __init__(self, in_features, out_features, bias, experts, m, n, top_k=2, share='B'):
         super().__init__()

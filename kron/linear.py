@@ -12,6 +12,7 @@ import torch.nn as nn
 from kron.lean import computed_in
 from kron.methods import CALIBRATED, METHODS, bias_shift, centred, fit_beside, moved
 from kron.plan import PLANS, by_rule, cheaper_is_a_first, rule, rule_flops, taken
+from layers.base import whole
 from layers.structured import Structured, loudest, no_autocast, options_numel
 from variants import did_you_mean
 
@@ -32,8 +33,8 @@ class KroneckerLinear(Structured):
     Source: Krony-PT (arXiv 2412.12351) for the model; it forms W, which this class does not.
     """
     tags = {'A': 'factor', 'B': 'factor', 'scale': 'vector', 'bias': 'vector'}
-    size_argument = 'terms'                 # the argument to lower for fewer parameters
-    zero_factor = 'B'                       # zeros here make W zero, and gradients still flow
+    methods, calibrated = METHODS, CALIBRATED
+    size_argument, zero_factor = 'terms', 'B'
 
     def __init__(self, in_features, out_features, bias, m, n, terms=1, scale=False, *, exact_columns=0, weight_norm=False,
                  guide=False):
@@ -54,9 +55,7 @@ class KroneckerLinear(Structured):
         Raises ValueError, in one sentence that says what would work, for sizes that do not divide or are not positive.
         """
         options = options_numel(in_features, out_features, exact_columns, weight_norm, guide)
-        for name, value in {'m': m, 'n': n, 'terms': terms}.items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f'{name}={value!r} must be a whole number of at least 1')
+        whole(m=m, n=n, terms=terms)
         if not isinstance(scale, bool):
             raise ValueError(f'scale={scale!r} is neither True nor False; True learns one scale per term')
         if out_features % m or in_features % n:

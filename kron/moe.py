@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from kron.experts import ExpertLinear
 from kron.router import Router, Slots, balance_loss, route, z_loss
+from layers.base import BaseMLP
 
 
-class KronMoE(nn.Module):
+class KronMoE(BaseMLP):
     """c_proj(gelu(c_fc x)), hidden size 4 C, both gated sums over the top_k of `experts` Kronecker experts, by one router.
 
     experts E; m x n: size of c_fc's left factors, c_proj's are n x m; None: such that right factors are b x b, b the

@@ -2,7 +2,7 @@
 import torch
 import torch.nn as nn
 
-from kron.linear import CALIBRATED, METHODS, KroneckerLinear  # noqa: F401 - METHODS and CALIBRATED: as every structure
+from kron.linear import KroneckerLinear
 from kron.plan import rule
 from layers.structured import pivoted, with_others
 

@@ -5,14 +5,16 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from layers.base import BaseLinear
 
-class Linear(nn.Linear):
+
+class Linear(nn.Linear, BaseLinear):
     """The dense linear, y = x W^T + b, with the contract that every structured linear keeps.
 
     in_features, out_features: sizes; bias: bool. Parameters out*in (+ out); FLOPs per token 2*out*in.
     """
     tags = {'weight': 'matrix', 'bias': 'vector'}
-    zero_factor = 'weight'                  # zeros here make W zero, and gradients still flow
+    methods = None                          # every method is exact
 
     def __init__(self, in_features, out_features, bias):
         super().__init__(in_features, out_features, bias)
@@ -31,10 +33,6 @@ class Linear(nn.Linear):
     def dense_weight(self):
         """W itself, (out, in)."""
         return self.weight
-
-    def wide_weight(self):
-        """W in fp32 at least."""
-        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
 
     def flops(self, tokens):
         """Forward FLOPs for that many tokens, a multiply-add counted as 2."""

@@ -5,8 +5,10 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from layers.base import BaseLinear, whole
 
-class Structured(nn.Module):
+
+class Structured(BaseLinear):
     """y = W x + b with W = diag(magnitude / ||P_i||) P, + columns at `index`; P, (out, in), is a product of factors.
 
     A subclass makes its factors, calls `add_options`, and has product(x, bias=None) = P x + bias for x (..., in),
@@ -121,9 +123,7 @@ class Structured(nn.Module):
 
 def options_numel(in_features, out_features, exact_columns=0, weight_norm=False, guide=False):
     """Parameters of the options; a guide's are not counted, as it leaves. ValueError in one sentence for bad ones."""
-    for name, value in {'in_features': in_features, 'out_features': out_features}.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f'{name}={value!r} must be a whole number of at least 1')
+    whole(in_features=in_features, out_features=out_features)
     if type(exact_columns) is not int or not 0 <= exact_columns <= in_features:
         raise ValueError(f'exact_columns={exact_columns!r} must be a whole number from 0 to the {in_features} inputs')
     for name, value in {'weight_norm': weight_norm, 'guide': guide}.items():

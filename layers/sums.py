@@ -1,7 +1,6 @@
 """A sum of structures as one linear map, W = W_1 + W_2 + ...; `lowrank(64) + kron(8, 8, terms=2)` in the site language."""
 import copy
 import inspect
-import sys
 
 import torch
 import torch.nn as nn
@@ -13,7 +12,6 @@ from variants import did_you_mean
 # in a method's name, both with the inputs x' from the compressed earlier layers
 SEQUENTIAL = '_sequential'      # fitted to the dense model's outputs W x
 STREAMED = '_streamed'          # fitted to W x'
-METHODS = {}                    # no methods: each part takes the first one that its class has
 ROUNDS, GAIN = 3, 1e-3          # of refitting every part to the remainder of the others; a round that gains less is the last
 RIDGE = 0.01                    # of the typical power of an input, in the error of a fit
 
@@ -27,14 +25,13 @@ def choose(cls, wanted, arguments):
     if cls is SumLinear:
         chosen = [choose(part, wanted, given) for part, given in map(part_of, arguments['parts'])]
         return ','.join(name for name, _ in chosen), any(needs for _, needs in chosen)
-    module = sys.modules[cls.__module__]
-    known, names = getattr(module, 'METHODS', None), [name.strip() for name in wanted.split(',')]
+    known, names = cls.methods, [name.strip() for name in wanted.split(',')]
     if known is None:                                   # dense: every method is exact
         return 'van_loan', False
     for name in names:
         plain = next((name.removesuffix(end) for end in (SEQUENTIAL, STREAMED) if name.endswith(end)), name)
         if name in known or plain in known and SEQUENTIAL not in plain:
-            return name, name != plain or plain in getattr(module, 'CALIBRATED', ())
+            return name, name != plain or plain in cls.calibrated
     raise ValueError(f'method={wanted!r} is unknown; {name_of(cls)} knows {", ".join(known)}'
                      f'{did_you_mean(names[0], known)}; with commas each structure takes the first that it knows')
 
@@ -57,6 +54,9 @@ def part_of(text):
         bound = inspect.signature(cls).bind(0, 0, False, *spec.args, **spec.kwargs)
     except (variants.UserError, TypeError, AttributeError) as error:
         raise ValueError(f'{text}: {error}') from None
+    missing = variants.incomplete('linear', cls)
+    if missing:
+        raise ValueError(f'{text}: {missing}')
     if spec.name == 'sum':
         raise ValueError(f'{text}: a sum within a sum; write its parts')
     bound.apply_defaults()
@@ -71,6 +71,7 @@ class SumLinear(Structured):
     Raises ValueError for a part that is not a spec or does not fit the sizes.
     """
     tags, zero_factor = {}, ''                          # the parts have their own
+    methods = ()                                        # each part takes the first that its class knows
 
     def __init__(self, in_features, out_features, bias, parts, *, guide=False):
         super().__init__()
@@ -96,8 +97,7 @@ class SumLinear(Structured):
         numel = cls.weight_numel(in_features, out_features, parts)
         for text, (part, arguments) in zip(parts, map(part_of, parts)):
             limit = in_features * out_features - numel + part.weight_numel(in_features, out_features, **arguments)
-            found = hasattr(part, 'size_argument') and variants.saving_size(part, in_features, out_features, arguments,
-                                                                            limit)
+            found = variants.saving_size(part, in_features, out_features, arguments, limit)
             if found:
                 return f'in {text}, {found}'
         return 'choose smaller parts'
@@ -114,7 +114,7 @@ class SumLinear(Structured):
 
     def product_weight(self):
         """sum_i W_i, (out, in), in fp32 at least."""
-        return sum(getattr(part, 'wide_weight', part.dense_weight)() for part in self.parts)
+        return sum(part.wide_weight() for part in self.parts)
 
     def flops(self, tokens):
         """Forward FLOPs for that many tokens, a multiply-add counted as 2."""

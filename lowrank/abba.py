@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from layers.base import whole
 from layers.structured import Structured, no_autocast, options_numel
 from lowrank.hadamard import nearest_hadamard
 from lowrank.svd import seen
@@ -48,8 +49,8 @@ class ABBALinear(Structured):
     products as weights, from scratch.
     """
     tags = {'B1': 'factor', 'A1': 'factor', 'B2': 'factor', 'A2': 'factor', 'scale': 'vector', 'bias': 'vector'}
-    size_argument = 'rank1'                 # the argument to lower for fewer parameters
-    zero_factor = 'B1'                      # zeros here make W zero, and gradients still flow
+    methods, calibrated = METHODS, CALIBRATED
+    size_argument, zero_factor = 'rank1', 'B1'
 
     def __init__(self, in_features, out_features, bias, rank1, rank2, scale=False, *, guide=False):
         super().__init__()
@@ -70,9 +71,7 @@ class ABBALinear(Structured):
         Raises ValueError, in one sentence, for sizes below 1 or a scale that is no bool.
         """
         options_numel(in_features, out_features, guide=guide)
-        for name, value in {'rank1': rank1, 'rank2': rank2}.items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f'{name}={value!r} must be a whole number of at least 1')
+        whole(rank1=rank1, rank2=rank2)
         if not isinstance(scale, bool):
             raise ValueError(f'scale={scale!r} is neither True nor False; True learns one scale')
         return (rank1 + rank2) * (out_features + in_features) + scale

@@ -3,10 +3,11 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import variants
+from layers.base import BaseMLP
 from layers.basic import RMSNorm, UnitNorm, hidden_scale
 
 
-class LatentMLP(nn.Module):
+class LatentMLP(BaseMLP):
     """c = c_a x; y = c_proj c_b (silu(c_gate c) * c_fc c): SwiGLU between two latents of `rank` features.
 
     rank r: features of both latents; hidden F: width of the activation, None = 8/3 C, up to a multiple of 64; norm: RMS

@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from layers.base import whole
 from layers.structured import Structured, loudest, no_autocast, options_numel, silenced
 from lowrank.svd import moved, seen, truncated_svd, two_sided_svd, whitened_svd
 
@@ -62,8 +63,8 @@ class LowRankLinear(Structured):
     Raises ValueError for sizes that are not positive.
     """
     tags = {'U': 'factor', 'V': 'factor', 'bias': 'vector'}
-    size_argument = 'rank'                  # the argument to lower for fewer parameters
-    zero_factor = 'U'                       # zeros here make W zero, and gradients still flow
+    methods, calibrated = METHODS, CALIBRATED
+    size_argument, zero_factor = 'rank', 'U'
 
     def __init__(self, in_features, out_features, bias, rank, *, exact_columns=0, weight_norm=False, guide=False):
         super().__init__()
@@ -78,8 +79,7 @@ class LowRankLinear(Structured):
     def weight_numel(cls, in_features, out_features, rank, exact_columns=0, weight_norm=False, guide=False):
         """Parameters without the bias: rank (out + in) and the options'. Raises ValueError, one sentence, for bad sizes."""
         options = options_numel(in_features, out_features, exact_columns, weight_norm, guide)
-        if type(rank) is not int or rank < 1:
-            raise ValueError(f'rank={rank!r} must be a whole number of at least 1')
+        whole(rank=rank)
         return rank * (out_features + in_features) + options
 
     def reset_factors(self, std):

@@ -4,7 +4,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from layers.structured import no_autocast, pivoted, with_others
-from lowrank.linear import CALIBRATED, METHODS, LowRankLinear  # noqa: F401 - METHODS and CALIBRATED: as every structure
+from lowrank.linear import LowRankLinear
 
 
 class PivotLinear(LowRankLinear):

@@ -13,11 +13,12 @@ import configurator
 from growth import changes
 from model import GPT, GPTConfig
 from optimizers import schedules
-from tests.contract.test_attention import EXAMPLES as ATTENTION
-from tests.contract.test_mlps import EXAMPLES as MLP
+from tests.contract.test_attention import SPECS as ATTENTION
+from tests.contract.test_linears import TESTED
+from tests.contract.test_mlps import SPECS as MLP
 from tests.tiny import ROOT
 from training.startup import adopt
-from variants import ATTENTIONS, LINEARS, MLPS, UserError
+from variants import LINEARS, UserError
 
 SMALL = dict(n_layer=2, n_head=8, n_embd=32, block_size=16, vocab_size=65)
 # name -> rules that put the linear at every site of any attention and mlp
@@ -49,9 +50,11 @@ TRAINED = sorted(str(p.relative_to(ROOT)) for folder in ('config', 'config/atten
 
 def entries():
     """{label: GPTConfig fields}: every entry of the three tables in every spec of the contract tests, and COMBINATIONS."""
-    found = {f'linear {name}': dict(linear=RULES[name]) for name in LINEARS}
-    found |= {f'attention {spec}': dict(attention=spec, rope=True) for name in ATTENTIONS for spec in ATTENTION[name]}
-    found |= {f'mlp {spec}': dict(mlp=spec) for name in MLPS for spec in MLP[name]}
+    found = {f'linear {name}': dict(linear=rules) for name, rules in RULES.items()}
+    found |= {f'linear {name}': dict(linear={'h.*.mlp.*': LINEARS[name].examples[0]}, mlp='swiglu(96)', n_embd=48)
+              for name in TESTED if name not in RULES}                  # newcomers
+    found |= {f'attention {spec}': dict(attention=spec, rope=True) for specs in ATTENTION.values() for spec in specs}
+    found |= {f'mlp {spec}': dict(mlp=spec) for specs in MLP.values() for spec in specs}
     return found | COMBINATIONS
 
 

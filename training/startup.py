@@ -45,7 +45,7 @@ def check_shapes(config):
     """Build the model without memory, so that a spec that does not fit is refused in one line before anything changes."""
     with torch.device('meta'):
         model = GPT(configurator.model_config(config))
-    leaks = [i for i, block in enumerate(model.transformer.h) if getattr(block.attn, 'leaks', False)]
+    leaks = [i for i, block in enumerate(model.transformer.h) if block.attn.leaks]
     if leaks and not config.allow_leak:
         raise UserError(f'attention of block {leaks[0]} sees the future, so that its loss means nothing; take a causal '
                         'form, or --allow_leak=True for a negative control', 'attention')

@@ -9,7 +9,8 @@ import torch
 import configurator
 from model import GPT, GPTConfig
 from tests import tiny
-from variants import ATTENTIONS, parse_spec
+from tests.contract.test_attention import EXAMPLES as KEPT
+from variants import parse_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT2 = {'gpt2_mla': 118_581_504, 'gpt2_linformer': 123_636_480, 'gpt2_dint': 123_591_936}
@@ -53,7 +54,7 @@ def test_the_counts_in_docs_attention_md_are_right():
     """Parameters and FLOPs at GPT-2's sizes; numbers of the cache stand in the tests of each class."""
     page = (ROOT / 'docs/attention.md').read_text(encoding='utf-8')
     rows = re.findall(r'^\| `(.+)` \| ([\d,]+) \| ([\d.]+) \| ', page, re.MULTILINE)
-    assert {parse_spec(spec).name for spec, *_ in rows} == set(ATTENTIONS)
+    assert {parse_spec(spec).name for spec, *_ in rows} == set(KEPT)
     for spec, parameters, megaflops in rows:
         with torch.device('meta'):
             model = GPT(GPTConfig(n_layer=1, rope=True, attention=spec))
@@ -72,7 +73,7 @@ def test_every_attention_has_a_config_of_about_the_same_size():
         sizes[path.stem] = model.num_params()
         found.add(parse_spec(config.attention).name)
         assert f'bash run.sh config/attention/{path.name}' in path.read_text() and f'attention_{path.stem}' in config.out_dir
-    assert found == set(ATTENTIONS)
+    assert found == set(KEPT)
     assert all(abs(size / sizes['causal'] - 1) < 0.03 for size in sizes.values()), sizes
 
 

@@ -15,7 +15,9 @@ from bench import maps, measure, modules, subject, tables
 from bench.modules import Settings
 from bench.subject import Subject
 from checkpoints import checkpoint
+from layers.base import BaseMLP
 from model import GPT, Context, GPTConfig
+from tests.contract.test_attention import EXAMPLES as KEPT
 from variants import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +45,7 @@ def small(**changes):
 
 
 def test_specs_cover_the_table():
-    assert list(SPECS) == list(variants.ATTENTIONS)
+    assert list(SPECS) == list(KEPT)
 
 
 @pytest.fixture
@@ -179,12 +181,16 @@ def test_a_module_that_does_not_fit_says_so_in_its_row_and_the_others_are_measur
     assert all('measures' in row for name, row in rows.items() if name not in LATENT)
 
 
-def test_a_newcomer_without_an_example_is_measured_by_its_name(monkeypatch):
+def test_a_newcomer_is_measured_by_its_first_example_or_its_name(monkeypatch):
     monkeypatch.setitem(variants.MLPS, 'newcomer', variants.MLPS['relu2'])
-    monkeypatch.setitem(variants.MLPS, 'needy', type('Needy', (), {'__init__': lambda self, config, site, size: None}))
+    needy = type('Needy', (BaseMLP,), {'__init__': lambda self, config, site, size: None})
+    monkeypatch.setitem(variants.MLPS, 'needy', needy)
+    shown = type('Shown', (variants.MLPS['swiglu'],), {'examples': ['shown(hidden=40)']})
+    monkeypatch.setitem(variants.MLPS, 'shown', shown)
     result = modules.run(small(), 'mlp')
     rows = {row['name']: row for row in result['rows']}
     assert rows['newcomer']['spec'] == 'newcomer' and 'measures' in rows['newcomer']
+    assert rows['shown']['spec'] == 'shown(hidden=40)' and 'measures' in rows['shown']
     assert "missing a required argument: 'size'" in rows['needy']['note'] and rows['needy']['note'] in tables.text(result)
 
 
@@ -355,7 +361,7 @@ CACHES = {
 
 
 def test_every_class_has_a_cache_formula():
-    assert {spec.partition('(')[0] for spec in CACHES} == set(variants.ATTENTIONS)
+    assert {spec.partition('(')[0] for spec in CACHES} == set(KEPT)
 
 
 @pytest.mark.parametrize('spec', CACHES)

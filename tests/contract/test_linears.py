@@ -1,5 +1,5 @@
-"""What every entry of variants.LINEARS must keep. A new linear: one line in LINEARS, one in EXAMPLES below, then
-`pytest tests/contract/test_linears.py -k NAME`."""
+"""What every entry of variants.LINEARS must keep. A new linear: one line in LINEARS, then
+`pytest tests/contract/test_linears.py -k NAME`, which takes the specs of the class's `examples`."""
 import ast
 import copy
 import importlib
@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers.basic import tags_of
-from variants import LINEARS
+from layers.basic import tags_of, zero_
+from model import GPT, GPTConfig
+from tests.contract import entries
+from variants import LINEARS, Spec, UserError
 
 # name -> spec arguments that save parameters, each fit for 48 -> 96 and 96 -> 48 (`saving`: one test a line),
 # spec arguments under which from_dense reproduces any such matrix (`full`), and the structured classes
@@ -45,6 +47,18 @@ EXAMPLES = {
                        {'parts': ('kron(3, 4, scale=True)', 'abba(2, 3)', 'lowrank(2)')}],
             'full': {'parts': ('lowrank(48)', 'kron(8, 6)')}, 'fits': 1.0},
 }
+
+
+def example(name):
+    """The line of EXAMPLES, or the same made of what a newcomer's class says."""
+    if name in EXAMPLES:
+        return EXAMPLES[name]
+    cls = LINEARS[name]
+    return {'saving': [entries.arguments('linear', text) for text in cls.examples], 'fits': cls.tolerance,
+            **({} if cls.exact is None else {'full': entries.arguments('linear', cls.exact)})}
+
+
+TESTED = {name: example(name) for name in entries.specs('linear', EXAMPLES)}
 SIZES = [(48, 96), (96, 48)]                    # (in, out)
 TAGS = {'matrix', 'factor', 'vector', 'embedding', 'head'}
 
@@ -56,13 +70,10 @@ class Case:
         self.name, self.spec = name, spec
 
     def __repr__(self):
-        return f'{self.name}({",".join(f"{k}={v}" for k, v in (self.spec or {}).items())})'
+        return f'{self.name}({",".join(f"{k}={v}" for k, v in self.spec.items())})'
 
     @property
     def cls(self):
-        if self.spec is None:
-            pytest.fail(f'LINEARS has {self.name!r} but EXAMPLES in tests/contract/test_linears.py has not; '
-                        f"add a line {self.name!r}: {{'saving': [...], 'full': ...}} with its spec arguments")
         return LINEARS[self.name]
 
     def build(self, in_features=48, out_features=96, bias=True, dtype=torch.float64, seed=0):
@@ -78,12 +89,9 @@ class Case:
 
 
 def cases(kind):
-    """A Case for each table entry: for each of its saving specs, or for its full one."""
-    found = []
-    for name in LINEARS:
-        example = EXAMPLES.get(name, {'saving': [None], 'full': None})
-        found += [Case(name, spec) for spec in (example['saving'] if kind == 'saving' else [example['full']])]
-    return found
+    """A Case for each table entry: for each of its saving specs, or for its full one, where there is one."""
+    return [Case(name, spec) for name, example in TESTED.items()
+            for spec in (example['saving'] if kind == 'saving' else [example[kind]] if kind in example else [])]
 
 
 each_case = pytest.mark.parametrize('case', cases('saving'), ids=repr)
@@ -93,7 +101,7 @@ each_size = pytest.mark.parametrize('sizes', SIZES, ids=lambda s: f'{s[0]}to{s[1
 
 def forms_dense(case):
     """Whether the class may form W: always, or with these arguments."""
-    forms = EXAMPLES[case.name].get('forms_W', [])
+    forms = TESTED[case.name].get('forms_W', [])
     return forms is True or case.spec in forms
 
 
@@ -112,6 +120,12 @@ def gradients(module, x, function):
     y = function(x)
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
     return torch.autograd.grad((y * weights).sum(), [x, *module.parameters()])
+
+
+@pytest.mark.parametrize('name', list(LINEARS))
+def test_its_class_is_complete(name):
+    """First: until this passes no other test runs for that name."""
+    entries.complete('linear', name, EXAMPLES)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -221,7 +235,7 @@ def test_weight_numel_is_what_there_is(case, sizes):
 
 @each_case
 def test_size_argument_names_what_to_lower(case):
-    if not hasattr(case.cls, 'size_argument'):          # dense has none, and a sum's parts have theirs
+    if case.cls.size_argument is None:                  # dense has none, and a sum's parts have theirs
         return
     name = case.cls.size_argument
     assert name in inspect.signature(case.cls.weight_numel).parameters
@@ -398,7 +412,7 @@ def test_from_dense_of_its_own_product_is_exact(case):
     source = case.build()
     module = case.cls.from_dense(source.dense_weight(), source.bias, method='van_loan', stats=None, **case.spec)
     assert type(module) is case.cls
-    example = EXAMPLES[case.name]
+    example = TESTED[case.name]
     limit = example.get('fits', 1.0 if case.spec in example.get('local', []) else 1e-10)
     assert relative_error(module.dense_weight(), source.dense_weight()) < limit
 
@@ -425,6 +439,76 @@ def test_from_dense_refuses_an_unknown_method(case):
         return
     with pytest.raises(ValueError, match='van_loan'):
         case.cls.from_dense(torch.randn(96, 48), None, method='no_such_method', **case.spec)
+
+
+# ---------------------------------------------------------------------------------------------------
+# in a model
+
+def as_text(case):
+    """The case as a spec."""
+    return ' + '.join(case.spec['parts']) if case.name == 'sum' else str(Spec(case.name, (), case.spec))
+
+
+def model_of(case, **changes):
+    """A small model with it in the MLPs: 48 -> 96 -> 48."""
+    torch.manual_seed(0)
+    return GPT(GPTConfig(n_layer=2, n_head=4, n_embd=48, block_size=8, vocab_size=17, mlp='swiglu(96)',
+                         linear={'h.*.mlp.*': as_text(case)}, **changes)).double().eval()
+
+
+@each_case
+def test_zeros_in_its_zero_factor_make_it_zero_and_it_learns(case):
+    module = case.build(bias=False)
+    assert module.zero_factor, f'{case.cls.__name__} lacks zero_factor: name parameters whose zeros make W zero'
+    zero_(module)
+    assert not module.dense_weight().any(), f'W is not 0 with zeros in {module.zero_factor!r}: name others in zero_factor'
+    x = torch.randn(5, 48, dtype=torch.float64)
+    (module(x) * torch.randn(5, 96, dtype=torch.float64)).sum().backward()
+    assert any(module.get_parameter(name).grad.any() for name in module.zero_factor.split()), (
+        f'with zeros in {module.zero_factor!r} nothing gets a gradient: name fewer parameters in zero_factor')
+
+
+@each_case
+def test_a_model_has_it_grows_with_it_and_makes_it_dense(case):
+    """zero_init, add_block, the site table, realise and a checkpoint's state dict."""
+    x = torch.arange(8)[None]
+    first, model = model_of(case, zero_init=True), model_of(case)
+    assert not first.transformer.h[0].mlp.c_proj.dense_weight().any()
+    assert {row['spec'] for row in model.site_table() if '.mlp.' in row['site']} == {
+        'dense' if case.name == 'dense' else as_text(case)}
+    before = model(x, x)[0]
+    model.add_block()
+    assert torch.equal(model(x, x)[0], before)
+    again = GPT(model.config).double().eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x, x)[0], before)
+    again.realise()
+    assert (again(x, x)[0] - before).abs().max() < 1e-10
+
+
+@each_case
+def test_ngpt_makes_unit_rows_or_is_refused_in_a_sentence(case):
+    try:
+        model = model_of(case, ngpt='full')
+    except UserError as error:
+        assert '\n' not in str(error) and error.key == 'ngpt'
+        return
+    rows = model.transformer.h[0].mlp.c_fc.dense_weight().norm(dim=1)
+    assert (rows - 1).abs().max() < 1e-5
+
+
+@each_case
+def test_it_is_a_part_of_a_sum(case):
+    if case.name in ('dense', 'sum') or 'exact_columns' in case.spec:
+        return
+    parts = as_text(case), 'lowrank(1)'
+    module = LINEARS['sum'](48, 96, True, parts).double()
+    x = torch.randn(3, 48, dtype=torch.float64)
+    assert relative_error(module(x), formula(module, x)) < 1e-10
+    weight = torch.randn(96, 48, dtype=torch.float64)
+    alone = case.cls.from_dense(weight, None, **case.spec).dense_weight()
+    both = LINEARS['sum'].from_dense(weight, None, parts=parts).dense_weight()
+    assert (weight - both).norm() <= (weight - alone).norm() * (1 + 1e-10)
 
 
 # ---------------------------------------------------------------------------------------------------

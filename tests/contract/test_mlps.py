@@ -1,5 +1,8 @@
-"""What every entry of variants.MLPS must keep. A new MLP: one line in MLPS, one in EXAMPLES, then
-`pytest tests/contract/test_mlps.py -k NAME`. Models are small and in float64, with every parameter random."""
+"""What every entry of variants.MLPS must keep. A new MLP: one line in MLPS, then
+`pytest tests/contract/test_mlps.py -k NAME`, which takes the specs of the class's `examples`.
+
+Models are small and in float64, with every parameter random.
+"""
 import itertools
 
 import pytest
@@ -7,9 +10,10 @@ import torch
 
 from layers.basic import tags_of
 from model import GPT, GPTConfig
+from tests.contract import entries
 from variants import MLPS
 
-# name -> specs for n_embd 32
+# what is kept in this repository, name -> specs for n_embd 32
 EXAMPLES = {
     'gelu': ['gelu', "gelu(approximate='tanh')"],
     'relu2': ['relu2'],
@@ -17,17 +21,22 @@ EXAMPLES = {
     'latent': ['latent(8)', 'latent(6, hidden=40, norm=True)'],
     'kron_moe': ['kron_moe(4)', 'kron_moe(8, 16, 8, top_k=3, share=None)', "kron_moe(3, 16, 8, top_k=1, share='A')"],
 }
+SPECS = entries.specs('mlp', EXAMPLES)                  # newcomers too
 # specs whose tokens are grouped by expert: products of other shapes round otherwise
 REGROUPED = ('kron_moe',)
 NORMALISED = ('gelu', 'relu2', 'swiglu', 'latent')              # those that ngpt takes
 SIZES = dict(block_size=16, vocab_size=65, n_layer=2, n_head=4, n_embd=32)
 
-each_spec = pytest.mark.parametrize('name, spec', [
-    (name, spec) for name in MLPS for spec in EXAMPLES.get(name, [None])])
+each_spec = pytest.mark.parametrize('name, spec', [(name, spec) for name in SPECS for spec in SPECS[name]])
+
+
+@pytest.mark.parametrize('name', list(MLPS))
+def test_its_class_is_complete(name):
+    """First: until this passes no other test runs for that name."""
+    entries.complete('mlp', name, EXAMPLES)
 
 
 def build(spec, dtype=torch.float64, **changes):
-    assert spec is not None, 'MLPS has a name that EXAMPLES in tests/contract/test_mlps.py has not; add a line'
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SIZES, 'mlp': spec, **changes})).to(dtype).eval()
     with torch.no_grad():
