@@ -5,6 +5,9 @@ logs in records/<date>_NAME/ (a folder of plain text; commit it).
 `python compare.py recovery RUN [RUN ...] [--to=FOLDER]` tells what changes of the model did to runs, from their log.jsonl:
 it writes drop_in.md, drop_in.json and drop_in.png again for a run that was killed, or, for several runs, one table and one
 plot of all, into --to. With --baseline=PATTERN it prints what growth and dense finishes saved instead (growth/recovery.py).
+
+`python compare.py tables [--check=True]` writes the tables of README.md and docs/ and their figures anew from records/
+(reporting/pages.py); --check=True writes nothing, names what differs, and leaves with exit code 1 if anything does.
 """
 import datetime
 import os
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 import configurator
 from configurator import key
 from growth import recovery
-from reporting import records
+from reporting import pages, records
 from variants import UserError
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -33,6 +36,12 @@ class RecoveryConfig:
     """Settings of compare.py recovery."""
     baseline: str = key('', 'pattern of the folders whose final loss the others are to reach, such as */dense/*')
     to: str = key('', 'folder of the table and the plot; default the run itself, for several runs out/drop_in')
+
+
+@dataclass
+class TablesConfig:
+    """Settings of compare.py tables."""
+    check: bool = key(False, 'write nothing; exit code 1 when a page or a figure differs from records/')
 
 
 def compare(folders, config):
@@ -60,11 +69,25 @@ def recover(folders, config):
         print(recovery.write(config.to or os.path.join('out', 'drop_in'), folders))
 
 
+def publish(folders, config):
+    """Write the tables and figures of README.md and docs/, or say which are not what records/ gives."""
+    if folders:
+        raise UserError(f'{folders[0]}: compare.py tables takes no folders, it reads records/')
+    changed = pages.stale(ROOT) if config.check else pages.write(ROOT)
+    for path in changed:
+        print(f'{path} differs: python compare.py tables' if config.check else f'written: {path}')
+    if config.check and changed:
+        raise SystemExit(1)
+
+
+PARTS = {'recovery': (recover, RecoveryConfig), 'tables': (publish, TablesConfig)}
+
+
 def main():
-    name, act, settings = 'compare.py', compare, CompareConfig
-    if sys.argv[1:2] == ['recovery']:                   # a run's folder of that name is ./recovery
-        del sys.argv[1]
-        name, act, settings = 'compare.py recovery', recover, RecoveryConfig
+    name, (act, settings) = 'compare.py', (compare, CompareConfig)
+    if sys.argv[1:2] and sys.argv[1] in PARTS:          # a run's folder of that name is ./recovery
+        part = sys.argv.pop(1)
+        name, (act, settings) = f'compare.py {part}', PARTS[part]
     folders = [a for a in sys.argv[1:] if not a.startswith('-')]
     sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith('-')]
     config = configurator.run_program(name, settings)
