@@ -8,16 +8,16 @@ import math
 from reporting.tables import Record
 
 FOLDER = 'docs'
-WIDTH, HEIGHT = 760, 430
-LEFT, RIGHT, TOP, BOTTOM = 74, 236, 44, 62                  # margins around the axes
-FLOPS, LOSS = (1e12, 4.2e12), (1.76, 2.22)                  # what the axes span
+WIDTH, HEIGHT = 640, 370
+LEFT, RIGHT, TOP, BOTTOM = 62, 236, 40, 60                  # margins around the axes
+FLOPS, LOSS = (1.15e12, 4.2e12), (1.77, 2.21)                  # what the axes span
 STEPS, EQUAL = '2026-11-22_where_the_money_is', '2026-11-21_scratch'
 
 # label: (colour on light pages, on dark ones, the row with 600 steps each, the row with equal training FLOPs)
 LINES = {
     'low rank MLPs': ('#8250df', '#bc8cff', '', 'low rank'),
     'dense': ('#57606a', '#9198a1', 'dense', 'dense'),
-    'low rank + Kronecker MLPs': ('#0969da', '#58a6ff', '', 'low rank + kron'),
+    'low rank + Kronecker': ('#0969da', '#58a6ff', '', 'low rank + kron'),
     'Kronecker MLPs': ('#cf222e', '#ff7b72', 'mlp 50%', 'kron'),
     'narrow dense': ('#1a7f37', '#3fb950', 'narrow 50%', 'narrow'),
 }
@@ -59,7 +59,7 @@ def axes(text, grid):
     for loss in (1.8, 1.9, 2.0, 2.1, 2.2):
         y = y_of(loss)
         parts += [line(LEFT, y, right, y, grid), words(LEFT - 10, y + 6, loss, text, anchor='end')]
-    for flops in (1, 2, 3, 4):
+    for flops in (1.5, 2, 3, 4):
         x = x_of(flops * 1e12)
         parts += [line(x, bottom, x, bottom + 6, text), words(x, bottom + 24, flops, text, anchor='middle')]
     middle = (LEFT + right) / 2

@@ -43,6 +43,16 @@ def percent(part, whole):
     return f'{100 * part / whole:.0f}%'
 
 
+def millions(part, whole):
+    digits = 1 if part > 1e7 else 2
+    return unbroken(f'{part / 1e6:.{digits}f}M ({percent(part, whole)})')
+
+
+def unbroken(text):
+    """The text with spaces at which no line ends."""
+    return text.replace(' ', '\N{NO-BREAK SPACE}')
+
+
 @dataclass
 class Answer:
     """One row of the table on README.md's first screen: a variant beside the dense model of the same record."""
@@ -60,7 +70,7 @@ class Answer:
         (flops, _, _), (all_flops, _, _) = (record.number(name, self.cost) for name in (self.variant, self.dense))
         mean, half, seeds = record.number(self.variant, 'validation loss')
         narrow = f'{record.number(self.narrow, "validation loss")[0]:.3f}' if self.narrow else ''
-        return [self.what, f'{size:,.0f} ({percent(size, whole)})', percent(flops, all_flops), f'{mean:.3f} ± {half:.3f}',
+        return [self.what, millions(size, whole), percent(flops, all_flops), unbroken(f'{mean:.3f} ± {half:.3f}'),
                 f'{record.number(self.dense, "validation loss")[0]:.3f}', narrow, str(seeds), self.data]
 
 
@@ -86,9 +96,8 @@ class Answers:
         whole, dense = re.search(r'of ([\d,]+), perplexity ([\d.]+) on test', record.text).groups()
         size, _, _ = record.number(variant, 'of the whole model', '75%')
         healed, _, seeds = record.number(variant, 'healed', '75%')
-        share = percent(size, float(whole.replace(',', '')))
-        return ['pretrained SmolLM2, its MLPs cut to 75%', f'{size:,.0f} ({share})', '', f'perplexity {healed:.1f}',
-                f'{float(dense):.1f}', '', str(seeds), 'Wikipedia prose']
+        return ['pretrained SmolLM2, its MLPs cut to 75%', millions(size, float(whole.replace(',', ''))), '',
+                unbroken(f'perplexity {healed:.1f}'), f'{float(dense):.1f}', '', str(seeds), 'Wikipedia prose']
 
     def text(self, root, page):
         names = dict.fromkeys([answer.record for answer in self.rows] + [self.smollm2])
