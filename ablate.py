@@ -1,15 +1,15 @@
 """Run a grid of variants and compare them: `python ablate.py config/ablation/X.py [--jobs=N] [--seeds=N] [--key=value]`.
 
 A grid file names a base config and variants (changes to it), or axes whose combinations are the variants, or ranks that
-optuna draws under a budget; besides data sets and settings to search. Every variant first runs with every searched value
-on one seed; the best value then runs with the other seeds. Runs that are done are skipped, so that the same command goes
-on after a kill, and several processes, on several machines that share the folder, may work on one grid; a variant that
-fails is named and the others go on. Keys of train.py on the command line hold for every run, but for what makes a
-variant. `--axes=NAME` runs a part of the axes, `--pick=NAME,NAME*` some variants, `--equal=flops` gives every variant the
-dense base's training FLOPs instead of its tokens, `--gpus=N` a GPU each.
+optuna draws under a budget. It also names data sets and settings to search. Every variant first runs with every searched
+value on one seed; the best value then runs with the other seeds. Finished runs are skipped, so that the same command
+continues after an interruption, and several processes, on several machines that share the folder, may work on one grid. A
+variant that fails is named and the others continue. Keys of train.py on the command line apply to every run, except keys
+that define a variant. `--axes=NAME` runs a part of the axes, `--pick=NAME,NAME*` some variants, `--equal=flops` gives every
+variant the dense base's training FLOPs instead of its tokens, `--gpus=N` gives each run its own GPU.
 
-`python ablate.py report DIR [--axes=NAME]` prints the tables of what has finished so far and writes them, the pictures and
-a page into DIR; --record=NAME keeps it, with all logs, in records/<date>_NAME/. `--dry_run=True` lists the runs.
+`python ablate.py report DIR [--axes=NAME]` prints the tables of the runs finished so far and writes them, the plots and a
+page into DIR; --record=NAME keeps it, with all logs, in records/<date>_NAME/. `--dry_run=True` lists the runs.
 docs/ablation.md says how effects are computed.
 """
 import concurrent.futures
@@ -56,7 +56,7 @@ def read(arguments):
 def plan_of(grid, passed):
     """The checked plan of a grid, controls included; raises UserError."""
     axes.spread(grid)
-    for run in first_runs(grid):                        # without torch, so that most mistakes are said at once
+    for run in first_runs(grid):                        # without torch, so that most mistakes are reported at once
         configurator.load([grid.base, *grids.settings_of(run, grid, passed)])
     from ablation import ranks
     from ablation.plan import Plan
@@ -64,7 +64,7 @@ def plan_of(grid, passed):
     ranks.check(plan)
     plan.add_controls()
     if grid.pick and not first_runs(grid) and not ranks.searched_variants(grid):
-        raise UserError(f'no variant is called {grid.pick!r}; there are {", ".join(grid.variants)}', 'pick')
+        raise UserError(f'no variant is called {grid.pick!r}; the variants are {", ".join(grid.variants)}', 'pick')
     for label in (*grid.only, *([grid.baseline] if grid.baseline else [])):
         if label not in grid.variants:
             raise UserError(f'there is no variant {label!r}{did_you_mean(label, grid.variants)}', 'only')
@@ -87,7 +87,7 @@ def listing(grid):
 # running
 
 def carry_out_all(plan):
-    """The search, the other seeds, the drawn ranks, in grid.jobs jobs; returns the sentences of those that failed."""
+    """The search, the other seeds and the drawn ranks, in grid.jobs jobs; returns one sentence per failed run."""
     from ablation import ranks, runner, study
     grid, queue = plan.grid, study.Queue(plan.grid)
     searches = [ranks.Search(queue, plan, *pair) for pair in ranks.searched_variants(grid)]
@@ -98,7 +98,7 @@ def carry_out_all(plan):
 
     def take():
         waits = False
-        for source in (queue, *searches, queue):        # the queue again: a search that has ended gives it more
+        for source in (queue, *searches, queue):        # the queue again: a finished search adds to it
             found = source.take(wanted) if source is queue else source.take()
             if isinstance(found, tuple):
                 return found
@@ -115,7 +115,7 @@ def carry_out_all(plan):
 
 
 def stop_on_signals():
-    """Ctrl-C and SIGTERM: runs save and stop, and the same command goes on with them."""
+    """Ctrl-C and SIGTERM: runs save and stop; the same command resumes them."""
     from ablation.runner import STOP
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: STOP.set())
@@ -123,7 +123,7 @@ def stop_on_signals():
 
 
 def commands(folder):
-    """The commands that runs of this folder were made by."""
+    """The commands that started the runs of this folder."""
     try:
         with open(os.path.join(folder, COMMANDS), encoding='utf-8') as file:
             return file.read().splitlines()
@@ -154,7 +154,7 @@ def main_run(arguments):
     stop = stop_on_signals()
     failures = carry_out_all(plan)
     if stop.is_set():
-        print('stopped; the same command goes on')
+        print('stopped; run the same command to continue')
         return
     try:
         print(report(grid.out_dir)[2])
@@ -169,7 +169,7 @@ def main_run(arguments):
 # the report
 
 def report(folder, part=''):
-    """(grid, found runs, text, names of the files) of what has finished in a grid's folder; writes the files there."""
+    """(grid, found runs, text, names of the files) of the finished runs in a grid's folder; writes the files there."""
     from ablation import page, plots, results, tables
     grid = results.read_grid(folder, part)
     found, failed, pruned = results.find_runs(grid), results.unfinished(grid, 'failed'), results.unfinished(grid, 'pruned')
@@ -192,7 +192,7 @@ def report(folder, part=''):
 
 
 def write_record(grid, found, text, files, options):
-    """records/<date>_NAME with tables, page, pictures, the grid, and configuration, machine and log of every run."""
+    """records/<date>_NAME with tables, page, plots, the grid, and configuration, machine and log of every run."""
     from reporting import records
     from reporting.runlog import write_json
     folder = os.path.join(ROOT, 'records', f'{datetime.date.today()}_{options.record}')
@@ -214,7 +214,7 @@ def main_report(arguments):
     options = configurator.load([f'--part={a[7:]}' if a.startswith('--axes=') else a for a in arguments[1:]], Grid)
     grid, found, text, files = report(arguments[0], options.part)
     print(text)
-    print(f'\nwritten to {os.path.join(arguments[0], PAGE)}, {TEXT} and {len(files) - 2} pictures')
+    print(f'\nwritten to {os.path.join(arguments[0], PAGE)}, {TEXT} and {len(files) - 2} plots')
     if options.record:
         write_record(grid, found, text, files, options)
 

@@ -5,7 +5,7 @@
     python bench.py attention --a="window(64)" --b="window(128)" --json=windows.json
     python bench.py attention --maps=maps.png --out_dir=out/kron_mlp --text=FILE
 
-`python bench.py PART --help` lists the settings. Exit codes: 0 done; 2 a mistake, said in one line; 4 out of memory.
+`python bench.py PART --help` lists the settings. Exit codes: 0 done; 2 a user error, reported in one line; 4 out of memory.
 """
 import importlib
 import json
@@ -18,23 +18,23 @@ from variants import UserError, did_you_mean
 
 # part -> the module in bench/ that measures it; bench/__init__.py says what such a module has
 PARTS = {
-    'attention': 'bench.modules',       # every attention class beside causal attention; --maps draws a model's maps
-    'linear': 'bench.modules',          # every structure beside the dense linear
-    'mlp': 'bench.modules',             # every MLP class beside GELU's
+    'attention': 'bench.modules',       # every attention class against causal attention; --maps draws a model's maps
+    'linear': 'bench.modules',          # every structure against the dense linear
+    'mlp': 'bench.modules',             # every MLP class against GELU's
     'plans': 'bench.plans',             # every contraction plan of a Kronecker sum, the chosen one, and dense
     'ladder': 'bench.ladder',           # a train step from plain fp32 upwards, and the checks before a long run
-    'precision': 'bench.precisions',    # a train step in every precision beside fp32, small models and large
+    'precision': 'bench.precisions',    # a train step in every precision against fp32, small models and large
     'step': 'bench.step',               # where the time of a config's train step goes; MFU, memory
     'sample': 'bench.sampling',         # tokens per second of generation, with and without the cache
-    'optim': 'bench.optimizing',        # Muon, batched, beside a loop and torch.optim.Muon
-    'loader': 'bench.loading',          # the loader alone and beside a train step
+    'optim': 'bench.optimizing',        # Muon, batched, against a loop and torch.optim.Muon
+    'loader': 'bench.loading',          # the loader alone and during a train step
     'scaling': 'bench.scaling',         # DDP and FSDP2 on 1, 2, ... ranks of this machine
     'ranks': 'bench.ranks',             # several ranks on one device over gloo, resumed, and one rank
-    'fit': 'bench.fit_table',           # ABBA beside the SVD of equal parameters on real matrices
+    'fit': 'bench.fit_table',           # ABBA against the SVD at equal parameters on real matrices
     'recipe': 'bench.recipe',           # the race against a clone of nanoGPT
-    'parent': 'bench.parent',           # the train step beside that of a clone of nanoGPT
-    'check': 'bench.check',             # compiled gradients beside eager ones, bits, graphs, DDP of one rank
-    'gpu': 'bench.gpu',                 # every measurement that wants a GPU, in two calls of under 10 minutes
+    'parent': 'bench.parent',           # the train step against that of a clone of nanoGPT
+    'check': 'bench.check',             # compiled gradients against eager ones, bits, graphs, DDP of one rank
+    'gpu': 'bench.gpu',                 # every measurement that needs a GPU, in two calls of under 10 minutes
 }
 
 
@@ -51,10 +51,10 @@ def read_arguments(words):
 
 
 def check_output(path):
-    """Refuse a file that could not be written before anything is measured for it."""
+    """Refuse an output file that cannot be written, before anything is measured."""
     folder = os.path.dirname(path) or '.'
     if path not in ('', '-') and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
-        raise UserError(f'{path!r} cannot be written; name a file in a folder that is there', 'json')
+        raise UserError(f'{path!r} cannot be written; name a file in an existing folder', 'json')
 
 
 def write(result, path):

@@ -1,10 +1,11 @@
-"""Runs side by side: `python compare.py RUN RUN ... [--record=NAME]` prints a Markdown table; runs that differ in
-nothing but their seed are one row, with mean and spread. --record=NAME also keeps table, configuration, machine and
-logs in records/<date>_NAME/ (a folder of plain text; commit it).
+"""Compare runs: `python compare.py RUN RUN ... [--record=NAME]` prints a Markdown table. Runs that differ only in their
+seed are one row, with mean and spread. --record=NAME also keeps table, configuration, machine and logs in
+records/<date>_NAME/ (a folder of plain text; commit it).
 
-`python compare.py recovery RUN [RUN ...] [--to=FOLDER]` tells what changes of the model did to runs, from their log.jsonl:
-it writes drop_in.md, drop_in.json and drop_in.png again for a run that was killed, or, for several runs, one table and one
-plot of all, into --to. With --baseline=PATTERN it prints what growth and dense finishes saved instead (growth/recovery.py).
+`python compare.py recovery RUN [RUN ...] [--to=FOLDER]` reports how changes of the model affected runs, from their
+log.jsonl. For one run it writes drop_in.md, drop_in.json and drop_in.png again, for example after a kill; for several runs
+it writes one table and one plot of all into --to. With --baseline=PATTERN it prints instead what growth and dense finishes
+saved (growth/recovery.py).
 
 `python compare.py tables [--check=True]` writes the tables of README.md and docs/ and their figures anew from records/
 (reporting/pages.py); --check=True writes nothing, names what differs, and leaves with exit code 1 if anything does.
@@ -28,14 +29,14 @@ class CompareConfig:
     """Settings of compare.py."""
     record: str = key('', 'name of a record to write to records/<date>_NAME')
     title: str = key('', 'title of the record')
-    note: str = key('', 'a paragraph for the record: what a reader must know')
+    note: str = key('', 'a paragraph for the record: what a reader needs to know')
 
 
 @dataclass
 class RecoveryConfig:
     """Settings of compare.py recovery."""
-    baseline: str = key('', 'pattern of the folders whose final loss the others are to reach, such as */dense/*')
-    to: str = key('', 'folder of the table and the plot; default the run itself, for several runs out/drop_in')
+    baseline: str = key('', 'pattern of the folders whose final loss is the target for the others, such as */dense/*')
+    to: str = key('', 'folder for the table and the plot; default: the folder of the run, for several runs out/drop_in')
 
 
 @dataclass
@@ -45,7 +46,7 @@ class TablesConfig:
 
 
 def compare(folders, config):
-    """Print the table of the runs, and keep a record of them where one is asked for."""
+    """Print the table of the runs, and write a record of them if one was requested."""
     if not folders:
         raise UserError('name the folders of the runs: python compare.py out/kron_mlp out/dense_mlp')
     found = [records.read_run(folder) for folder in folders]
@@ -57,7 +58,7 @@ def compare(folders, config):
 
 
 def recover(folders, config):
-    """Print what changes of the model did to the runs, and write it beside them."""
+    """Print how changes of the model affected the runs, and write it into their folder."""
     if not folders:
         raise UserError('name the folders of the runs: python compare.py recovery out/kron_drop_in')
     if config.baseline:

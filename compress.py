@@ -2,13 +2,14 @@
 
 A study file names a dense model (or the config file of one, which is trained first), budgets as shares of the parameters of
 some of its matrices, and variants: a structure, a method, and how the budget is shared among matrices. Sizes are chosen so
-that all variants of a budget have equal parameters, dense leftovers counted. Each variant is decomposed as by
-train.py --decompose, its loss is measured on two texts, `select` to make choices on and `test`, on which none is made, and
-some go on to a healing run of train.py. Results are lines of out_dir/results.jsonl: the same command skips those that are
-there and goes on after a kill. A variant that fails is named, and the others go on. --only=NAME,... runs some of them.
+that all variants of a budget have equal parameters, matrices that stay dense included. Each variant is decomposed as by
+train.py --decompose. Its loss is measured on two texts: `select`, on which choices are made, and `test`, on which none is
+made. Some variants are then trained further by train.py (healing). Results are lines of out_dir/results.jsonl: the same
+command skips finished trials and continues after an interruption. A variant that fails is named, and the others continue.
+--only=NAME,... runs some of them.
 
 `python compress.py report DIR` prints the table and writes it and a plot into DIR; --record=NAME keeps both in
-records/<date>_NAME/. Exit codes: 0 done; 1 a variant failed; 2 a mistake, said in one line; 130 stopped by a signal.
+records/<date>_NAME/. Exit codes: 0 done; 1 a variant failed; 2 a user error, reported in one line; 130 stopped by a signal.
 docs/compression.md says what is compared with what.
 """
 import dataclasses
@@ -45,12 +46,12 @@ def read(arguments):
 
 
 def chosen(study):
-    """The trials that --only leaves."""
+    """The trials that --only selects."""
     wanted, found = labels(study.only), trials(study)
     for pattern in wanted:
         if not any(fnmatch.fnmatchcase(trial.variant, pattern) for trial in found):
             names = dict.fromkeys((DENSE, *study.variants))
-            raise UserError(f'--only: there is no variant {pattern!r}{did_you_mean(pattern, names)}; there are '
+            raise UserError(f'--only: there is no variant {pattern!r}{did_you_mean(pattern, names)}; the variants are '
                             f'{", ".join(names)}', 'only')
     return [t for t in found if not wanted or any(fnmatch.fnmatchcase(t.variant, pattern) for pattern in wanted)]
 
@@ -82,7 +83,7 @@ def trial_key(study, trial):
 
 
 def add(folder, line):
-    """One more line, on the disk before anything else happens; a line that a kill cut short ends first."""
+    """Append one line, synced to disk before anything else happens; a line that a kill cut short is ended first."""
     import json
     path = os.path.join(folder, RESULTS)
     with open(path, 'ab+') as file:
@@ -106,7 +107,7 @@ class Runner:
         self.done, self.failures = results(study.out_dir), []
 
     def due(self, trial):
-        """'zero', 'heal' or '': what is left to do of a trial."""
+        """'zero', 'heal' or '': what a trial still needs."""
         found = self.done.get(trial_key(self.study, trial))
         if not found:
             return 'zero'
@@ -126,7 +127,7 @@ class Runner:
         return self.source[1]
 
     def carry_out(self, trial, what):
-        """Do what is due of a trial; False when a signal stopped it."""
+        """Run what a trial still needs; False when a signal stopped it."""
         from compression import squeeze
         study, key, model = self.study, dict(signature=signature(self.study, trial), time=now()), None
         source = self.source[1]
@@ -161,7 +162,7 @@ class Runner:
             try:
                 if what and not self.carry_out(trial, what):
                     return False
-            except Exception as error:                  # of any variant: the others go on
+            except Exception as error:                  # of any variant: the others continue
                 if self.study.debug:
                     raise
                 self.fail(trial, error)
@@ -197,7 +198,7 @@ def shown(value):
 
 def described(line):
     return (f'{line["parameters"]:,} parameters ({line["share"]:.4f}), {figures(line)}, '
-            f'{line["decompose_cpu_s"]:.0f} s of a core to decompose')
+            f'{line["decompose_cpu_s"]:.0f} s of CPU time to decompose')
 
 
 def stop_on_signals():
@@ -214,7 +215,7 @@ def stop_on_signals():
 
 
 def listing(study, todo):
-    """What --dry_run prints: the trials with their parameters, where no weights are needed to know them."""
+    """What --dry_run prints: the trials with their parameters, where these can be known without weights."""
     from compression import sizes
     from compression.study import settings_of
     from decomposition import initialise
@@ -259,7 +260,7 @@ def main_run(arguments):
     finally:
         lock.release()
     if not whole:
-        print('stopped; the same command goes on', flush=True)
+        print('stopped; run the same command to continue', flush=True)
         raise SystemExit(130)
     if results(study.out_dir):
         print(report(study.out_dir)[1])
@@ -272,7 +273,7 @@ def main_run(arguments):
 # the report
 
 def report(folder):
-    """(study, text) of what is there in a study's folder; writes report.md and the plot there."""
+    """(study, text) of the results in a study's folder; writes report.md and the plot there."""
     import json
 
     from compression import tables

@@ -1,31 +1,31 @@
-"""Loss, perplexity, bits per byte and accuracy of any checkpoint on a text or a data set, beside simple baselines.
+"""Loss, perplexity, bits per byte and accuracy of any checkpoint on a text or a data set, with simple baselines.
 
     python evaluate.py --out_dir=out/kron_mlp --dataset=shakespeare_char
     python evaluate.py FOLDER_OF_TRANSFORMERS --text=novel.txt --window=1024 --stride=256
     python evaluate.py FILE.gguf --text=novel.txt --window=1024 --stride=1024
     python evaluate.py --out_dir=out/train_prices --dataset=prices --json
 
-How tokens are counted. Of N tokens all but the first are scored, each once, by the tokens before it in its window.
-Windows of `window` tokens begin `stride` apart; the first scores all of its tokens, each later one its last `stride`,
-so that every scored token has at least window - stride + 1 tokens before it, or all there are. The last window is
-shorter. stride = window is what train.py does with eval_iters=0. No token is put in front of the text.
+How tokens are counted. Of N tokens all but the first are scored, each once, given the tokens before it in its window.
+Windows of `window` tokens begin `stride` apart. The first window scores all of its tokens, each later one its last
+`stride`, so that every scored token has at least window - stride + 1 tokens of context, or all there are. The last window
+is shorter. stride = window is what train.py does with eval_iters=0. No token is added in front of the text.
 
-    loss            nats a scored token, under the loss function that the model was trained with
+    loss            nats per scored token, under the loss function that the model was trained with
     perplexity      e^loss
-    bits per byte     nats in all / ln 2 / bytes of the whole text in UTF-8 (those of the first token too, which is not
-                    scored: 1 part in N); none where tokens are no text
-    accuracy        share of scored tokens that are the likeliest of all
+    bits per byte   total nats / ln 2 / bytes of the whole text in UTF-8 (including the first token, which is not
+                    scored: 1 part in N); none where tokens are not text
+    accuracy        share of scored tokens to which the model gives the highest probability
     unigram         the same for token frequencies of the training split, one added to each count; for a --text only
                     when --dataset names the training data too
 
-Prices: the naive forecast "the next price is the last one" is a return of 0. As a forecast of tokens it says nothing of
-the past, so that its loss is the unigram's. As a forecast of a number it has an error, reported beside two others:
-the mean absolute error of the next log-return, where a token counts as the centre of its bin, and tokens that are gaps
-are left out: `model` forecasts the mean of its distribution, `last price` 0, `same return` the last token again (0 after
-a gap). Errors are no advice to trade: costs, and everything that a CSV does not hold, are not in them.
+Prices: the mean absolute error of the next log-return, for three forecasts. A token counts as the centre of its bin, and
+tokens that are gaps are left out. `model` forecasts the mean of its distribution, `last price` a return of 0 (the naive
+forecast "the next price is the last one"), `same return` the last token again (0 after a gap). As a forecast of tokens the
+naive forecast does not use the past, so its loss is the unigram's. Errors are no advice to trade: they leave out costs and
+everything else that is not in the CSV.
 
-`--json` prints one object and nothing else. `--help` lists every setting. Exit codes: 0 done; 2 a mistake, said in one
-line; 3 a loss that is not finite; 4 out of memory.
+`--json` prints one object and nothing else. `--help` lists every setting. Exit codes: 0 done; 2 a user error, reported in
+one line; 3 a loss that is not finite; 4 out of memory.
 """
 import json
 import math
@@ -38,7 +38,7 @@ import configurator
 from configurator import key
 from variants import UserError
 
-BATCH_TOKENS, BATCH_LOGITS = 4096, 1 << 26              # what one batch may hold unless batch_size says so
+BATCH_TOKENS, BATCH_LOGITS = 4096, 1 << 26              # size of a batch unless batch_size sets it
 PIECE = 1 << 24                                         # tokens that are counted at once
 
 
@@ -47,26 +47,26 @@ class EvaluateConfig:
     """What to evaluate, on what, and how."""
     out_dir: str = key('out', "folder of the run; nanoGPT's and Hugging Face's folders, a .gguf and 'gpt2*' are taken too")
     text: str = key('', 'file in UTF-8 to evaluate on')
-    dataset: str = key('', 'data set to evaluate on; beside --text: whose tokenizer and training split are meant')
+    dataset: str = key('', 'data set to evaluate on; with --text: the data set whose tokenizer and training split are used')
     split: str = key('val', 'part of the data set', choices=('train', 'val', 'test'))
-    window: int = key(0, 'tokens that the model sees at once; 0 = block_size', low=0)
-    stride: int = key(0, 'tokens from window to window; 0 = half a window', low=0)
-    batch_size: int = key(0, 'windows at once; 0 = about 4,096 tokens, fewer for a large vocabulary', low=0)
+    window: int = key(0, 'tokens in the context; 0 = block_size', low=0)
+    stride: int = key(0, 'tokens from one window to the next; 0 = half a window', low=0)
+    batch_size: int = key(0, 'windows per batch; 0 = about 4,096 tokens, fewer for a large vocabulary', low=0)
     json: bool = key(False, 'print one JSON object and nothing else')
     which: str = key('last', "checkpoint of out_dir: 'last' or 'best'", choices=('last', 'best'))
     device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = key('float32', "autocast type; 'auto' is train.py's: bfloat16 where the GPU has it",
                      choices=('auto', 'float32', 'bfloat16', 'float16'))
     data_dir: str = key('data', 'folder that holds the data set folders')
-    debug: bool = key(False, 'tracebacks for mistakes too')
+    debug: bool = key(False, 'print a traceback for user errors too')
 
 
 def check(config):
     """What can be refused before torch is imported."""
     if not config.text and not config.dataset:
-        raise UserError('write --text=FILE or --dataset=NAME: what to evaluate on')
+        raise UserError('pass --text=FILE or --dataset=NAME: what to evaluate on')
     if config.text and config.dataset and config.split != 'val':
-        raise UserError('--split is of a data set, and --text is what is evaluated; drop one of them', 'split')
+        raise UserError('--split belongs to a data set, but --text is evaluated; drop one of them', 'split')
     if not os.path.isdir(config.out_dir) and not config.out_dir.startswith('gpt2') and not is_gguf(config.out_dir):
         raise UserError(f'there is no folder {config.out_dir!r}; pass --out_dir=FOLDER', 'out_dir')
     if config.window and config.stride > config.window:
@@ -81,7 +81,7 @@ def is_gguf(place):
 
 
 def named(argument):
-    """An argument as configurator reads it: a folder or a .gguf alone is the out_dir, and --json stands for True."""
+    """An argument as configurator reads it: a folder or a .gguf alone is the out_dir, and --json means --json=True."""
     if argument == '--json':
         return '--json=True'
     return f'--out_dir={argument}' if os.path.isdir(argument) or is_gguf(argument) else argument
@@ -101,12 +101,12 @@ def load_model(config):
 
 @dataclass
 class Source:
-    """What is evaluated: `count` tokens, read(start, stop) -> int64 array, and what is known of them."""
+    """What is evaluated: `count` tokens, read(start, stop) -> int64 array, and what is known about them."""
     name: str
     read: object
     count: int
     tokenizer: object
-    bytes: int | None                                   # of the whole text in UTF-8; None where tokens are no text
+    bytes: int | None                                   # of the whole text in UTF-8; None where tokens are not text
     train: object = None                                # the training split's data.shards.Tokens, for the unigram
 
 
@@ -134,8 +134,8 @@ def open_data(config, data, vocab_size):
     if dataset.vocab_size > vocab_size:
         raise UserError(f'{dataset.folder} has {dataset.vocab_size} tokens, the model {vocab_size}', 'dataset')
     if data and meaning(tokenizer.describe(data)) != meaning(dataset.tokenizer):
-        raise UserError(f'the tokens of {dataset.folder} mean other things than those that {config.out_dir} was trained '
-                        'on; take its own data set', 'dataset')
+        raise UserError(f'the tokens of {dataset.folder} have other meanings than those that {config.out_dir} was trained '
+                        'on; use its own data set', 'dataset')
     return dataset
 
 
@@ -152,7 +152,7 @@ def open_text(config, data, vocab_size, dataset):
     from sample import Numbers, load_tokenizer
     text, kind = read_text(config.text), load_tokenizer(config, data, vocab_size)
     if isinstance(kind, Numbers):
-        raise UserError(f'nothing says what the {vocab_size} tokens of {config.out_dir} mean; pass --dataset=NAME, whose '
+        raise UserError(f'the tokenizer of {config.out_dir} ({vocab_size} tokens) is not known; pass --dataset=NAME, whose '
                         'tokenizer it has', 'dataset')
     tokens = np.asarray(kind.encode_ordinary(text), np.int64)
     size = None if hasattr(kind, 'centres') else len(text.encode('utf-8'))
@@ -165,7 +165,7 @@ def open_text(config, data, vocab_size, dataset):
 def windows(count, window, stride):
     """Yield (start, stop, fresh) over `count` tokens: inputs [start, stop), of whose targets the last `fresh` are scored.
 
-    The target of an input is the token behind it, so that tokens 1 .. count - 1 are scored, each once.
+    The target of an input is the next token, so that tokens 1 .. count - 1 are scored, each once.
     """
     start = scored = 0
     while scored < count - 1:
@@ -191,7 +191,7 @@ def batches(source, window, stride, rows):
 
 
 def batch_rows(window, vocab_size):
-    """Windows of a batch, for speed and within memory."""
+    """Number of windows per batch, for speed and within memory."""
     return max(1, min(BATCH_TOKENS // window, BATCH_LOGITS // (window * vocab_size)))
 
 
@@ -201,7 +201,7 @@ def score(model, source, window, stride, rows, device, dtype):
     """{'nats', 'right', 'scored', 'error'} summed over all scored tokens.
 
     error: of the mean of the model's distribution as a forecast of the next return, in log-returns, summed over tokens
-    that are no gap; None without centres of bins. One forward pass a window; sums in float64.
+    that are not gaps; None without centres of bins. One forward pass per window; sums in float64.
     """
     import torch
     from tqdm import tqdm
@@ -227,7 +227,7 @@ def score(model, source, window, stride, rows, device, dtype):
 
 
 def forecast_centres(model, tokenizer, device):
-    """The log-return of each bin as a tensor, or None: for text, and for a loss that is no softmax."""
+    """The log-return of each bin as a tensor, or None: for text, and for a loss that is not a softmax."""
     import torch
     centres = getattr(tokenizer, 'centres', None)
     if centres is None or model.config.loss != 'cross_entropy':
@@ -258,7 +258,7 @@ def unigram(source):
 
 
 def counts(read, start, stop, size):
-    """How often each of `size` tokens stands in [start, stop)."""
+    """How often each of `size` tokens occurs in [start, stop)."""
     import numpy as np
     return sum(np.bincount(read(a, min(a + PIECE, stop)), minlength=size) for a in range(start, stop, PIECE))
 
@@ -266,8 +266,8 @@ def counts(read, start, stop, size):
 def naive_returns(source):
     """{'last_price', 'same_return', 'same_bin', 'returns'}: errors of the naive forecasts, share of repeated bins, count.
 
-    Errors are means over scored tokens that are no gap, in log-returns; last_price forecasts 0, same_return the
-    centre of the token before. None where tokens are no prices, or are gaps all.
+    Errors are means over scored tokens that are not gaps, in log-returns; last_price forecasts 0, same_return the
+    centre of the previous token. None where tokens are not prices, or are all gaps.
     """
     import numpy as np
     if not hasattr(source.tokenizer, 'centres'):
@@ -290,7 +290,7 @@ def note(text):
 
 
 def figures(loss, accuracy, source):
-    """loss, perplexity, bits_per_byte and accuracy of one model as plain numbers; None where there is none."""
+    """loss, perplexity, bits_per_byte and accuracy of one model as Python numbers; None where there is none."""
     bits = loss * (source.count - 1) / math.log(2) / source.bytes if source.bytes else None
     return {'loss': float(loss), 'perplexity': math.exp(loss) if loss < 700 else None,
             'bits_per_byte': bits and float(bits), 'accuracy': float(accuracy)}
@@ -308,7 +308,7 @@ def evaluate(config):
         raise UserError(f'{source.name}: expected at least 2 tokens, one to predict the other, found {source.count}')
     leaks = any(getattr(block.attn, 'leaks', False) for block in model.transformer.h)
     if leaks:
-        note(f'the attention of {config.out_dir} sees the future, so that its figures mean nothing')
+        note(f'the attention of {config.out_dir} sees the future, so its loss means nothing')
     model.eval().to(device)
     begin = time.perf_counter()
     found = score(model, source, window, stride, config.batch_size or batch_rows(window, model.config.vocab_size),
@@ -328,7 +328,7 @@ def evaluate(config):
 
 
 def chosen_windows(config, block_size):
-    """(window, stride) from settings where 0 means the default; raises UserError for what the model cannot hold."""
+    """(window, stride) from settings where 0 means the default; raises UserError for sizes that do not fit the model."""
     window = config.window or block_size
     if window > block_size:
         raise UserError(f'window must not exceed block_size ({block_size}), got {window}', 'window')
@@ -345,7 +345,7 @@ def forecasts(source, error):
 
 
 def table(result):
-    """The result as lines to read."""
+    """The result as lines of text."""
     step = '' if result['step'] is None else f' (step {result["step"]})'
     size = f', {result["bytes"]:,} bytes' if result['bytes'] else ''
     lines = [f'{result["out_dir"]}{step} on {result["data"]}: {result["tokens"]:,} tokens{size}, '
@@ -358,7 +358,7 @@ def table(result):
         lines += [row('unigram', result['unigram']),
                   f'gain over the unigram of the training split: {gain:.4f} nats per token']
     else:
-        lines += ['unigram: not known without the training data; pass --dataset=NAME beside --text']
+        lines += ['unigram: not known without the training data; pass --dataset=NAME together with --text']
     if result['forecast']:
         errors = result['forecast']
         named = [f'{name.replace("_", " ")} {100 * errors[name]:.4f} %' for name in ('model', 'last_price', 'same_return')

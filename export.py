@@ -1,12 +1,12 @@
-"""Write a checkpoint as a folder of config.json and model.safetensors that other programs read.
+"""Export a checkpoint as a folder with config.json and model.safetensors that other programs read.
 
     python export.py --out_dir=out/kron_mlp --to=exported
     AutoModelForCausalLM.from_pretrained('exported')    # in Python, with transformers
 
-A GPT-2 or a Llama block (RMSNorm, RoPE, SwiGLU) goes to transformers' layout, with structured linears multiplied out to
-dense matrices and without the padding of the vocabulary; any other model is written in our own layout, which sample.py
-and train.py --init_from read. A tokenizer that came as tokenizer.json goes along. Exit codes: 0 done; 2 a mistake, said
-in one line; 4 the folder could not be written.
+A model of GPT-2 or Llama blocks (RMSNorm, RoPE, SwiGLU) is written in transformers' layout, with structured linears
+multiplied out to dense matrices and without the padding of the vocabulary. Any other model is written in our own layout,
+which sample.py and train.py --init_from read. A tokenizer from a tokenizer.json is exported too. Exit codes: 0 done; 2 a
+user error, reported in one line; 4 the folder could not be written.
 """
 import json
 import os
@@ -20,21 +20,21 @@ from variants import UserError
 
 @dataclass
 class ExportConfig:
-    """What to export, and where to."""
+    """What to export, and to which folder."""
     out_dir: str = key('out', "folder of the run; nanoGPT's and Hugging Face's folders and .gguf files are taken too")
     to: str = key('', 'folder to write, new or empty')
     which: str = key('last', "checkpoint of out_dir: 'last' or 'best'", choices=('last', 'best'))
-    debug: bool = key(False, 'tracebacks for mistakes too')
+    debug: bool = key(False, 'print a traceback for user errors too')
 
 
 def check(config):
     """What can be refused before torch is imported."""
     if not config.to:
-        raise UserError('write --to=FOLDER, a new one')
+        raise UserError('pass --to=FOLDER, a new one')
     if not os.path.isdir(config.out_dir) and not (config.out_dir.endswith('.gguf') and os.path.isfile(config.out_dir)):
         raise UserError(f'there is no folder {config.out_dir!r}; pass --out_dir=FOLDER', 'out_dir')
     if os.path.lexists(config.to) and not (os.path.isdir(config.to) and not os.listdir(config.to)):
-        raise UserError(f'{config.to!r} is there and not an empty folder; nothing is overwritten', 'to')
+        raise UserError(f'{config.to!r} exists and is not an empty folder; nothing is overwritten', 'to')
 
 
 def contents(source):
@@ -61,15 +61,15 @@ def contents(source):
 
 
 def known_tokens(data, vocab_size):
-    """Rows of the vocabulary that stand for tokens, by the tokenizer's meta; all of them when nothing is known."""
+    """Rows of the vocabulary that are tokens, by the tokenizer's meta; all of them when nothing is known."""
     known = (data or {}).get('vocab_size')
     return known if type(known) is int and 0 < known <= vocab_size else vocab_size
 
 
 def tokenizer_files(data, raw):
-    """{file name: text} of the tokenizer that transformers is to load, and raw's token between texts; {} for our kinds.
+    """{file name: text} of the tokenizer that transformers loads, and raw's token between texts; {} for our own tokenizers.
 
-    tokenizer_config.json keeps transformers from taking the kind of tokenizer from the kind of model.
+    tokenizer_config.json keeps transformers from choosing the tokenizer class by the model class.
     """
     from data import hub_tokenizer
     if not data or data.get('tokenizer') != hub_tokenizer.HubTokenizer.name or raw['model_type'] == 'nanokron':
@@ -109,7 +109,7 @@ def main():
             raise
         configurator.say_mistake('export.py', configurator.placed(config, error))
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    print(f'{config.to}: {numbers:,} numbers in {len(tensors)} tensors: {line}')
+    print(f'{config.to}: {numbers:,} elements in {len(tensors)} tensors: {line}')
 
 
 if __name__ == '__main__':

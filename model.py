@@ -1,8 +1,8 @@
 """The GPT. One file, read from top to bottom: attention, MLP, block, model.
 
-Every matrix of a block is made by `variants.linear(config, site, ...)`, so that `config.linear` can
-put a Kronecker sum or a low-rank product in its place; attention and MLP classes are chosen the same
-way. Without rules it is GPT-2 exactly, with nanoGPT's names.
+Every matrix of a block is built by `variants.linear(config, site, ...)`, so that `config.linear` can
+replace it by a Kronecker sum or a low-rank product. Attention and MLP classes are chosen the same
+way. Without rules it is exactly GPT-2, with nanoGPT's names.
 
 Shapes: B batch, T tokens, C = n_embd, H heads, D = C / H.
 """
@@ -28,14 +28,14 @@ class CausalSelfAttention(nn.Module):
     """softmax(q k^T / sqrt(D) + causal mask) v, by heads (GPT-2; Radford et al. 2019).
 
     config: n_kv_head groups queries (GQA), rope, qk_norm, value_residual, ngpt. gate: y of head h times
-    2 sigmoid(w_h . x), 1 at first (Qiu et al. 2025, arXiv 2505.06708). softcap: bounds the scores, off SDPA.
-    Parameters 2 C^2 (1 + H_kv/H); FLOPs 2 a parameter + 4 T C per token at full context; cache 2 H_kv D numbers per token.
+    2 sigmoid(w_h . x), initially 1 (Qiu et al. 2025, arXiv 2505.06708). softcap: bounds the scores, without SDPA.
+    Parameters 2 C^2 (1 + H_kv/H); FLOPs per token 2 per parameter + 4 T C; cache 2 H_kv D elements per token.
     """
 
     def __init__(self, config, site, gate=False, softcap=0.0):
         super().__init__()
         if not isinstance(gate, bool) or not isinstance(softcap, (int, float)) or softcap < 0:
-            raise ValueError(f'gate is True or False and softcap a number from 0, got {gate!r} and {softcap!r}')
+            raise ValueError(f'gate is True or False and softcap a number of at least 0, got {gate!r} and {softcap!r}')
         width, self.n_head, self.n_kv_head = config.n_embd, config.n_head, config.n_kv_head or config.n_head
         self.head_dim = width // self.n_head
         self.c_q = variants.linear(config, f'{site}.c_q', width, width)
@@ -59,7 +59,7 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(merge_heads(y)))
 
     def static_cache(self, cache, size):
-        """What a cache holds as tensors of one shape for `size` positions: attention/decoding.py says what for."""
+        """The cache as tensors of fixed shape for `size` positions: see attention/decoding.py."""
         return padded(cache, size, ('k', 'v'), filled=cache['length'])
 
     def flops(self, context):
@@ -68,8 +68,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class Gate(nn.Module):
-    """2 sigmoid(W x) a head, (B, T, C) -> (B, H, T, 1); W starts at 0, so the gate at 1."""
-    tags = {'weight': 'vector'}                         # to AdamW, without decay, as all gates
+    """2 sigmoid(W x) per head, (B, T, C) -> (B, H, T, 1); W starts at 0, so the gate at 1."""
+    tags = {'weight': 'vector'}                         # AdamW without weight decay, as all gates
 
     def __init__(self, width, heads):
         super().__init__()
@@ -80,7 +80,7 @@ class Gate(nn.Module):
 
 
 class MLP(nn.Module):
-    """c_proj(gelu(c_fc x)), 4 C wide. approximate='tanh' is what GPT-2's own weights were trained with."""
+    """c_proj(gelu(c_fc x)), hidden size 4 C. approximate='tanh' is what GPT-2's own weights were trained with."""
 
     def __init__(self, config, site, approximate='none'):
         super().__init__()
@@ -100,7 +100,7 @@ class MLP(nn.Module):
 
 
 class ReLU2MLP(MLP):
-    """c_proj(relu(c_fc x)^2), 4 C wide (So et al. 2021, Primer)."""
+    """c_proj(relu(c_fc x)^2), hidden size 4 C (So et al. 2021, Primer)."""
 
     def __init__(self, config, site):
         super().__init__(config, site)
@@ -110,7 +110,7 @@ class ReLU2MLP(MLP):
 
 
 class SwiGLU(nn.Module):
-    """c_proj(silu(c_gate x) * c_fc x), `hidden` wide; None = 8/3 C, up to a multiple of 64 (Shazeer 2020; LLaMA)."""
+    """c_proj(silu(c_gate x) * c_fc x) of size `hidden`; None = 8/3 C, up to a multiple of 64 (Shazeer 2020; LLaMA)."""
 
     def __init__(self, config, site, hidden=None):
         super().__init__()
@@ -131,8 +131,8 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x + attn(ln_1 x), then x + mlp(ln_2 x); under ngpt each branch is a step of the unit vector x towards its own.
 
-    nGPT (Loshchilov et al. 2024): x <- unit(x + |a| (unit(branch(x)) - x)), a = 0.05 at first, one per feature ('full')
-    or one in all ('simple').
+    nGPT (Loshchilov et al. 2024): x <- unit(x + |a| (unit(branch(x)) - x)), initially a = 0.05, one per feature ('full')
+    or a single one ('simple').
     """
 
     def __init__(self, config, site):
@@ -202,9 +202,9 @@ class GPT(nn.Module):
                 if hasattr(module, 'spec') and (experts or not hasattr(module, 'experts'))}
 
     def init_weights(self):
-        """GPT-2: N(0, 0.02), and 0.02 / sqrt(2 n_layer) where a branch joins the residual stream.
+        """GPT-2: N(0, 0.02), and 0.02 / sqrt(2 n_layer) where a branch is added to the residual stream.
 
-        A module that gives a site another `std` has that in place of 0.02.
+        Where a module gives a site another `std`, that replaces 0.02.
         """
         for module in (self.transformer[n] for n in ('wte', 'wpe') if n in self.transformer):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -214,7 +214,7 @@ class GPT(nn.Module):
         self.normalise_weights()
 
     def init_sites(self, prefix, zero):
-        """Random weights, biases 0, for the sites that begin with prefix; zero: c_proj at 0."""
+        """Random weights and zero biases for the sites that begin with prefix; zero: c_proj starts at 0."""
         for site, module in self.sites(experts=True).items():
             if site.startswith(prefix):
                 joins = site.endswith('.c_proj')
@@ -226,8 +226,8 @@ class GPT(nn.Module):
     def normalise_weights(self):
         """nGPT, after every optimizer step: unit length along the axis of the residual stream; nothing without ngpt.
 
-        Rows (the input axis) of embedding, head and every site, but columns of c_proj, whose output joins the stream.
-        Frozen tensors are left alone.
+        Rows (the input axis) of embedding, head and every site; columns of c_proj, whose output is added to the stream.
+        Frozen tensors are not changed.
         """
         if self.config.ngpt == 'none':
             return
@@ -239,10 +239,10 @@ class GPT(nn.Module):
                 module.normalise_(0 if site.endswith('.c_proj') else 1)
 
     def add_block(self, linear=None, attention=None, mlp=None, compile=False):
-        """Append a block whose branches are 0, so that the logits stay; returns it.
+        """Append a block whose branches are 0, so that the logits do not change; returns it.
 
-        linear, attention, mlp: specs for its sites where they differ from config's (linear may be rules too); the
-        config holds them afterwards. compile: torch.compile the block. Raises UserError for specs that do not fit.
+        linear, attention, mlp: specs for its sites where they differ from config's (linear may be rules too); they are
+        added to the config. compile: torch.compile the block. Raises UserError for specs that do not fit.
         """
         config, site = self.config, f'h.{len(self.transformer.h)}'
         if linear is not None:
@@ -263,19 +263,19 @@ class GPT(nn.Module):
         return block
 
     def freeze_block(self, index, frozen=True):
-        """No gradients for block `index`; build the optimizer anew, so that it is neither decayed nor moved."""
+        """No gradients for block `index`; rebuild the optimizer, so that the block is neither decayed nor moved."""
         for p in self.transformer.h[index].requires_grad_(not frozen).parameters():
             p.grad = None
 
     def unfreeze_block(self, index):
-        """Gradients for block `index` again; build the optimizer anew."""
+        """Gradients for block `index` again; rebuild the optimizer."""
         self.freeze_block(index, frozen=False)
 
     @torch.no_grad()
     def realise(self):
-        """Put the dense matrix in the place of every structured one, in place: the same function, config dense.
+        """Replace every structured matrix by its dense matrix, in place: the same function, config dense.
 
-        Logits stay within rounding. Parameters are new tensors; build the optimizer anew. A frozen site stays frozen.
+        Logits stay equal up to rounding. Parameters are new tensors; rebuild the optimizer. A frozen site stays frozen.
         """
         for name, module in ((n, m) for n, m in self.sites().items() if m.spec != 'dense'):
             dense = variants.LINEARS['dense'].from_dense(module.dense_weight(), module.bias)
@@ -286,13 +286,13 @@ class GPT(nn.Module):
         self.config.linear, self.config.mlp = {}, variants.realised_mlp(self.config)
 
     def set_progress(self, fraction):
-        """Tell every attention on a schedule how much of the run, step / max_iters, is over."""
+        """Tell every attention with a schedule the progress of the run, step / max_iters."""
         for block in self.transformer.h:
             if hasattr(block.attn, 'set_progress'):
                 block.attn.set_progress(fraction)
 
     def num_params(self, positions=True):
-        """Parameters, tied ones once (gpt2: 124,439,808); positions=False leaves out the position table (nanoGPT)."""
+        """Number of parameters, tied ones once (gpt2: 124,439,808); positions=False omits the position table (nanoGPT)."""
         total = sum(p.numel() for p in self.parameters())
         table = self.transformer.wpe.weight.numel() if 'wpe' in self.transformer else 0
         return total if positions else total - table
@@ -307,7 +307,7 @@ class GPT(nn.Module):
     def site_table(self):
         """One dict per site: site, spec, shape (out, in), parameters with bias, forward FLOPs per token, share of all.
 
-        A linear of many experts has `active` too, the parameters that a token meets.
+        A linear of many experts also has `active`, the parameters used per token.
         """
         total, length, rows = self.num_params(), self.config.block_size, []
         for site, module in self.sites(experts=True).items():
@@ -318,12 +318,12 @@ class GPT(nn.Module):
         return rows
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
-        """Model FLOPs utilisation: 3 x the true forward FLOPs of fwdbwd_per_iter sequences in dt s over the peak (A100)."""
+        """Model FLOPs utilisation: 3 x forward FLOPs of fwdbwd_per_iter sequences in dt seconds, over the peak (A100)."""
         flops = 3 * self.flops_per_token() * self.config.block_size * fwdbwd_per_iter
         return flops / dt / peak_flops
 
     def crop_block_size(self, block_size):
-        """Shorten the context: the first block_size rows of the position table stay."""
+        """Shorten the context: keep the first block_size rows of the position table."""
         if not 1 <= block_size <= self.config.block_size:
             raise UserError(f'block_size can be cropped to 1 .. {self.config.block_size}, got {block_size}')
         self.config.block_size = block_size
@@ -336,7 +336,7 @@ class GPT(nn.Module):
         """A GPT-2 or Llama: a hub name (gpt2, gpt2-xl ...), a folder that transformers wrote, or a .gguf file.
 
         override_args: GPTConfig fields to change (dropout, block_size to crop, linear rules ...). Raises UserError
-        when the weights cannot be had or do not fit.
+        when the weights cannot be loaded or do not fit.
         """
         from decomposition import initialise
         return initialise.pretrained_gpt(name_or_folder, override_args or {})
@@ -347,10 +347,10 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, caches=None, start=0, guess=False):
         """idx (B, T) -> (logits, loss): all logits with targets (-1 is ignored), the last position's without.
 
-        While training with loss_chunk > 0 there are no logits: None. guess: the likeliest tokens (B, T) in their place, for
-        evaluation, which makes loss_chunk tokens' logits at a time.
+        While training with loss_chunk > 0 logits are None. guess: returns the likeliest tokens (B, T) instead of logits,
+        for evaluation, with the logits of loss_chunk tokens at a time.
 
-        caches: one dict per layer, filled here; start: position of idx[:, 0] when caches hold the tokens before it, or as a
+        caches: one dict per layer, filled here; start: position of idx[:, 0] when caches contain the tokens before it; a
         tensor (1,) in a static step, see attention/decoding.py.
         """
         T, size = idx.size(1), self.config.block_size
@@ -394,15 +394,15 @@ class GPT(nn.Module):
         return logits
 
     def chunked_loss(self, x, targets):
-        """The loss of x (N, C) without all logits at once; nGPT's scales of the logits act on the rows of the head."""
+        """The loss of x (N, C), a chunk of logits at a time; nGPT's scales of the logits act on the rows of the head."""
         weight = self.lm_head.weight if self.s_z is None else self.lm_head.weight * self.s_z()[:, None]
         return ChunkedCrossEntropy.apply(x, weight, targets, self.config.softcap, self.config.loss_chunk)
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, generator=None,
                n_tokens=None, decode='auto', compile=False):
-        """Yield one (B, 1) tensor a new token. temperature 0 is greedy; see generate.
+        """Yield one (B, 1) tensor per new token. temperature 0 is greedy; see generate.
 
-        n_tokens: the tokenizer's vocabulary size; rows beyond it are padding and never chosen. compile: of a static step.
+        n_tokens: the tokenizer's vocabulary size; rows beyond it are padding and never chosen. compile: the static step.
         """
         def pick(logits):
             return choose(logits[:, -1, :n_tokens], temperature, top_k, top_p, generator)
@@ -412,7 +412,7 @@ class GPT(nn.Module):
         """idx (B, T) -> (B, T + max_new_tokens), sampled one token at a time.
 
         temperature: divides the logits, 0 takes the likeliest; top_k: keep the k likeliest; top_p: keep the fewest
-        whose probabilities sum to top_p. The cache changes the speed and not the text; nor does decode, see decoding.py.
+        whose probabilities sum to top_p. use_cache and decode change the speed, not the text; see decoding.py.
         """
         new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, use_cache, decode=decode)
         return torch.cat((idx, *new), dim=1)

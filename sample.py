@@ -1,10 +1,10 @@
-"""Sample text from a trained model, printed while it is made.
+"""Sample text from a trained model, printed as it is generated.
 
     python sample.py --out_dir=out/kron_mlp
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --max_new_tokens=100
     python sample.py --init_from=FOLDER --start=FILE:prompt.txt --temperature=0
 
-`--help` lists every setting. Exit codes: 0 done; 2 a mistake, said in one line; 4 out of memory.
+`--help` lists every setting. Exit codes: 0 done; 2 a user error, reported in one line; 4 out of memory.
 """
 import os
 import sys
@@ -25,24 +25,24 @@ class SampleConfig:
     which: str = key('last', "checkpoint of out_dir: 'last' or 'best'", choices=('last', 'best'))
     start: str = key('\n', "prompt; 'FILE:prompt.txt' reads it from a file; empty = a new text")
     num_samples: int = key(10, 'samples to draw', low=0)
-    max_new_tokens: int = key(500, 'tokens a sample', low=0)
+    max_new_tokens: int = key(500, 'tokens per sample', low=0)
     temperature: float = key(0.8, 'divides the logits: below 1 is less random, 0 takes the likeliest token', low=0)
     top_k: int = key(200, 'keep only the likeliest tokens; 0 = all', low=0)
     top_p: float = key(1.0, 'keep the fewest tokens whose probabilities sum to this, 0 < p <= 1', low=0)
-    use_cache: bool = key(True, 'keep what earlier tokens left; False reads the text afresh for every token')
+    use_cache: bool = key(True, 'cache keys and values; False computes the whole text again for every token')
     seed: int = key(1337, 'the same seed gives the same text on the same machine', low=0)
     device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = key('auto', "autocast type; 'auto' = bfloat16 where the GPU has it, float16 on older ones, "
                      'float32 on a CPU', choices=('auto', 'float32', 'bfloat16', 'float16'))
-    kron_plan: str = key('rule', "how Kronecker sums are contracted: by FLOPs, or 'measure': as is fastest here, for prompt "
+    kron_plan: str = key('rule', "how Kronecker sums are contracted: by FLOPs, or 'measure': the fastest way, for prompt "
                          'and single tokens', choices=('rule', 'measure'))
     decode: str = key('auto', "'eager' or 'static': a step of fixed shapes for every token after the prompt, which a GPU "
                       "repeats as one captured graph; 'auto' = static on a GPU, for more than a few tokens",
                       choices=('auto', 'eager', 'static'))
     compile: bool = key(False, 'torch.compile, with a static step of that step alone: worth its minute for many tokens only')
-    dataset: str = key('', "data set whose tokenizer is meant, for checkpoints that do not say (nanoGPT's)")
+    dataset: str = key('', "data set whose tokenizer is used, for checkpoints that do not name one (nanoGPT's)")
     data_dir: str = key('data', 'folder that holds the data set folders')
-    debug: bool = key(False, 'tracebacks for mistakes too')
+    debug: bool = key(False, 'print a traceback for user errors too')
 
 
 def check(config):
@@ -57,7 +57,7 @@ def check(config):
 
 
 def read_prompt(start):
-    """The prompt as text: `start`, or what stands in the file of FILE:path."""
+    """The prompt as text: `start`, or the content of the file in FILE:path."""
     if not start.startswith('FILE:'):
         return start
     try:
@@ -69,7 +69,7 @@ def read_prompt(start):
 
 
 class Numbers:
-    """Stands in for a tokenizer that nobody knows: tokens are written as numbers."""
+    """Used when no tokenizer is known: tokens are written as numbers."""
 
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
@@ -78,7 +78,7 @@ class Numbers:
         try:
             return [int(word) for word in text.split()]
         except ValueError:
-            raise UserError('the model does not say what its tokens mean; write the prompt as numbers of tokens, or '
+            raise UserError('the model has no tokenizer; write the prompt as token numbers, or '
                             'pass --dataset=NAME', 'start') from None
 
     def decode(self, tokens):
@@ -119,7 +119,7 @@ def load_tokenizer(config, meta, vocab_size):
 
 
 def encode(prompt, tokenizer, config):
-    """The prompt as tokens; an empty one becomes the token that stands between texts, a newline or token 0."""
+    """The prompt as tokens; an empty one becomes the token between texts, a newline or token 0."""
     tokens = tokenizer.encode(prompt)
     if not tokens:
         for stand_in in ('<|endoftext|>', '\n'):
@@ -136,7 +136,7 @@ def encode(prompt, tokenizer, config):
 
 
 def decode(tokens, tokenizer):
-    """Yield text as soon as it is certain: a character split over tokens reads as U+FFFD until it is whole."""
+    """Yield text as soon as it is final: a character split over several tokens reads as U+FFFD until it is complete."""
     pending, shown = [], 0
     for token in tokens:
         pending.append(token)
@@ -172,7 +172,7 @@ def sample(config, prompt):
     tokenizer = load_tokenizer(config, meta, model.config.vocab_size)
     tokens = encode(prompt, tokenizer, config)
     if isinstance(tokenizer, Numbers):
-        note(f'nothing says what the {tokenizer.vocab_size} tokens of this model mean; they are printed as numbers')
+        note(f'the tokenizer of the {tokenizer.vocab_size} tokens of this model is not known; they are printed as numbers')
     if len(tokens) > model.config.block_size:
         note(f'the prompt has {len(tokens)} tokens, of which the model sees the last {model.config.block_size}')
     model.eval().to(device)
@@ -197,7 +197,7 @@ def sample(config, prompt):
 def main():
     config = configurator.run_program('sample.py', SampleConfig)
     if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='replace')                                    # a terminal that has no such letter
+        sys.stdout.reconfigure(errors='replace')                                    # a terminal without that character
     try:
         check(config)
         sample(config, read_prompt(config.start))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 class UserError(Exception):
     """A mistake of the user's: one sentence with the setting, the value and the remedy; exit code 2.
 
-    key: the setting that it is about, where that is known, so that a program can name file and line.
+    key: the setting concerned, where it is known, so that a program can name file and line.
     """
 
     def __init__(self, sentence, key=None):
@@ -40,20 +40,20 @@ class Spec:
 
 
 def did_you_mean(word, known):
-    """', did you mean X?' with the known word nearest to `word`, or ''."""
+    """', did you mean X?' with the known word closest to `word`, or ''."""
     near = difflib.get_close_matches(str(word), list(known), n=1)
     return f', did you mean {near[0]!r}?' if near else ''
 
 
 def parse_spec(text, table=None):
-    """Parse `name` or `name(literals)`; with a table, the name must stand in it.
+    """Parse `name` or `name(literals)`; with a table, the name must be in it.
 
     Raises UserError in one sentence. Nothing is executed: the text is read with ast.
     """
     try:
         parts = [spec_of(node) for node in summands(ast.parse(text.strip(), mode='eval').body)]
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, AttributeError):
-        raise UserError(f'{str(text)[:80]!r} is no spec; write a name or a name with literal arguments, '
+        raise UserError(f'{str(text)[:80]!r} is not a spec; write a name or a name with literal arguments, '
                         "such as 'kron(8, 8, terms=4)', or a sum of such") from None
     spec = parts[0] if len(parts) == 1 else Spec('sum', (tuple(map(str, parts)),))
     for part in (spec, *parts) if table is not None else ():
@@ -64,7 +64,7 @@ def parse_spec(text, table=None):
 
 
 def summands(node):
-    """The nodes that a tree of + holds, from left to right."""
+    """The operands of a tree of +, from left to right."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return summands(node.left) + summands(node.right)
     return [node]
@@ -80,7 +80,7 @@ def spec_of(node):
 
 
 def parse_rules(text):
-    """'pattern=spec; pattern=spec' -> {pattern: spec}; a text that holds no pattern is one spec for all sites.
+    """'pattern=spec; pattern=spec' -> {pattern: spec}; a text without a pattern is one spec for all sites.
 
     A dict as a config file has it, "{'pattern': 'spec'}", is taken too.
     """
@@ -89,16 +89,16 @@ def parse_rules(text):
         try:
             return ast.literal_eval(text.strip())
         except (ValueError, SyntaxError):
-            raise UserError(f"{text[:60]!r} is no dict; write 'h.*.mlp.*=kron(8,8,terms=4); h.0.*=dense'") from None
+            raise UserError(f"{text[:60]!r} is not a dict; write 'h.*.mlp.*=kron(8,8,terms=4); h.0.*=dense'") from None
     for item in text.split(';'):
         pattern, equals, spec = item.partition('=')
         if not equals or '(' in pattern:                # the first '=' belongs to an argument
             pattern, spec = '*', item
         pattern = pattern.strip()
         if not pattern or not spec.strip():
-            raise UserError(f"{item.strip()!r} is no rule; write 'h.*.mlp.*=kron(8,8,terms=4)'")
+            raise UserError(f"{item.strip()!r} is not a rule; write 'h.*.mlp.*=kron(8,8,terms=4)'")
         if pattern in rules:
-            raise UserError(f'the pattern {pattern!r} stands there twice; the first match wins, so drop one')
+            raise UserError(f'the pattern {pattern!r} is given twice; the first match wins, so drop one')
         rules[pattern] = spec.strip()
     return rules
 

@@ -1,7 +1,7 @@
 """Train a GPT: `python train.py config/X.py [--key=value ...]`, or the same under torchrun on many GPUs or nodes.
 
-Every setting stands in configurator.py (`--help` lists them). Exit codes: 0 done, or stopped by a signal after
-saving; 2 a mistake in the configuration, data or checkpoint; 3 a loss that is not finite; 4 out of memory or disk.
+Every setting is in configurator.py (`--help` lists them). Exit codes: 0 done, or stopped by a signal after saving; 2 a
+user error in the configuration, data or checkpoint; 3 a loss that is not finite; 4 out of memory or disk.
 """
 import os
 import signal
@@ -14,9 +14,9 @@ STOP = {'signal': None, 'time': 0.0}
 
 
 def on_signal(number, frame):
-    """Ask for a stop at the next micro-step; the same wish again after half a second leaves at once, without saving.
+    """Request a stop at the next micro-step; a second request after half a second exits at once, without saving.
 
-    (torchrun sends a signal on to ranks that had it from the terminal already: within half a second it is one wish.)
+    (torchrun forwards a signal to ranks that already got it from the terminal: within half a second it is one request.)
     """
     if STOP['signal'] and time.monotonic() - STOP['time'] > 0.5:
         os._exit(128 + number)
@@ -53,14 +53,14 @@ from variants import UserError
 
 
 def seed_for(config, step, micro_step):
-    """Seed all randomness of one micro-step from (seed, step, global micro-step): dropout knows no rank and no history."""
+    """Seed the randomness of one micro-step by (seed, step, global micro-step): dropout is independent of rank and past."""
     text = f'{config.seed}/{step}/{micro_step}'.encode()
     torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), 'little') >> 1)
 
 
 @dataclasses.dataclass
 class Run:
-    """Everything that a training run holds."""
+    """The state of a training run."""
     config: object
     job: parallel.Job
     dataset: object
@@ -74,13 +74,13 @@ class Run:
     outliers: optim.Outliers
     rounds: schedules.Rounds
     progress: dict
-    built: dict                                         # what growth/changes.py made of the model
-    flops: int                                          # of training, a token
+    built: dict                                         # changes that growth/changes.py made to the model
+    flops: int                                          # of training, per token
     log: RunLog = None
 
 
 def train_step(run, batches, step):
-    """One optimizer step: {'loss', 'grad_norm', 'applied'}, or None when a signal came in between (nothing is changed)."""
+    """One optimizer step: {'loss', 'grad_norm', 'applied'}, or None if a signal interrupted it (nothing is changed)."""
     config, job, optimizer, scaler = run.config, run.job, run.optimizer, run.scaler
     per_rank, length, sums = run.rounds.count(step), schedules.block_size(step, config), {}
     for micro in range(per_rank):
@@ -110,7 +110,7 @@ def train_step(run, batches, step):
             run.average.update(step)
         scaler.update()                                 # after every unscale_: halves after an overflow, else counts a step
     optimizer.zero_grad(set_to_none=True)
-    overflow = scaler.is_enabled() and math.isfinite(loss)          # the scaler's business: no reason to stop the run
+    overflow = scaler.is_enabled() and math.isfinite(loss)          # handled by the scaler: no reason to stop the run
     return {'loss': loss - sum(apart.values()), 'grad_norm': norm, 'applied': applied, 'finite': sound or overflow,
             'auxiliary': apart}
 
@@ -125,7 +125,7 @@ def add_losses(sums, loss, measures):
 def arrived(sums, norm, per_rank, job):
     """(loss, {auxiliary loss: value}, gradient norm) as numbers, losses averaged over micro-steps and ranks.
 
-    The one place of a step where the device is waited for: one transfer, and one sum over the ranks, of all of them.
+    The only place in a step that synchronises with the device: one transfer, and one sum over the ranks, of all of them.
     """
     *totals, norm = torch.stack((*sums.values(), norm.double())).tolist()
     means = job.agree([total / per_rank for total in totals], dist.ReduceOp.SUM)
@@ -134,7 +134,7 @@ def arrived(sums, norm, per_rank, job):
 
 
 def state_of(run, parts=False):
-    """What a checkpoint holds. Sharded tensors are gathered, by all ranks; with parts they stay as they are."""
+    """The content of a checkpoint. Sharded tensors are gathered, by all ranks; with parts they stay sharded."""
     gather = (lambda tensor: tensor) if parts else optim.whole
     return {'step': run.progress['step'], 'config': configurator.as_dict(run.config),
             'model': {name: gather(t) for name, t in run.model.state_dict(keep_vars=parts).items()},
@@ -163,21 +163,21 @@ def save(run, last=False):
 
 
 def announce(config, model, dataset, loader, job):
-    """The first lines of a run: what is trained, on what, and with how many tokens per step."""
+    """The first lines of a run: model, data set, tokens per step."""
     if config.gradient_accumulation_steps == 40 and 'gradient_accumulation_steps' not in config.sources:
-        job.say("gradient_accumulation_steps is nanoGPT's default 40, as no config sets it: 40 micro-steps for every step")
+        job.say("gradient_accumulation_steps is nanoGPT's default 40, as no config sets it: 40 micro-steps per step")
     if config.decay_lr and config.warmup_iters >= config.max_iters > 0:
         job.say(f'warmup_iters ({config.warmup_iters}) is not over at max_iters ({config.max_iters})')
     if config.loss == 'stablemax' and config.vocab_size > 1024:
-        job.say(f'loss=stablemax among {config.vocab_size:,} tokens: a probability of 0.9 takes a logit near '
-                f'{9 * config.vocab_size:,}; it is for vocabularies of some hundred')
+        job.say(f'loss=stablemax with {config.vocab_size:,} tokens: a probability of 0.9 needs a logit near '
+                f'{9 * config.vocab_size:,}; it is for vocabularies of a few hundred tokens')
     tokens = split_batch(config, job.world_size)[1] * loader.batch_size * config.block_size
     job.say(f'{model.num_params():,} parameters ({model.num_params(positions=False):,} without positions), '
             f'{dataset.folder}, {tokens:,} tokens per step, {job.world_size} x {job.device} in {job.dtype}')
 
 
 def open_data(config, job):
-    """The data set, checked; rank 0 first, so that a large one is read whole and remembered only once."""
+    """The data set, verified; rank 0 first, so that a large one is read completely only once."""
     folder = os.path.join(config.data_dir, config.dataset)
     dataset = open_dataset(folder, job.say) if job.main else None
     job.agree(0)
@@ -185,19 +185,19 @@ def open_data(config, job):
 
 
 def train(config, job):
-    """Everything of a run but its set-up: data, model, the loop."""
+    """A run after its set-up: data, model, training loop."""
     state = restart.state(config, job)
     config = resumed(config, state) if state else config
     precision.deterministic(config.deterministic)       # a checkpoint's
     precision.check(config, job)
-    if state:                                           # what older checkpoints lack
+    if state:                                           # missing in older checkpoints
         state = {'average': {}, 'outliers': optim.Outliers(0).state, 'seconds': 0.0, 'flops': 0, **state}
         state['built'] = state.get('built') or changes.begin(config)
         state['built'].setdefault('drop', copy.deepcopy(dropin.IDLE))
     dataset = open_data(config, job)
     if state and state['data_digest'] != dataset.digest:
         raise UserError(f'{dataset.folder} is not the data that {config.out_dir} was trained on; '
-                        f'to go on with other data take --init_from={config.out_dir} and a new out_dir')
+                        f'to continue with other data use --init_from={config.out_dir} and a new out_dir')
     if not state and 'vocab_size' not in config.sources:
         config.vocab_size = padded(dataset.vocab_size)
     if config.init_from == 'scratch':
@@ -219,7 +219,7 @@ def train(config, job):
 
 
 def assemble(config, model, dataset, state, job):
-    """Loaders, optimizer and wrappers around a model, with what a checkpoint's state holds of them."""
+    """Loaders, optimizer and wrappers around a model, restored from a checkpoint's state."""
     batch_size, accumulation = split_batch(config, job.world_size)
     loaders = {split: Loader(dataset, split, config.block_size, batch_size, job.world_size, job.world_size, config.seed)
                for split in ('train', 'val')}
@@ -246,7 +246,7 @@ def assemble(config, model, dataset, state, job):
 
 
 def check_in(run):
-    """At a step's beginning: maybe evaluate, maybe save. Returns the words with which the run ends here, or None."""
+    """At the start of a step: maybe evaluate, maybe save. Returns the reason to end the run here, or None."""
     config, progress, step = run.config, run.progress, run.progress['step']
     due = step % config.eval_interval == 0 or step == config.max_iters or config.eval_only
     due = due and (step > 0 or config.eval_first or config.eval_only)
@@ -283,7 +283,7 @@ def loop(run):
     with Prefetcher(run.loaders['train'], job.rank, ahead, job.device, run.rounds.before(config.max_iters)) as batches:
         while True:
             step = progress['step']
-            if not config.eval_only:                    # which takes the window of the checkpoint
+            if not config.eval_only:                    # which uses the window of the checkpoint
                 run.model.set_progress(step / config.max_iters if config.max_iters else 1.0)
                 guided.fade(run.model, config, step)
             words = check_in(run)
@@ -299,7 +299,7 @@ def loop(run):
             run.log.begin()
             result = train_step(run, batches, step)
             if result is None:
-                continue                                # a signal: the loop saves this step's beginning
+                continue                                # a signal: the loop saves the start of this step
             skipped = 0 if result['finite'] else skipped + 1
             if skipped and (config.nonfinite == 'stop' or skipped == 5):
                 give_up(run, result, rate)
@@ -312,7 +312,7 @@ def loop(run):
 
 
 def changed(run, action):
-    """The run with another model, built anew from its state as a resumed one would be."""
+    """The run with another model, rebuilt from its state as a resumed run would be."""
     state, job, best = state_of(run), run.job, run.progress['best_step']
     torch.manual_seed(run.config.seed + state['step'])
     model = build(run.config, run.dataset, state, job)
@@ -345,7 +345,7 @@ def give_up(run, result, rate):
 
 
 def main(config):
-    """Run, and turn mistakes and full memory into one line and an exit code."""
+    """Run, and turn user errors and out-of-memory into one line and an exit code."""
     try:
         job = parallel.start(config)
         job.stop = STOP

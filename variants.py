@@ -1,7 +1,7 @@
-"""Which linear, attention and MLP stands where: the tables and what builds from them. Imports no torch.
+"""Which linear, attention and MLP is used where: the tables, and the functions that build from them. Imports no torch.
 
-The three tables below are all there is to register: a new variant is one file and one line here.
-The language that names them is in specs.py, whose names are handed on.
+The three tables below are the only place to register a variant: a new one is one file and one line here.
+Specs and rules are in specs.py, whose names are re-exported.
 """
 import importlib
 import inspect
@@ -51,18 +51,18 @@ MLPS = Table({
 
 
 def check_rules(rules, table):
-    """Parse every spec of the rules and look its name up in the table; raises UserError."""
+    """Parse every spec of the rules and look up its name in the table; raises UserError."""
     for spec in as_rules(rules).values():
         parse_spec(spec, table)
 
 
 def sentence(key, site, spec, error):
-    """A complaint about a spec as a UserError that names key, site and spec."""
+    """An error about a spec as a UserError that names key, site and spec."""
     return UserError(f'{site}: {spec}: {error}', key)
 
 
 def check_arguments(key, cls, site, spec, *leading):
-    """Refuse arguments that cls does not take; returns those that it takes, defaults filled in, without the leading ones."""
+    """Refuse arguments that cls does not take; returns those that it takes, with defaults, without the leading ones."""
     signature = inspect.signature(cls)
     try:
         bound = signature.bind(*leading, *spec.args, **spec.kwargs)
@@ -77,7 +77,7 @@ def check_arguments(key, cls, site, spec, *leading):
 
 
 def build(key, cls, site, spec, *leading):
-    """cls(*leading, *spec arguments), every complaint turned into one sentence that names key, site and spec."""
+    """cls(*leading, *spec arguments), every error turned into one sentence that names key, site and spec."""
     check_arguments(key, cls, site, spec, *leading)
     try:
         return cls(*leading, *spec.args, **spec.kwargs)
@@ -86,7 +86,7 @@ def build(key, cls, site, spec, *leading):
 
 
 def refuse_waste(cls, site, spec, in_features, out_features):
-    """Refuse a structure with as many parameters as the dense matrix, before it is built; say which size would save some."""
+    """Refuse a structure with as many parameters as the dense matrix, before it is built; name a size that saves some."""
     arguments = check_arguments('linear', cls, site, spec, in_features, out_features, None)
     dense = in_features * out_features
     try:

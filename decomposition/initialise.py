@@ -90,7 +90,7 @@ def initialise(model, source_config, source_state, method='van_loan', progress=N
     mean logit, so that by Jensen they get at most (new rows) / (old rows) of the probability, whereas rows near zero
     would win over GPT-2's logits near -100.
     progress: called with one line a decomposed site. Memory: the model, the source, one site, and calibration's.
-    Returns one dict per site: site, spec, error = ||W - What|| / ||W||, norm = ||What|| / ||W||, parameters; with
+    Returns one dict per site: site, spec, error = ||W - Ŵ|| / ||W||, norm = ||What|| / ||W||, parameters; with
     calibration output_error, the rms of the outputs' error over that of the outputs without bias; with validation loss,
     that of the source with this site alone replaced, and dense_loss.
     Raises UserError in one line for sizes, sites or tensors that do not fit, an unknown method, or too little text.

@@ -159,7 +159,7 @@ def mean_loss(model, batches):
 
 
 def output_error(weight, bias, kept, new_bias, stats):
-    """sqrt(E||W x + b - What x' - b'||^2 / E||W x||^2) over the calibration tokens, x' = x unless they differ."""
+    """sqrt(E||W x + b - Ŵ x' - b'||^2 / E||W x||^2) over the calibration tokens, x' = x unless they differ."""
     W, K = weight.double(), kept.double()
     C = stats.covariance.to(W.device)
     S, M = (C if t is None else t.to(W.device) for t in (stats.source_covariance, stats.cross))

@@ -1,6 +1,6 @@
 """Sums of Kronecker products fitted to what a linear does to its inputs, not to its weights: alternating least squares.
 
-    minimise over A_i, B_i    tr(H (T - What) C (T - What)^T),    What = sum_i A_i (x) B_i
+    minimise over A_i, B_i    tr(H (T - Ŵ) C (T - Ŵ)^T),    Ŵ = sum_i A_i ⊗ B_i
 
 C (in, in) is E[x x^T] of the linear's inputs plus a ridge, H (out, out) the identity or E[g g^T] of the loss's gradients
 g with respect to its outputs, T the dense weight or what stands for it. With C = H = I this is Van Loan's problem. For
@@ -35,7 +35,7 @@ PROXIMAL = 1e-12        # of the mean diagonal of G: keeps terms that G does not
 
 
 def als(weight, stats, m, n, terms):
-    """argmin E||W x - What x||^2, C = E[x x^T] + ridge, started from the nearest sum -> A, B, s = 1."""
+    """argmin E||W x - Ŵ x||^2, C = E[x x^T] + ridge, started from the nearest sum -> A, B, s = 1."""
     return *fit(weight.double(), with_ridge(moment(stats, weight)), m, n, terms)[:2], 1.0
 
 
@@ -49,7 +49,7 @@ def als_hessian(weight, stats, m, n, terms):
 
 
 def als_sequential(weight, stats, m, n, terms):
-    """argmin E||W x - What x'||^2, x what the dense model feeds this site, x' what the compressed one does; s = 1."""
+    """argmin E||W x - Ŵ x'||^2, x what the dense model feeds this site, x' what the compressed one does; s = 1."""
     return *fit(*shifted(weight, stats), m, n, terms)[:2], 1.0
 
 
@@ -97,7 +97,7 @@ def with_ridge(C, share=RIDGE):
 def shifted(weight, stats):
     """T = W (M + ridge I)(C + ridge I)^-1 with M = E[x x'^T] and C = E[x' x'^T] -> T, C + ridge I.
 
-    E||W x - What x'||^2 = tr((T - What) C (T - What)^T) + a constant: the best matrix for the shifted inputs is T, and
+    E||W x - Ŵ x'||^2 = tr((T - Ŵ) C (T - Ŵ)^T) + a constant: the best matrix for the shifted inputs is T, and
     the sum is fitted to that. The ridge stands on both, so that T = W where the inputs say nothing.
     """
     C = moment(stats, weight)
@@ -148,7 +148,7 @@ def fit(target, C, m, n, terms, H=None, sweeps=SWEEPS, gain=GAIN):
 def fit_rows(target, C, m, n, terms, H, sweeps, gain):
     """fit where H meets one factor alone, m = 1 or p = 1: with H = L L^T the objective is that of L^T T without H.
 
-    L^T (A (x) B) is A (x) (L^T B) for m = 1 and (L^T A) (x) B for p = 1.
+    L^T (A ⊗ B) is A ⊗ (L^T B) for m = 1 and (L^T A) ⊗ B for p = 1.
     """
     L, nearest = torch.linalg.cholesky(H), nearest_kronecker_sum(target, m, n, terms)
     A, B, objectives = fit(L.t() @ target, C, m, n, terms, None, sweeps, gain)
@@ -161,7 +161,7 @@ def fit_rows(target, C, m, n, terms, H, sweeps, gain):
 
 
 class Problem:
-    """tr(H (T - What) C (T - What)^T) with what all half-steps share."""
+    """tr(H (T - Ŵ) C (T - Ŵ)^T) with what all half-steps share."""
 
     def __init__(self, target, C, H, m, n):
         self.C, self.H, self.kept, self.steps = C, H, (None, None), CG_STEPS if H is None else H_STEPS
@@ -180,7 +180,7 @@ class Problem:
         return r * width <= DIRECT and (r * inner <= DIRECT or solve.gram_cost(r, height, inner, width) <= steps)
 
     def objective(self, A, B):
-        """The objective at a sum: constant - 2 <RT, R(What)> + tr(H What C What^T)."""
+        """The objective at a sum: constant - 2 <RT, R(Ŵ)> + tr(H Ŵ C Ŵ^T)."""
         r = len(A)
         cross = (self.RT * (A.reshape(r, -1).t() @ B.reshape(r, -1))).sum()
         moving, fixed = (B, A) if self.direct(B, A) else (A, B)             # G of B's rows is there behind a sweep
@@ -226,7 +226,7 @@ class Problem:
     def conjugate_gradients(self, fixed, moving, left, rhs, inverse):
         """A few steps from the moving factors, preconditioned by `inverse`, X -> X G^-1 or near it, and H's partial trace.
 
-        Exact at the first step for H = h (x) I and an exact inverse.
+        Exact at the first step for H = h ⊗ I and an exact inverse.
         """
         precondition, (r, inner, across) = inverse, fixed.shape
         few = self.H is None and r < inner and r * across <= DIRECT

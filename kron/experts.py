@@ -1,4 +1,4 @@
-"""A linear with many matrices: a sum of Kronecker products with a gate per term and token, y = sum_e g_e (A_e (x) B_e) x.
+"""A linear with many matrices: a sum of Kronecker products with a gate per term and token, y = sum_e g_e (A_e ⊗ B_e) x.
 
 A factor may be shared by all experts: then it costs one product per token, in front of the others or behind their sum.
 Sizes in this file: E experts, k = top_k, T tokens, A (E or 1, m, n), B (E or 1, p, q), out = m p, in = n q; G groups
@@ -31,12 +31,12 @@ def right(X, B):
 
 
 class ExpertLinear(nn.Module):
-    """y = sum over the chosen experts of g_e (A_e (x) B_e) x, plus one bias, for gates g that sum to 1.
+    """y = sum over the chosen experts of g_e (A_e ⊗ B_e) x, plus one bias, for gates g that sum to 1.
 
     in_features, out_features: sizes; bias: bool; experts E, m x n: size of the left factors; top_k: experts per token;
     share: 'A' or 'B', the factor that all experts have in common, or None. m = out and n = in leave a 1 x 1 right factor,
     which is left out: dense experts, weight (E, out, in). Parameters E m n + E p q + out, a shared factor once. FLOPs a
-    token: k times those of an A_e (x) B_e in the cheaper order, a shared factor's product once. Otherwise no
+    token: k times those of an A_e ⊗ B_e in the cheaper order, a shared factor's product once. Otherwise no
     (out, in) matrix is formed, forward or backward. Raises ValueError, one sentence, for sizes that do not divide.
     """
     tags = {'A': 'factor', 'B': 'factor', 'weight': 'factor', 'bias': 'vector'}
@@ -95,7 +95,7 @@ class ExpertLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)    # autocast leaves the bias in fp32
 
     def product(self, x, slots, gates):
-        """The gated sum of (A_e (x) B_e) x, in the order of fewer FLOPs."""
+        """The gated sum of (A_e ⊗ B_e) x, in the order of fewer FLOPs."""
         A, B = self.factors
         steps = [(left, A), (right, B)] if self.a_first() else [(right, B), (left, A)]
         x = x.view(len(x), A.shape[2], B.shape[2])                                      # (T, n, q)

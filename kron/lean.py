@@ -45,7 +45,7 @@ def explicit(function, x, *rest):
 
 
 def narrow(rows, factor, g):
-    """rows (N, k) @ factor (k, l) as (N/g, g k) @ (I_g (x) factor): g rows at once fill a vector; FLOPs g times."""
+    """rows (N, k) @ factor (k, l) as (N/g, g k) @ (I_g ⊗ factor): g rows at once fill a vector; FLOPs g times."""
     if g == 1:
         return rows @ factor
     k, l = factor.shape
@@ -136,7 +136,7 @@ def second(A, g):
 # W itself
 
 def form(A, B):
-    """W = sum_i A_i (x) B_i, (out, in), in fp32 at least. FLOPs 2 r out in."""
+    """W = sum_i A_i ⊗ B_i, (out, in), in fp32 at least. FLOPs 2 r out in."""
     (r, m, n), (_, p, q), dtype = A.shape, B.shape, torch.promote_types(A.dtype, torch.float32)
     A, B = A.to(dtype), B.to(dtype)
     if r == 1 or max(p, q) > THIN:

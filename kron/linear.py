@@ -1,4 +1,4 @@
-"""A linear map whose matrix is a sum of Kronecker products, W = sum_i s_i A_i (x) B_i, applied by one of several plans.
+"""A linear map whose matrix is a sum of Kronecker products, W = sum_i s_i A_i ⊗ B_i, applied by one of several plans.
 
 products.py has the plans: a term costs two small products, in either order, and the orders differ in FLOPs by up to m or
 n, so that an expanding and a contracting linear want opposite ones. plan.py chooses. Sizes in this file: A (terms, m, n),
@@ -17,7 +17,7 @@ from variants import did_you_mean
 
 
 class KroneckerLinear(Structured):
-    """y = (sum_i s_i A_i (x) B_i) x + b with A_i (m, n) and B_i (out/m, in/n).
+    """y = (sum_i s_i A_i ⊗ B_i) x + b with A_i (m, n) and B_i (out/m, in/n).
 
     in_features, out_features: sizes; bias: bool; m must divide out_features and n in_features; terms >= 1;
     scale: one learnable s_i a term, 1 at first, else s_i = 1. Factors A (terms, m, n), B (terms, out/m, in/n).
@@ -80,7 +80,7 @@ class KroneckerLinear(Structured):
         """
         if self.scale is not None:
             nn.init.ones_(self.scale)
-        norm = std * math.sqrt(self.out_features * self.in_features / self.A.shape[0])      # of each A_i (x) B_i
+        norm = std * math.sqrt(self.out_features * self.in_features / self.A.shape[0])      # of each A_i ⊗ B_i
         for factor in (self.A, self.B):
             nn.init.normal_(factor)
             factor.mul_(math.sqrt(norm) / factor.norm(dim=(1, 2), keepdim=True))
@@ -136,7 +136,7 @@ class KroneckerLinear(Structured):
         return A if self.scale is None else A * self.scale.to(dtype)[:, None, None], self.B.to(dtype)
 
     def product_weight(self):
-        """sum_i s_i A_i (x) B_i, (out, in), in fp32 at least."""
+        """sum_i s_i A_i ⊗ B_i, (out, in), in fp32 at least."""
         with no_autocast(self.A):
             return torch.einsum('imn,ipq->mpnq', *self.factors()).reshape(self.out_features, self.in_features)
 
@@ -157,7 +157,7 @@ class KroneckerLinear(Structured):
         return 2 * r * r * (m * n + p * q + m * p)
 
     def normalise_(self, dim):
-        """Every row (dim=1) or column (dim=0) of W to unit length, in place: those of A (x) B are products of A's and B's.
+        """Every row (dim=1) or column (dim=0) of W to unit length, in place: those of A ⊗ B are products of A's and B's.
 
         Raises ValueError for a sum of terms, whose rows no scaling of the factors makes unit.
         """
@@ -182,7 +182,7 @@ class KroneckerLinear(Structured):
         weight (out, in), bias (out,) or None; method: a name in METHODS; stats: what a calibration pass saw, an object
         with mean (in,), covariance (in, in) about the mean, and gradient, cross and source_mean where the method asks for
         them (calibrate.Stats): needed by CALIBRATED methods, unused by the others. With correct_bias a calibrated
-        method fits about the means and the bias takes W E[x] - What E[x'], which is the best of all biases; a site
+        method fits about the means and the bias takes W E[x] - Ŵ E[x'], which is the best of all biases; a site
         without a bias is fitted to the second moments. With scale, a method's scale goes there, else into B.
         Cost: nearest_kronecker_sum, and kron.als.fit. Raises ValueError for an unknown method, stats that are missing,
         or sizes that do not divide.

@@ -14,7 +14,7 @@ def van_loan(weight, stats, m, n, terms):
 
 
 def van_loan_normalised(weight, stats, m, n, terms):
-    """The nearest sum times s = ||W||_F / ||sum_i A_i (x) B_i||_F, Krony-PT's scale -> A, B, s.
+    """The nearest sum times s = ||W||_F / ||sum_i A_i ⊗ B_i||_F, Krony-PT's scale -> A, B, s.
 
     Gives back the norm, and so the size of activations, that truncation took; the Frobenius error grows, as the
     nearest sum is its own least-squares scale. A zero W keeps s = 1. Source: Krony-PT, arXiv 2412.12351.
@@ -68,14 +68,14 @@ def centred(stats):
 
 
 def bias_shift(weight, kept, stats):
-    """W E[x] - What E[x'], (out,): what the bias gains so that the mean output is as it was (x' = x without a source)."""
+    """W E[x] - Ŵ E[x'], (out,): what the bias gains so that the mean output is as it was (x' = x without a source)."""
     mean = seen(stats, 'mean', weight)
     source = mean if getattr(stats, 'source_mean', None) is None else seen(stats, 'source_mean', weight)
     return weight.double() @ source - kept.double() @ mean
 
 
 def moved(weight, bias, stats):
-    """The target, bias and stats with which a plain method fits E||W x - What x'||^2, x of the dense model: see shifted."""
+    """The target, bias and stats with which a plain method fits E||W x - Ŵ x'||^2, x of the dense model: see shifted."""
     T = shifted(weight, stats if bias is None else centred(stats))[0]
     if bias is not None:
         bias = bias + bias_shift(weight, T, stats).to(bias)

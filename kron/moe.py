@@ -1,6 +1,6 @@
 """A mixture of Kronecker experts: an MLP whose two matrices are gated sums of Kronecker products, a gate per term and token.
 
-c_fc x = sum_e g_e(x) (A_e (x) B_e) x + b over the top_k experts that a router chooses for the token, and c_proj the
+c_fc x = sum_e g_e(x) (A_e ⊗ B_e) x + b over the top_k experts that a router chooses for the token, and c_proj the
 same with other factors and the same gates. With equal gates it is a static sum: the gates are what a mixture adds.
 """
 import math

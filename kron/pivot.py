@@ -8,7 +8,7 @@ from layers.structured import pivoted, with_others
 
 
 class KroneckerPivot(KroneckerLinear):
-    """y = (sum_i A_i (x) B_i) x + b, where row i of [vec A_1, vec A_2, ...]^T is [e_i, R_i] in some order of the entries.
+    """y = (sum_i A_i ⊗ B_i) x + b, where row i of [vec A_1, vec A_2, ...]^T is [e_i, R_i] in some order of the entries.
 
     Any invertible mix of the A_i, undone in the B_i, is the same matrix, as in lowrank.pivot: here every A_i has a 1 at an
     entry of its own, where the others have 0, and B_i is that block of W. in_features, out_features: sizes; bias: bool; m

@@ -1,6 +1,6 @@
-"""Ways to apply W = sum_i A_i (x) B_i to rows x, each a function (x (T, in), A, B) -> (T, out): orders, layouts, W itself.
+"""Ways to apply W = sum_i A_i ⊗ B_i to rows x, each a function (x (T, in), A, B) -> (T, out): orders, layouts, W itself.
 
-With x as a matrix X (n, q), row-major, (A (x) B) x is the matrix A X B^T (m, p), row-major. So a term costs two small
+With x as a matrix X (n, q), row-major, (A ⊗ B) x is the matrix A X B^T (m, p), row-major. So a term costs two small
 products, in either order, with the sum over terms inside the second one. The rest is where numbers lie: a layout is a
 way to have long rows in both products and few copies around them. Sizes: A (terms, m, n), B (terms, p, q), out = m p,
 in = n q, r = terms, T tokens. FLOPs per token: A-first 2 r m q (n + p), B-first 2 r n p (q + m).

@@ -13,7 +13,7 @@ def unrows(X, shape):
 
 
 def dense(A, B):
-    """sum_i A_i (x) B_i, (m p, n q)."""
+    """sum_i A_i ⊗ B_i, (m p, n q)."""
     (r, m, n), (_, p, q) = A.shape, B.shape
     R = A.reshape(r, -1).t() @ B.reshape(r, -1)                                 # its rearrangement, (m n, p q)
     return R.view(m, n, p, q).permute(0, 2, 1, 3).reshape(m * p, n * q)
@@ -71,9 +71,9 @@ def by_products(fixed, RC):
 
 
 def separable_inverse(fixed, RC, proximal):
-    """A function X (height, r width) -> X G'^-1 for G' = M (x) C1 near the normal matrix G of the moving factors' rows.
+    """A function X (height, r width) -> X G'^-1 for G' = M ⊗ C1 near the normal matrix G of the moving factors' rows.
 
-    fixed (r, p, q) are the other factors, RC (width^2, q^2) is C rearranged. With C near C1 (x) C2, both traces of C over
+    fixed (r, p, q) are the other factors, RC (width^2, q^2) is C rearranged. With C near C1 ⊗ C2, both traces of C over
     one of its parts, M_ij = tr(F_i C2 F_j^T): exact where C is such a product, and so where q = 1. Cost: a Cholesky
     factor of r and of width unknowns, and r + width multiply-adds a number of X, where G has (r width)^2.
     """

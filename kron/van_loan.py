@@ -1,6 +1,6 @@
 """Sums of Kronecker products from a matrix alone: the nearest one in Frobenius norm, and Krony-PT's pruning form.
 
-A rearrangement R turns A (x) B into the rank-one matrix vec(A) vec(B)^T and keeps the Frobenius norm, so the
+A rearrangement R turns A ⊗ B into the rank-one matrix vec(A) vec(B)^T and keeps the Frobenius norm, so the
 best sum of r products is the best rank-r approximation of R(W) (Van Loan and Pitsianis, Approximation with
 Kronecker Products, 1993; then Eckart-Young).
 """
@@ -14,7 +14,7 @@ def rearrange(weight, m, n):
 
 
 def nearest_kronecker_sum(weight, m, n, terms):
-    """argmin ||W - sum_i A_i (x) B_i||_F: A (terms, m, n), B (terms, p, q), balanced: ||A_i||_F = ||B_i||_F.
+    """argmin ||W - sum_i A_i ⊗ B_i||_F: A (terms, m, n), B (terms, p, q), balanced: ||A_i||_F = ||B_i||_F.
 
     weight (m*p, n*q), of any floating dtype, which A and B take over. The squared error is the sum of the
     squared singular values of R(W) after the first `terms`. Terms come in falling order of norm, the entry of
@@ -29,9 +29,9 @@ def nearest_kronecker_sum(weight, m, n, terms):
 
 
 def nearest_in_outputs(target, L, m, n, terms):
-    """argmin ||(T - sum_i A_i (x) B_i) L||_F in closed form, for n = 1 or q = 1: one SVD. L lower triangular.
+    """argmin ||(T - sum_i A_i ⊗ B_i) L||_F in closed form, for n = 1 or q = 1: one SVD. L lower triangular.
 
-    (A (x) B) L = (A L) (x) B where B is a column (q = 1), A (x) (B L) where A is one (n = 1): Van Loan's problem for T L.
+    (A ⊗ B) L = (A L) ⊗ B where B is a column (q = 1), A ⊗ (B L) where A is one (n = 1): Van Loan's problem for T L.
     """
     A, B = nearest_kronecker_sum(target @ L, m, n, terms)
     white, other = (B, A) if n == 1 else (A, B)

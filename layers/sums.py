@@ -126,9 +126,9 @@ class SumLinear(Structured):
 
         weight (out, in), bias (out,) or None; method: names with commas, of which each part takes the first that it
         knows; stats: as the parts' methods want them. A round refits every part to W minus the others, and keeps what
-        lowers the error: E||(W - What) x||^2 plus a ridge where a method is calibrated (weighed by the gradients' covariance
-        with a hessian one), ||W - What||^2 elsewhere. Never worse than the first pass. With a bias and calibrated methods
-        all is fitted about the means, and the bias takes (W - What) E[x]. Fits in float64.
+        lowers the error: E||(W - Ŵ) x||^2 plus a ridge where a method is calibrated (weighted by the gradients' covariance
+        with a hessian one), ||W - Ŵ||^2 elsewhere. Never worse than the first pass. With a bias and calibrated methods
+        all is fitted about the means, and the bias takes (W - Ŵ) E[x]. Fits in float64.
         Cost: up to ROUNDS + 1 fits of each part. Raises ValueError for a method that a part does not know, missing stats.
         """
         cls.weight_numel(weight.shape[1], weight.shape[0], parts)

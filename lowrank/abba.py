@@ -176,8 +176,8 @@ class ABBALinear(Structured):
         """The structure that stands for a dense matrix, with its dtype and device; s = 1.
 
         weight (out, in), bias (out,) or None (kept as it is); method: 'van_loan', a small Frobenius error, or 'als',
-        errors weighed by the second moment of each input; stats: what a calibration pass saw (see svd.seen).
-        Never a larger (weighed) error than the truncated SVD of rank max(rank1, rank2). Cost: nearest_hadamard.
+        errors weighted by the second moment of each input; stats: what a calibration pass saw (see svd.seen).
+        Never a larger (weighted) error than the truncated SVD of rank max(rank1, rank2). Cost: nearest_hadamard.
         Raises ValueError for an unknown method, stats that are missing or sizes below 1.
         """
         if method not in METHODS:

@@ -27,7 +27,7 @@ def svd_whitened_bias(weight, stats, rank):
 
 
 def svd_whitened_hessian(weight, stats, rank):
-    """The product that costs the least loss, to second order: output errors weighed by the covariance of its gradients."""
+    """The product that costs the least loss, to second order: output errors weighted by the covariance of its gradients."""
     count, moment, gradient = (seen(stats, name, weight, 'svd_whitened_hessian') for name in ('count', 'moment', 'gradient'))
     return *two_sided_svd(weight, rank, moment, gradient, count), None
 
@@ -159,7 +159,7 @@ class LowRankLinear(Structured):
         Frobenius norm; 'svd_whitened', the one with the nearest outputs on the inputs that stats saw (count, mean and
         covariance, see seen); 'svd_whitened_bias', which also adds (W - U V) mean to the bias;
         'svd_whitened_sequential', the dense model's outputs under other inputs (cross, source_mean), bias included;
-        'svd_whitened_hessian', errors weighed by the gradients' covariance too (gradient). Others keep the bias.
+        'svd_whitened_hessian', errors weighted by the gradients' covariance too (gradient). Others keep the bias.
         Cost: truncated_svd, whitened_svd. Raises ValueError for an unknown method, stats or a bias that are missing,
         or sizes below 1. exact_columns are the inputs of largest E[x^2], without stats the largest columns of W;
         or those of `index`.

@@ -58,10 +58,10 @@ def two_sided_svd(weight, rank, moment, gradient, count=None):
 
 
 def moved(weight, bias, stats):
-    """What a plain method is to fit for E||W x + b - What x' - b'||^2, x of the dense model, x' of the compressed one.
+    """What a plain method is to fit for E||W x + b - Ŵ x' - b'||^2, x of the dense model, x' of the compressed one.
 
     T = W (M + lambda) (C + lambda)^-1, M = E[x x'^T], C = E[x' x'^T], lambda that of with_ridge: the least-squares matrix
-    on the new inputs, as the error is tr((T - What)(C + lambda)(T - What)^T) + a constant. With a bias all is about the
+    on the new inputs, as the error is tr((T - Ŵ)(C + lambda)(T - Ŵ)^T) + a constant. With a bias all is about the
     means, and it takes W E[x] - T E[x']. -> T in float64, the bias, stats of x' alone. One solve of `in` unknowns.
     """
     method = 'svd_whitened_sequential'

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from reporting.tables import Record, folded, link, markdown
 
 STEPS = {'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token', 'validation loss': 'validation loss'}
+SAVINGS = {'validation loss': 'validation loss', 'training FLOPs': 'training FLOPs',
+           'times fewer FLOPs to the loss of dense': 'times fewer',
+           'seeds that reached it': 'reached'}
 TRAINED = {'parameters': 'parameters', 'training FLOPs': 'training FLOPs', 'validation loss': 'validation loss'}
 
 
@@ -22,21 +25,34 @@ class Table:
     part: str = ''
     first: str = 'variant'
 
+    def cells(self, record):
+        """[(label shown, its cells)]"""
+        rows = self.rows or {label: label for label in record.table(self.part)}
+        return [(shown, [record.cell(label, column, self.part) for column in self.columns.values()])
+                for shown, label in rows.items()]
+
     def text(self, root, page):
         """The table, the record's link and its commands, for a page."""
         record = Record(root, self.record)
-        rows = self.rows or {label: label for label in record.table(self.part)}
         lines, seeds = [], []
-        for shown, label in rows.items():
-            found = [record.cell(label, column, self.part) for column in self.columns.values()]
+        for shown, found in self.cells(record):
             lines.append([shown, *(re.sub(r' \(n=\d+\)', '', cell) for cell in found)])
             seeds.append(re.findall(r'\(n=(\d+)\)', ' '.join(found)))
         head = [self.first, *self.columns]
         if any(seeds) and not any('→' in cell for line in lines for cell in line):
             head.append('seeds')
             lines = [[*line, n[0] if n else '1'] for line, n in zip(lines, seeds)]
-        return '\n\n'.join([markdown(head, lines), f'From {link(self.record, page)}; ± is half the range over seeds.',
+        spread = '; ± is half the range over seeds' if any('±' in cell for line in lines for cell in line) else ''
+        return '\n\n'.join([markdown(head, lines), f'From {link(self.record, page)}{spread}.',
                             folded(record.commands(), f'the commands ({self.takes})')])
+
+
+class Crossed(Table):
+    """A table of rows x columns; the record has a row 'ROW: COLUMN' for each cell, and one column of results, `part`."""
+
+    def cells(self, record):
+        return [(shown, [record.cell(f'{row}: {column}', self.part) for column in self.columns.values()])
+                for shown, row in self.rows.items()]
 
 
 def percent(part, whole):
@@ -143,7 +159,8 @@ TABLES = {
                           'dense': 'dense_mlp_1337', 'MLPs `kron(256, 64)` from scratch': 'kron_mlp_1337',
                           'the same from the dense model': 'kron_mlp_from_dense_1337'}),
     'scratch': Table('2026-11-21_scratch', TRAINED, 'half an hour on two CPU cores'),
-    'where': Table('2026-11-22_where_the_money_is', {**TRAINED, 'beside dense': 'beside the baseline'},
+    'where': Table('2026-11-22_where_the_money_is', {**TRAINED, 'beside dense': 'beside the baseline',
+                                                     'beside narrow dense': 'beside a narrow dense model'},
                    '50 minutes on one CPU core', {
                        'dense': 'dense', 'narrow dense, 75%': 'narrow 75%', 'attention alone, at 25%': 'attention 75%',
                        'MLP alone, at 62.5%': 'mlp 75%', 'both, at 75%': 'both 75%', 'narrow dense, 50%': 'narrow 50%',
@@ -156,6 +173,24 @@ TABLES = {
                     '40 minutes on two CPU cores'),
     'finish': Table('2026-11-21_finish', {'parameters before the finish': 'parameters before the finish', **TRAINED,
                                           'beside dense': 'beside the baseline'}, '40 minutes on two CPU cores'),
+    'growth_savings': Table('2026-11-21_growth', SAVINGS, '40 minutes on two CPU cores', {
+        '`copy`': 'from 1 copy/learning_rate=0.005_seed=1', '`zero`': 'from 1 zero/learning_rate=0.008_seed=1',
+        '`stack`': 'from 1 stack/learning_rate=0.008_seed=1',
+        'from three, frozen until 0.6': 'from 3 copy frozen to 0.6/learning_rate=0.005_seed=1',
+        'dense, 0.9 of the steps': 'dense 0.9 of the steps/learning_rate=0.005_seed=1',
+        'dense, 0.8 of the steps': 'dense 0.8 of the steps/learning_rate=0.003_seed=1',
+        'dense, 0.7 of the steps': 'dense 0.7 of the steps/learning_rate=0.005_seed=1',
+        'dense': 'dense/learning_rate=0.005_seed=1'}, part='runs'),
+    'finish_savings': Table('2026-11-21_finish', {**SAVINGS, 'rise at the finish': 'switch spike'},
+                            '40 minutes on two CPU cores', {
+        'kron MLPs until 0.7, `reset`': 'kron to 0.7 reset/learning_rate=0.008_seed=1',
+        'kron MLPs until 0.7, `estimate`': 'kron to 0.7 estimate/learning_rate=0.008_seed=1',
+        'kron MLPs until 0.7, `reset`, no re-warming': 'kron to 0.7 reset at once/learning_rate=0.008_seed=1',
+        'kron MLPs and growth until 0.8, `reset`': 'grow, kron to 0.8 reset/learning_rate=0.004_seed=1',
+        'kron MLPs and growth until 0.8, `estimate`': 'grow, kron to 0.8 estimate/learning_rate=0.004_seed=1',
+        'low-rank MLPs and values until 0.7, `reset`': 'lowrank to 0.7 reset/learning_rate=0.004_seed=1',
+        'low-rank MLPs and values until 0.7, `estimate`': 'lowrank to 0.7 estimate/learning_rate=0.004_seed=1',
+        'dense': 'dense/learning_rate=0.004_seed=1'}, part='runs'),
     'drop_in': Table('2026-11-21_drop_in', {'replacements': 'replacements', 'training FLOPs': 'training FLOPs',
                                             'worst spike': 'worst spike', 'validation loss': 'validation loss'},
                      '2 minutes a run on one CPU core', first='order'),
@@ -178,6 +213,10 @@ TABLES = {
         'nanoGPT, s', 'ours, s', 'wall x', 'CPU x', 'tokens x', 'loss in its time')},
                     '15 minutes on one CPU core, after a clone of nanoGPT', first='seed'),
     'smollm2': Table('2026-11-22_smollm2', BUDGETS, '7 hours on two CPU cores, after two downloads', SMOLLM2),
-    'character': Table('2026-11-22_character_compression', {'25% of the MLP parameters': '25%'},
-                       '75 minutes on one CPU core', first='shape of c_fc: method'),
+    'character': Crossed('2026-11-22_character_compression', {
+        '`van_loan_normalised`': 'nVL', '`als`': 'als', '`als_sequential`': 'als_sequential', '`als_hessian`': 'als_hessian',
+        '`als_sequential_hessian`': 'als_sequential_hessian', 'the same on 98,304 tokens': 'als_sequential_hessian on 98k'},
+        '75 minutes on one CPU core', {
+            'kron(256, 64)': '256 x 64', 'kron(128, 32, terms=4)': '128 x 32', 'kron(64, 16, terms=15)': '64 x 16',
+            'kron(32, 8, terms=32)': '32 x 8'}, part='25%', first='c_fc'),
 }

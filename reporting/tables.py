@@ -41,9 +41,9 @@ class Record:
         self.tables = read_tables(self.text)
 
     def table(self, part=''):
-        """{label: {column: cell}} of the first table below a heading; '' takes the first of all."""
+        """{label: {column: cell}} of the first table below a heading, or whose first column has that name; '': of any."""
         for heading, rows in self.tables:
-            if part in ('', heading):
+            if part in ('', heading, next(iter(next(iter(rows.values()))), '')):
                 return rows
         raise UserError(f'records/{self.name}: no table below {part!r}; there are {[heading for heading, _ in self.tables]}')
 

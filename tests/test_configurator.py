@@ -121,13 +121,13 @@ BAD_FILES = [                                                   # (text, line, w
     ('n_layer = 10 ** 10 ** 10', 1, 'too large'),
     ('out_dir = "a" * 1000000000', 1, 'arithmetic takes two numbers'),
     ('n_layer = n_head', 1, "'n_head' is not read"),
-    ('linear = {"h.*": "kron(8"}', 1, 'is no spec'),
+    ('linear = {"h.*": "kron(8"}', 1, 'is not a spec'),
     ('linear = {"h.*": "krom(8, 8)"}', 1, "'krom' is not one of dense, kron, kron_pivot, lowrank, pivot, abba, "
      "did you mean 'kron'?"),
     ('linear = {"h.*": 3}', 1, 'linear takes texts only'),
     ('linear = 3', 1, 'linear takes a dict of rules or a text'),
     ('attention = "casual"', 1, "did you mean 'causal'"),
-    ('mlp = "gelu(open(1))"', 1, 'is no spec'),
+    ('mlp = "gelu(open(1))"', 1, 'is not a spec'),
     ('out_dir = ""', 1, 'out_dir must not be empty'),
 ]
 
@@ -143,7 +143,7 @@ def test_a_mistake_in_a_file_is_one_line_with_file_line_and_key(tmp_path, text, 
 @pytest.mark.parametrize('argument, words', [
     ('--n_layr=3', "did you mean 'n_layer'"), ('--n_layer', 'write --n_layer=VALUE'), ('--n_head=5', 'must divide'),
     ('--bias=false', "takes True or False without quotes, got 'false'"), ('--n_layer=two', 'takes a whole number'),
-    ('-n_layer=3', 'write --n_layer=VALUE'), ('--linear=h.*=', 'is no rule'), ('--linear=h.*=krn(3)', "'krn'"),
+    ('-n_layer=3', 'write --n_layer=VALUE'), ('--linear=h.*=', 'is not a rule'), ('--linear=h.*=krn(3)', "'krn'"),
     ('config/nothing_there.py', 'there is no such config file')])
 def test_a_mistake_on_the_command_line(argument, words):
     with pytest.raises(UserError) as error:

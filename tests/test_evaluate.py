@@ -315,7 +315,7 @@ def test_the_table(tmp_path, run):
     (['--dataset=d', '--split=test'], "no split 'test'; it has train, val"),
     (['--dataset=d', '--split=dev'], 'must be one of train, val, test'),
     (['--dataset=nothing'], 'nothing'),
-    (['--dataset=other'], 'mean other things'),
+    (['--dataset=other'], 'have other meanings'),
     (['--dataset=large'], 'has 40 tokens, the model 11'),
     (['--dataset=d', '--text={}/x.txt', '--split=train'], '--split'),
     (['--text={}/missing.txt'], 'no such file'),

@@ -215,7 +215,7 @@ def test_tokens_without_a_meaning_are_numbers(tmp_path, run):
     numbers = [int(word) for word in out.removesuffix(LINE).split()]
     assert code == 0 and numbers[:2] == [1, 2] and len(numbers) == 11 and max(numbers) < 16
     assert 'printed as numbers' in err
-    assert 'numbers of tokens' in refusal(run(f'--out_dir={tmp_path}', '--start=hello'))
+    assert 'token numbers' in refusal(run(f'--out_dir={tmp_path}', '--start=hello'))
     assert 'holds token 16' in refusal(run(f'--out_dir={tmp_path}', '--start=3 16'))
     assert 'holds token' in refusal(run(f'--out_dir={tmp_path}', '--start=-1'))
 

@@ -23,7 +23,7 @@ def test_parse_spec():
 @pytest.mark.parametrize('text', ['', 'kron(', 'a.b(1)', 'kron(x)', 'kron(*[1])', 'kron(**{})', '1', 'a b', 'kron()()',
                                   'lambda: 1', '(' * 300, 'kron(' + '[' * 300])
 def test_what_is_no_spec_is_refused(text):
-    with pytest.raises(UserError, match='is no spec'):
+    with pytest.raises(UserError, match='is not a spec'):
         parse_spec(text)
 
 

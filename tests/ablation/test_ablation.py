@@ -95,7 +95,7 @@ def test_settings_of_a_combination_are_merged(plan):
 
 @pytest.mark.parametrize('changes, words', [
     (['--axes=none'], 'no combination of the axes is valid in --axes=none'),
-    (['--pick=w*'], "no variant is called 'w*'; there are"),
+    (['--pick=w*'], "no variant is called 'w*'; the variants are"),
     (['--axes=smal'], "--axes=smal: there is no such part of the grid, did you mean 'small'?"),
     ("needs = {'abba': ['q']}", "needs: there is no axis 'q'"),
     ("exchange = {'aba': {}}", "exchange: there is no axis 'aba', did you mean 'abba'?"),

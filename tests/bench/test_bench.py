@@ -89,7 +89,7 @@ def test_the_package_wins_over_the_file_of_that_name_and_brings_no_torch():
     (['attention', '--n_head=5'], 'n_head must divide n_embd'),
     (['attention', '--block_size=1'], 'at least 2'),
     (['attention', '--device=tpu'], 'device must be'),
-    (['attention', '--json=no/such/folder/x.json'], 'a folder that is there'),
+    (['attention', '--json=no/such/folder/x.json'], 'in an existing folder'),
     (['attention', '--maps=x.png', '--text=README.md'], '--out_dir=DIR too'),
     (['attention', '--maps=x.png', '--out_dir=no/such', '--text=README.md'], "no folder 'no/such'"),
     (['attention', '--maps=x.png', '--out_dir=tests'], '--text=FILE too'),

@@ -47,8 +47,8 @@ def test_a_sum_is_one_spec():
 
 
 @pytest.mark.parametrize('text, words', [
-    ('lowrank(4) + 3', 'no spec'), ('lowrank(4) - kron(8, 8)', 'no spec'), ('lowrank(4) + ', 'no spec'),
-    ('lowrank(4) + krom(8, 8)', "'krom' is not one of"), ('lowrank(4) * 2', 'no spec'), ('+lowrank(4)', 'no spec'),
+    ('lowrank(4) + 3', 'not a spec'), ('lowrank(4) - kron(8, 8)', 'not a spec'), ('lowrank(4) + ', 'not a spec'),
+    ('lowrank(4) + krom(8, 8)', "'krom' is not one of"), ('lowrank(4) * 2', 'not a spec'), ('+lowrank(4)', 'not a spec'),
 ], ids=str)
 def test_what_is_no_sum_is_refused(text, words):
     with pytest.raises(UserError, match=words):
