@@ -40,13 +40,13 @@ def initialise(module, config):
 class Subject:
     """A module of `part` made of `spec`, with inputs as the block's norm hands them over: rms 1, under ngpt length 1.
 
-    Equal specs have equal weights and inputs. RoPE's tables are made before anything is timed, as all blocks of a model
-    share them.
+    Equal specs have equal weights and inputs. RoPE's tables and masks of windows are made before anything is timed, as all
+    blocks of a model share them.
     """
 
     def __init__(self, part, spec, settings):
         self.config = dataclasses.replace(configurator.model_config(settings), **{part: spec})
-        self.part, self.spec, self.settings, self.tables = part, spec, settings, {}
+        self.part, self.spec, self.settings, self.shared = part, spec, settings, {}
         self.device = hardware.device(settings.device)
         self.dtype = hardware.dtype(settings.dtype, self.device)
         torch.manual_seed(settings.seed)
@@ -67,7 +67,7 @@ class Subject:
         B, T = x.shape[:2]
         tokens = torch.arange(start, start + T, device=x.device)
         ctx = Context((tokens % self.config.vocab_size).expand(B, T), tokens, self.config, cache,
-                      tables=self.tables.setdefault((start, T), {}))
+                      shared=self.shared.setdefault((B, start, T), {}))
         return self.module(x, ctx), ctx.losses
 
     def forward(self, batch, T):

@@ -21,9 +21,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import configurator
-import model as model_module
 import variants
-from attention import decoding, heads
+from attention import context, decoding, heads
 from layers.basic import tags_of
 from model import GPT, GPTConfig
 from variants import ATTENTIONS, UserError
@@ -545,7 +544,7 @@ def test_p1_p2_shifted_positions_change_nothing_and_missing_ones_do(case, monkey
     full = logits_of(model, idx)
     plain = heads.rotation
     for place, differs in ((lambda p: p + 8, False), (lambda p: p * 0 + 3, True)):
-        monkeypatch.setattr(model_module, 'rotation', lambda p, *more, place=place: plain(place(p), *more))
+        monkeypatch.setattr(context, 'rotation', lambda p, *more, place=place: plain(place(p), *more))
         assert (difference(logits_of(model, idx), full) > 1e-6) == differs
 
 

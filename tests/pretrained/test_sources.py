@@ -450,7 +450,7 @@ def test_a_padded_vocabulary_takes_no_probability():
 
 def test_the_124m_config_takes_gpt2s_50257_rows_into_its_padded_vocabulary(tmp_path, monkeypatch):
     """As train.py builds it, at a small width."""
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(Path(__file__).parents[2])
     source = random_model(vocab_size=50257, n_layer=1, n_embd=8, n_head=2, block_size=16)
     raw, state = gpt2.from_ours(source)
     save_file(state, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
