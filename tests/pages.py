@@ -18,12 +18,17 @@ class Shown:
     text: str
 
     @property
-    def words(self):
-        """The command's words, without variables before it, its comment, and what its output goes to."""
-        text = self.text
+    def plain(self):
+        """The command without its comment, with a value for what loops put in."""
+        text = re.split(r'\s#\s', self.text)[0].strip()
         for place, value in PLACES.items():
             text = text.replace(place, value)
-        words = shlex.split(text, comments=True)
+        return text
+
+    @property
+    def words(self):
+        """The command's words, without variables before it, and without what its output goes to."""
+        words = shlex.split(self.plain)
         while re.match(r'[A-Z_]+=', words[0]):
             words = words[1:]
         words = words[3:] if words[0] == 'taskset' else words
