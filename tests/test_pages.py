@@ -37,7 +37,7 @@ BRIEF = '--max_iters=4 --lr_decay_iters=4 --warmup_iters=1 --eval_interval=2 --e
 SMALLER = {
     r'--dry_run|--help|--maps': '',
     r'ablate\.py config|compress\.py config': '--dry_run=True',
-    r'kron_drop_in': BRIEF + ' --drop_in_from=0 --drop_in_every=1 --calibration_tokens=512 --drop_in_report=2 --max_iters=12',
+    r'kron_drop_in': BRIEF + ' --drop_in_from=0 --drop_in_every=1 --drop_in_report=2 --calibration_tokens=512 --max_iters=9',
     r'als_hessian': BRIEF + ' --calibration_tokens=512',
     r'train\.py|run\.sh': BRIEF,
     r'sample\.py': '--num_samples=1 --max_new_tokens=8',
@@ -189,8 +189,9 @@ def run_shown(shown, folder):
     """Run one command of a page, made smaller, in a shell of its own; an activated .venv is what README.md tells first."""
     smaller = next((more for pattern, more in SMALLER.items() if re.search(pattern, shown.text)), '')
     values = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_OFFLINE': '1'}
-    return subprocess.run(['bash', '-c', f'source .venv/bin/activate; {shown.plain} {smaller}'], cwd=folder, env=values, text=True,
-                          capture_output=True, timeout=600, stdin=subprocess.DEVNULL)
+    script = f'source .venv/bin/activate; {shown.plain} {smaller}'
+    return subprocess.run(['bash', '-c', script], cwd=folder, env=values, text=True, capture_output=True, timeout=600,
+                          stdin=subprocess.DEVNULL)
 
 
 @pytest.mark.slow
