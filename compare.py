@@ -6,6 +6,9 @@ records/<date>_NAME/ (a folder of plain text; commit it).
 log.jsonl. For one run it writes drop_in.md, drop_in.json and drop_in.png again, for example after a kill; for several runs
 it writes one table and one plot of all into --to. With --baseline=PATTERN it prints instead what growth and dense finishes
 saved (growth/recovery.py).
+
+`python compare.py tables [--check=True]` writes the tables of README.md and docs/ and their figures anew from records/
+(reporting/pages.py); --check=True writes nothing, names what differs, and leaves with exit code 1 if anything does.
 """
 import datetime
 import os
@@ -33,6 +36,12 @@ class RecoveryConfig:
     """Settings of compare.py recovery."""
     baseline: str = key('', 'pattern of the folders whose final loss is the target for the others, such as */dense/*')
     to: str = key('', 'folder for the table and the plot; default: the folder of the run, for several runs out/drop_in')
+
+
+@dataclass
+class TablesConfig:
+    """Settings of compare.py tables."""
+    check: bool = key(False, 'write nothing; exit code 1 when a page or a figure differs from records/')
 
 
 def compare(folders, config):
@@ -63,11 +72,26 @@ def recover(folders, config):
         print(recovery.write(config.to or os.path.join('out', 'drop_in'), folders))
 
 
+def publish(folders, config):
+    """Write the tables and figures of README.md and docs/, or say which are not what records/ gives."""
+    if folders:
+        raise UserError(f'{folders[0]}: compare.py tables takes no folders, it reads records/')
+    from reporting import pages
+    changed = pages.stale(ROOT) if config.check else pages.write(ROOT)
+    for path in changed:
+        print(f'{path} differs: python compare.py tables' if config.check else f'written: {path}')
+    if config.check and changed:
+        raise SystemExit(1)
+
+
+PARTS = {'recovery': (recover, RecoveryConfig), 'tables': (publish, TablesConfig)}
+
+
 def main():
-    name, act, settings = 'compare.py', compare, CompareConfig
-    if sys.argv[1:2] == ['recovery']:                   # a run's folder of that name is ./recovery
-        del sys.argv[1]
-        name, act, settings = 'compare.py recovery', recover, RecoveryConfig
+    name, (act, settings) = 'compare.py', (compare, CompareConfig)
+    if sys.argv[1:2] and sys.argv[1] in PARTS:          # a run's folder of that name is ./recovery
+        part = sys.argv.pop(1)
+        name, (act, settings) = f'compare.py {part}', PARTS[part]
     folders = [a for a in sys.argv[1:] if not a.startswith('-')]
     sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith('-')]
     config = configurator.run_program(name, settings, 'RUN [RUN ...] [--key=value ...]')

@@ -1,0 +1,222 @@
+"""Which tables README.md and docs/ show, and of which records: the names in `<!-- table NAME -->`."""
+import re
+from dataclasses import dataclass, field
+
+from reporting.tables import Record, folded, link, markdown
+
+STEPS = {'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token', 'validation loss': 'validation loss'}
+SAVINGS = {'validation loss': 'validation loss', 'training FLOPs': 'training FLOPs',
+           'times fewer FLOPs to the loss of dense': 'times fewer',
+           'seeds that reached it': 'reached'}
+TRAINED = {'parameters': 'parameters', 'training FLOPs': 'training FLOPs', 'validation loss': 'validation loss'}
+
+
+@dataclass
+class Table:
+    """Rows and columns of one table of a record.
+
+    columns: {heading shown: heading in the record}; rows: {label shown: label in the record}, {} for all as they are;
+    part: the heading above the table; takes: what the commands take, said where they are folded.
+    """
+    record: str
+    columns: dict
+    takes: str
+    rows: dict = field(default_factory=dict)
+    part: str = ''
+    first: str = 'variant'
+
+    def cells(self, record):
+        """[(label shown, its cells)]"""
+        rows = self.rows or {label: label for label in record.table(self.part)}
+        return [(shown, [record.cell(label, column, self.part) for column in self.columns.values()])
+                for shown, label in rows.items()]
+
+    def text(self, root, page):
+        """The table, the record's link and its commands, for a page."""
+        record = Record(root, self.record)
+        lines, seeds = [], []
+        for shown, found in self.cells(record):
+            lines.append([shown, *(re.sub(r' \(n=\d+\)', '', cell) for cell in found)])
+            seeds.append(re.findall(r'\(n=(\d+)\)', ' '.join(found)))
+        head = [self.first, *self.columns]
+        if any(seeds) and not any('→' in cell for line in lines for cell in line):
+            head.append('seeds')
+            lines = [[*line, n[0] if n else '1'] for line, n in zip(lines, seeds)]
+        spread = '; ± is half the range over seeds' if any('±' in cell for line in lines for cell in line) else ''
+        return '\n\n'.join([markdown(head, lines), f'From {link(self.record, page)}{spread}.',
+                            folded(record.commands(), f'the commands ({self.takes})')])
+
+
+class Crossed(Table):
+    """A table of rows x columns; the record has a row 'ROW: COLUMN' for each cell, and one column of results, `part`."""
+
+    def cells(self, record):
+        return [(shown, [record.cell(f'{row}: {column}', self.part) for column in self.columns.values()])
+                for shown, row in self.rows.items()]
+
+
+def percent(part, whole):
+    return f'{100 * part / whole:.0f}%'
+
+
+def millions(part, whole):
+    digits = 1 if part > 1e7 else 2
+    return unbroken(f'{part / 1e6:.{digits}f}M ({percent(part, whole)})')
+
+
+def unbroken(text):
+    """The text with spaces at which no line ends."""
+    return text.replace(' ', '\N{NO-BREAK SPACE}')
+
+
+@dataclass
+class Answer:
+    """One row of the table on README.md's first screen: a variant beside the dense model of the same record."""
+    what: str
+    record: str
+    variant: str
+    dense: str
+    cost: str                           # the column of FLOPs
+    data: str
+    narrow: str = ''
+
+    def row(self, root):
+        record = Record(root, self.record)
+        (size, _, _), (whole, _, _) = (record.number(name, 'parameters') for name in (self.variant, self.dense))
+        (flops, _, _), (all_flops, _, _) = (record.number(name, self.cost) for name in (self.variant, self.dense))
+        mean, half, seeds = record.number(self.variant, 'validation loss')
+        narrow = f'{record.number(self.narrow, "validation loss")[0]:.3f}' if self.narrow else ''
+        return [self.what, millions(size, whole), percent(flops, all_flops), unbroken(f'{mean:.3f} ± {half:.3f}'),
+                f'{record.number(self.dense, "validation loss")[0]:.3f}', narrow, str(seeds), self.data]
+
+
+class Answers:
+    """The table of README.md's first screen, five rows."""
+    head = ['in place of a dense GPT', 'parameters', 'training FLOPs', 'validation loss', 'dense', 'narrow dense', 'seeds',
+            'data']
+    rows = [
+        Answer('Kronecker MLPs, as many steps', '2026-11-22_where_the_money_is', 'mlp 50%', 'dense', 'training FLOPs',
+               'Shakespeare', 'narrow 50%'),
+        Answer('Kronecker MLPs, as many FLOPs', '2026-11-21_scratch', 'kron', 'dense', 'training FLOPs', 'Shakespeare',
+               'narrow'),
+        Answer('Linformer attention, 1/8 of the cache', '2026-11-21_attention', 'linformer', 'llama', 'FLOPs per token',
+               'Shakespeare'),
+        Answer('growth from one block to six', '2026-11-21_growth', 'from 1 copy', 'dense', 'training FLOPs',
+               'Shakespeare'),
+    ]
+    smollm2 = '2026-11-22_smollm2'
+
+    def compressed(self, root):
+        """The last row: a pretrained model, whose loss is a perplexity."""
+        record, variant = Record(root, self.smollm2), 'pivot curvature: svd_hessian'
+        whole, dense = re.search(r'of ([\d,]+), perplexity ([\d.]+) on test', record.text).groups()
+        size, _, _ = record.number(variant, 'of the whole model', '75%')
+        healed, _, seeds = record.number(variant, 'healed', '75%')
+        return ['pretrained SmolLM2, its MLPs cut to 75%', millions(size, float(whole.replace(',', ''))), '',
+                unbroken(f'perplexity {healed:.1f}'), f'{float(dense):.1f}', '', str(seeds), 'Wikipedia prose']
+
+    def text(self, root, page):
+        names = dict.fromkeys([answer.record for answer in self.rows] + [self.smollm2])
+        said = 'the commands (half an hour to 3 hours each on two CPU cores, the last 7 hours)'
+        return '\n\n'.join([markdown(self.head, [answer.row(root) for answer in self.rows] + [self.compressed(root)]),
+                            folded([f'{Record(root, name).commands()[0]}    # {name}' for name in names], said)])
+
+
+BUDGETS = {name: name for name in ('75%', '50%', '25%')}
+SMOLLM2 = {
+    'low rank, equal ranks, `svd`': 'svd',
+    'the same, `svd_whitened`': 'svd_whitened',
+    'the same, `svd_whitened_sequential`': 'svd_whitened_sequential',
+    'the same, `svd_whitened_streamed`': 'svd_whitened_streamed',
+    '`pivot` in its place, `svd_whitened`': 'pivot: svd_whitened',
+    'low rank, ranks by curvature, `svd_whitened_hessian`': 'curvature: svd_hessian',
+    'the same with 64 exact columns in c_proj': 'exact columns: svd_hessian',
+    '`pivot` in place of low rank': 'pivot curvature: svd_hessian',
+    'the same, `svd_whitened_hessian_streamed`': 'pivot curvature: svd_hessian_streamed',
+    'the same, `svd_whitened_hessian_sequential`': 'pivot curvature: svd_hessian_sequential',
+    'the same, `svd_whitened_streamed`, ranks by curvature': 'pivot curvature: svd_whitened_streamed',
+    '`pivot` with `kron_pivot(1, 768)` as c_proj, `als_hessian` there': 'pivot mixed curvature: als_hessian',
+    'the same, `_streamed`': 'pivot mixed curvature: als_hessian_streamed',
+    'sums of kron(1, 768) and kron(2, 576), equal terms, `als`': 'near low rank: als',
+    'the same, `als_sequential`': 'near low rank: als_sequential',
+    'the same, `als_streamed`': 'near low rank: als_streamed',
+    'low rank + 20 square Kronecker terms, `svd_whitened`, `als`': 'sum',
+    'ABBA, `van_loan`': 'abba',
+    'sums of square Kronecker products, `van_loan`': 'van_loan',
+    'the same, `van_loan_normalised`': 'van_loan_normalised',
+    'the same, 30% zeroed before by magnitude, `van_loan`': 'magnitude: van_loan',
+    'the same, 30% zeroed before by wanda, `van_loan`': 'wanda: van_loan',
+    'kron(288, 1536), `prune`': 'prune',
+}
+
+APPROXIMATIONS = '90 minutes on two CPU cores, the note alone 42'
+
+TABLES = {
+    'answers': Answers(),
+    'kron_mlp': Table('2026-11-21_kron_mlp', {'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token',
+                                              'tokens': 'tokens', 'validation loss': 'last val loss'},
+                      '2 minutes a run on two CPU cores', {
+                          'dense': 'dense_mlp_1337', 'MLPs `kron(256, 64)` from scratch': 'kron_mlp_1337',
+                          'the same from the dense model': 'kron_mlp_from_dense_1337'}),
+    'scratch': Table('2026-11-21_scratch', TRAINED, 'half an hour on two CPU cores'),
+    'where': Table('2026-11-22_where_the_money_is', {**TRAINED, 'beside dense': 'beside the baseline',
+                                                     'beside narrow dense': 'beside a narrow dense model'},
+                   '50 minutes on one CPU core', {
+                       'dense': 'dense', 'narrow dense, 75%': 'narrow 75%', 'attention alone, at 25%': 'attention 75%',
+                       'MLP alone, at 62.5%': 'mlp 75%', 'both, at 75%': 'both 75%', 'narrow dense, 50%': 'narrow 50%',
+                       'MLP alone, at 25%': 'mlp 50%', 'both, at 50%': 'both 50%'}, first='saved in'),
+    'mixture': Table('2026-11-22_mixture', {**STEPS, 'beside static, 2 terms': 'beside the baseline'},
+                     '25 minutes on two CPU cores', {
+                         'static, 2 terms': 'static 2', 'mixture': 'mixture', 'mixture, one B': 'mixture, one B',
+                         'mixture, one A': 'mixture, one A', 'static, 8 terms': 'static 8', 'dense': 'dense'}),
+    'growth': Table('2026-11-21_growth', {**TRAINED, 'beside dense': 'beside the baseline'},
+                    '40 minutes on two CPU cores'),
+    'finish': Table('2026-11-21_finish', {'parameters before the finish': 'parameters before the finish', **TRAINED,
+                                          'beside dense': 'beside the baseline'}, '40 minutes on two CPU cores'),
+    'growth_savings': Table('2026-11-21_growth', SAVINGS, '40 minutes on two CPU cores', {
+        '`copy`': 'from 1 copy/learning_rate=0.005_seed=1', '`zero`': 'from 1 zero/learning_rate=0.008_seed=1',
+        '`stack`': 'from 1 stack/learning_rate=0.008_seed=1',
+        'from three, frozen until 0.6': 'from 3 copy frozen to 0.6/learning_rate=0.005_seed=1',
+        'dense, 0.9 of the steps': 'dense 0.9 of the steps/learning_rate=0.005_seed=1',
+        'dense, 0.8 of the steps': 'dense 0.8 of the steps/learning_rate=0.003_seed=1',
+        'dense, 0.7 of the steps': 'dense 0.7 of the steps/learning_rate=0.005_seed=1',
+        'dense': 'dense/learning_rate=0.005_seed=1'}, part='runs'),
+    'finish_savings': Table('2026-11-21_finish', {**SAVINGS, 'rise at the finish': 'switch spike'},
+                            '40 minutes on two CPU cores', {
+        'kron MLPs until 0.7, `reset`': 'kron to 0.7 reset/learning_rate=0.008_seed=1',
+        'kron MLPs until 0.7, `estimate`': 'kron to 0.7 estimate/learning_rate=0.008_seed=1',
+        'kron MLPs until 0.7, `reset`, no re-warming': 'kron to 0.7 reset at once/learning_rate=0.008_seed=1',
+        'kron MLPs and growth until 0.8, `reset`': 'grow, kron to 0.8 reset/learning_rate=0.004_seed=1',
+        'kron MLPs and growth until 0.8, `estimate`': 'grow, kron to 0.8 estimate/learning_rate=0.004_seed=1',
+        'low-rank MLPs and values until 0.7, `reset`': 'lowrank to 0.7 reset/learning_rate=0.004_seed=1',
+        'low-rank MLPs and values until 0.7, `estimate`': 'lowrank to 0.7 estimate/learning_rate=0.004_seed=1',
+        'dense': 'dense/learning_rate=0.004_seed=1'}, part='runs'),
+    'drop_in': Table('2026-11-21_drop_in', {'replacements': 'replacements', 'training FLOPs': 'training FLOPs',
+                                            'worst spike': 'worst spike', 'validation loss': 'validation loss'},
+                     '2 minutes a run on one CPU core', first='order'),
+    'attention': Table('2026-11-21_attention', {**STEPS, 'cache, bytes per token': 'cache, bytes per token'},
+                       '1.5 to 3 hours on two CPU cores', part='shakespeare_char'),
+    'attention_prose': Table('2026-11-21_attention', {**STEPS, 'cache, bytes per token': 'cache, bytes per token'},
+                             '1.5 to 3 hours on two CPU cores', part='enwik8_prose'),
+    'ranks': Table('2026-11-21_ranks', TRAINED, '18 minutes on two CPU cores'),
+    'effects': Table('2026-11-21_approximations', {'effect on the loss': 'effect on the loss',
+                                                   '95% over pairs': '95 % over pairs', 'pairs': 'pairs',
+                                                   '95% over seeds': '95 % over seeds'},
+                     APPROXIMATIONS, part='Main effects', first='switch'),
+    'approximations': Table('2026-11-21_approximations', TRAINED, APPROXIMATIONS, {
+        name: name for name in ('dense', 'narrow 96', 'narrow 88', 'linformer', 'grow', 'grow+v+abba+linformer',
+                                'v+mlp+abba+linformer', 'grow+v+mlp', 'grow+freeze')}),
+    'enwik8': Table('2026-11-21_enwik8', {'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token',
+                                          'tokens': 'tokens', 'validation loss': 'last val loss'},
+                    '14 minutes each on one CPU core, after a download of 36 MB', first='run'),
+    'recipe': Table('2026-11-21_recipe', {name: name for name in (
+        'nanoGPT, s', 'ours, s', 'wall x', 'CPU x', 'tokens x', 'loss in its time')},
+                    '15 minutes on one CPU core, after a clone of nanoGPT', first='seed'),
+    'smollm2': Table('2026-11-22_smollm2', BUDGETS, '7 hours on two CPU cores, after two downloads', SMOLLM2),
+    'character': Crossed('2026-11-22_character_compression', {
+        '`van_loan_normalised`': 'nVL', '`als`': 'als', '`als_sequential`': 'als_sequential', '`als_hessian`': 'als_hessian',
+        '`als_sequential_hessian`': 'als_sequential_hessian', 'the same on 98,304 tokens': 'als_sequential_hessian on 98k'},
+        '75 minutes on one CPU core', {
+            'kron(256, 64)': '256 x 64', 'kron(128, 32, terms=4)': '128 x 32', 'kron(64, 16, terms=15)': '64 x 16',
+            'kron(32, 8, terms=32)': '32 x 8'}, part='25%', first='c_fc'),
+}
