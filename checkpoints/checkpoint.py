@@ -4,7 +4,7 @@
     ckpt_00000020/        in its place where the ranks' shards are saved as they are: see sharded.py
     ckpt_00000020.json    its manifest {sha256, size, step, schema}, written last: without it the data does not count
     best.json             {step, val_loss}: the checkpoint that pruning spares
-    previous/             what set_aside moved out of the way of a fresh run
+    previous/, previous.1/ what set_aside moved out of the way of a fresh run: see previous.py
     .lock                 held by the trainer
 
 torch.load compares no checksums: of 200 flipped bits it let 198 through as wrong weights (we measured), so the
@@ -23,9 +23,8 @@ import torch.distributed as dist
 from checkpoints import sharded, torchfile
 from checkpoints.durable import DISK, FileOps, Lock, write_whole  # noqa: F401 - callers take FileOps and Lock from here
 from checkpoints.manifest import NAME, SCHEMA, Damaged, data_path, data_paths, in_order, newer, read_json, verify
+from checkpoints.previous import set_aside  # noqa: F401 - and from here
 from variants import UserError
-
-RUN_FILES = ('best.json', 'config.json', 'env.json', 'loss.png', 'log.jsonl')          # a run's, besides checkpoints
 
 
 def save(folder, state, keep=3, ops=DISK, group=None):
@@ -132,31 +131,6 @@ def load(folder, which='last', *, allow_unverified=False, quiet=False):
         raise UserError(f'{folder} has no checkpoint named as the best; take --which=last')
     raise UserError(f'{folder} has no checkpoint (ckpt_<step>.pt or a folder ckpt_<step>/, with its .json); train there '
                     'first or correct it')
-
-
-def set_aside(folder, ops=DISK):
-    """Move a former run's files into <folder>/previous, replacing what was there; nothing happens without any.
-
-    Stopped anywhere it loses nothing: the rest follows at the next call. The oldest checkpoint goes first and the log
-    last, so that a run caught half-way can still be resumed, and the older generation goes when all are safe.
-    """
-    folder = Path(folder)
-    incoming, previous = folder / 'previous.new', folder / 'previous'
-    files = sorted(filter(in_order, folder.glob('ckpt_*')), key=in_order)
-    files += [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if not files and not incoming.exists():
-        return
-    incoming.mkdir(exist_ok=True)
-    for path in files:
-        if (incoming / path.name).is_dir():             # which nothing can be renamed to
-            ops.remove(incoming / path.name)
-        ops.replace(path, incoming / path.name)
-    ops.fsync_dir(incoming)
-    ops.fsync_dir(folder)
-    if previous.exists():
-        ops.remove(previous)
-    ops.replace(incoming, previous)
-    ops.fsync_dir(folder)
 
 
 def _clear(folder, ops):
