@@ -20,7 +20,10 @@ FREE = ('dropout', 'zero_init', 'loss_chunk', 'recompute', 'residual')     # mod
 
 
 def resumed(config, state):
-    """The configuration of a resumed run: what was given now, else what the checkpoint holds; the model is its own."""
+    """The configuration of a resumed run: what was given now, else what the checkpoint holds; the model is its own.
+
+    Checked whole only now: what was given, against defaults that the run does not have, means nothing.
+    """
     model_keys = configurator.settings(configurator.GPTConfig)
     for name, value in state['config'].items():
         if name in ('init_from', 'out_dir', 'dry_run', 'eval_only', 'debug') or name not in configurator.as_dict(config):
@@ -33,7 +36,22 @@ def resumed(config, state):
                                 f'{getattr(config, name)!r}; drop it or start in another out_dir', name)
         elif name not in config.sources or name == 'vocab_size':
             setattr(config, name, value)
+    for name, sentence in configurator.check(config):
+        raise UserError(sentence, name)
     return config
+
+
+def remarks(config, state):
+    """What to say of a run that goes on: that it is finished, or that its learning rate is at its end."""
+    if not state or config.eval_only:
+        return
+    before = state['config'].get('max_iters', config.max_iters)
+    if state['step'] >= config.max_iters:
+        yield (f'{config.out_dir} is finished: it is at step {state["step"]}, and max_iters is {config.max_iters}; to go on '
+               'pass a larger --max_iters, and --lr_decay_iters')
+    elif config.decay_lr and before < config.max_iters > config.lr_decay_iters and 'lr_decay_iters' not in config.sources:
+        yield (f'lr_decay_iters is {config.lr_decay_iters}, as in the checkpoint: from there on the learning rate stays at '
+               f'min_lr ({config.min_lr:g}); pass --lr_decay_iters={config.max_iters} too if it should not')
 
 
 def padded(vocab_size):
@@ -145,6 +163,8 @@ def adopt(config, source):
             continue
         theirs = getattr(source, name)
         if name == 'block_size':
+            if name in config.sources and config.block_size > theirs:
+                raise UserError(f'block_size is {theirs} in {config.init_from}, got {config.block_size}; lower it', name)
             theirs = min(theirs, config.block_size)     # shorter is cropped
         if name in config.sources and name in ('n_layer', 'n_head', 'n_embd') and getattr(config, name) != theirs:
             raise UserError(f'{name} is {theirs} in {config.init_from}, got {getattr(config, name)}; drop it', name)
