@@ -54,7 +54,7 @@ from data.loader import Loader, Prefetcher, open_dataset
 from growth import changes, dropin, guided, recovery
 from optimizers import optim, schedules
 from reporting.runlog import RunLog
-from training import outdir, parallel, precision, restart, startup
+from training import contents, outdir, parallel, precision, restart, startup
 from training.dryrun import dry_run, fit_memory
 from training.evaluation import evaluate
 from training.parallel import split_batch
@@ -252,10 +252,11 @@ def assemble(config, model, dataset, state, job, ways):
               schedules.Rounds(config, accumulation, job.world_size), progress,
               copy.deepcopy(state['built']) if state else changes.begin(config), flops)
     if state:
-        optim.load_state_by_name(optimizer, model, state['optimizer'])
-        run.scaler.load_state_dict(state['scaler'])
-        run.outliers.state = state['outliers']
-        progress.update({k: state[k] for k in ('step', 'tokens', 'flops', 'seconds', 'best_val_loss', 'evaluated')})
+        with contents.taken_from(config.out_dir):
+            optim.load_state_by_name(optimizer, model, state['optimizer'])
+            run.scaler.load_state_dict(state['scaler'])
+            run.outliers.state = state['outliers']
+            progress.update({k: state[k] for k in ('step', 'tokens', 'flops', 'seconds', 'best_val_loss', 'evaluated')})
     run.log = RunLog(config, model, progress, job, ways)
     return run
 

@@ -200,7 +200,9 @@ def _candidates(folder, which):
     if which == 'best':
         step = (best(folder) or {}).get('step')
         return [] if step is None else data_paths(folder, step) or [data_path(folder, step)]
-    return [path for step in reversed(steps(folder)) for path in data_paths(folder, step)]
+    noted = {int(name[1]) for name in map(NAME.fullmatch, (p.name for p in Path(folder).glob('ckpt_*.json'))) if name}
+    return [path for step in sorted(noted, reverse=True)                        # one without data is told of, not passed
+            for path in data_paths(folder, step) or [data_path(folder, step)]]
 
 
 def _read(path, unverified):

@@ -1,4 +1,5 @@
 """What a run starts from: a checkpoint's settings, another model's sizes and weights, or nothing."""
+import contextlib
 import dataclasses
 
 import torch
@@ -13,7 +14,7 @@ from growth import changes
 from kron import plan, timing
 from layers import sums
 from model import GPT
-from training import parallel, precision
+from training import contents, parallel, precision
 from variants import UserError
 
 FREE = ('dropout', 'zero_init', 'loss_chunk', 'recompute', 'residual')     # model settings that no checkpoint depends on
@@ -24,6 +25,7 @@ def resumed(config, state):
 
     Checked whole only now: what was given, against defaults that the run does not have, means nothing.
     """
+    contents.check(state, config.out_dir)
     model_keys = configurator.settings(configurator.GPTConfig)
     for name, value in state['config'].items():
         if name in ('init_from', 'out_dir', 'dry_run', 'eval_only', 'debug') or name not in configurator.as_dict(config):
@@ -85,9 +87,10 @@ def build(config, dataset, state, job):
         initialise.initialise(model, source_config, source, progress=job.say, how=decomposition(config, dataset, job))
     else:
         built = changes.begin(config) if state is None else state['built']
-        model = GPT(changes.model_config(config, built))
-        if state is not None:
-            model.load_state_dict(state['model'])
+        with contents.taken_from(config.out_dir) if state else contextlib.nullcontext():
+            model = GPT(changes.model_config(config, built))
+            if state is not None:
+                model.load_state_dict(state['model'])
     if dataset.vocab_size > config.vocab_size:
         raise UserError(f'{dataset.folder} has {dataset.vocab_size} tokens, the model {config.vocab_size}', 'dataset')
     if job.half_weights:

@@ -353,3 +353,45 @@ def test_a_block_size_above_the_source_is_refused(tmp_path):
         config = configurator.load(['--init_from=X', given])
         startup.adopt(config, source)
         assert config.block_size == wanted
+
+
+# ----------------------------------------------------------------------------------------------------
+# checkpoints whose manifest fits and whose contents do not, and what lies in the place of their files
+
+ODD = {'n_layer': lambda s: s['config'].update(n_layer=10 ** 12), 'n_embd': lambda s: s['config'].update(n_embd=10 ** 12),
+       'a text': lambda s: s['config'].update(n_head='two'), 'a list': lambda s: s['config'].update(linear=[1]),
+       'vocab_size': lambda s: s['config'].update(vocab_size=5), 'no config': lambda s: s.pop('config'),
+       'config': lambda s: s.update(config=[]), 'no model': lambda s: s.pop('model'), 'empty': lambda s: s.update(model={}),
+       'numbers': lambda s: s['model'].update(x=3), 'another shape': lambda s: s['model'].update({'lm_head.weight': torch.ones(3)}),
+       'one missing': lambda s: s['model'].popitem(), 'optimizer': lambda s: s.update(optimizer=5),
+       'its entries': lambda s: s['optimizer'].update({next(iter(s['optimizer'])): 7}), 'scaler': lambda s: s.update(scaler=None),
+       'tokens': lambda s: s.update(tokens='many'), 'built': lambda s: s.update(built={'layers': 2}), 'drop': lambda s: s['built'].pop('model'),
+       'best': lambda s: s.update(best_val_loss=True), 'outliers': lambda s: s.update(outliers=[]),
+       'digest': lambda s: s.update(data_digest=5)}
+
+
+@pytest.mark.parametrize('case', ODD)
+def test_odd_contents_are_one_line(case, copy, capsys):
+    state = checkpoint.load(copy)
+    ODD[case](state)
+    subprocess.run(f'rm {copy}/ckpt_*', shell=True, check=True)
+    checkpoint.save(copy, state)
+    said = refused(capsys, go_on, copy, '--max_iters=6')
+    assert str(copy) in said, said
+
+
+def test_no_manifest_is_read_from_a_pipe_and_missing_data_is_told(tmp_path, capsys):
+    for step in (1, 2, 3, 4, 5, 6, 7):
+        checkpoint.save(tmp_path, {'step': step, 'model': {}}, keep=9)
+    data = {step: tmp_path / f'ckpt_{step:08d}.pt' for step in range(1, 8)}
+    for step in range(2, 7):
+        data[step].unlink()
+    data[3].mkdir()
+    data[4].symlink_to(tmp_path / 'gone')
+    data[5].symlink_to(data[5])
+    os.mkfifo(data[6])
+    data[7].with_suffix('.json').unlink()
+    os.mkfifo(data[7].with_suffix('.json'))
+    assert checkpoint.load(tmp_path)['step'] == 1
+    err = capsys.readouterr().err
+    assert err.count('taking the next older checkpoint') == 6 and all(f'ckpt_{step:08d}' in err for step in range(2, 8))
