@@ -362,10 +362,13 @@ ODD = {'n_layer': lambda s: s['config'].update(n_layer=10 ** 12), 'n_embd': lamb
        'a text': lambda s: s['config'].update(n_head='two'), 'a list': lambda s: s['config'].update(linear=[1]),
        'vocab_size': lambda s: s['config'].update(vocab_size=5), 'no config': lambda s: s.pop('config'),
        'config': lambda s: s.update(config=[]), 'no model': lambda s: s.pop('model'), 'empty': lambda s: s.update(model={}),
-       'numbers': lambda s: s['model'].update(x=3), 'another shape': lambda s: s['model'].update({'lm_head.weight': torch.ones(3)}),
+       'numbers': lambda s: s['model'].update(x=3),
+       'another shape': lambda s: s['model'].update({'lm_head.weight': torch.ones(3)}),
        'one missing': lambda s: s['model'].popitem(), 'optimizer': lambda s: s.update(optimizer=5),
-       'its entries': lambda s: s['optimizer'].update({next(iter(s['optimizer'])): 7}), 'scaler': lambda s: s.update(scaler=None),
-       'tokens': lambda s: s.update(tokens='many'), 'built': lambda s: s.update(built={'layers': 2}), 'drop': lambda s: s['built'].pop('model'),
+       'its entries': lambda s: s['optimizer'].update({next(iter(s['optimizer'])): 7}),
+       'scaler': lambda s: s.update(scaler=None),
+       'tokens': lambda s: s.update(tokens='many'), 'built': lambda s: s.update(built={'layers': 2}),
+       'drop': lambda s: s['built'].pop('model'),
        'best': lambda s: s.update(best_val_loss=True), 'outliers': lambda s: s.update(outliers=[]),
        'digest': lambda s: s.update(data_digest=5)}
 
