@@ -362,6 +362,16 @@ def give_up(run, result, rate):
     raise SystemExit(3)
 
 
+def lost(config):
+    """Leave with one line when a rank does not answer; the first of those that do prints it."""
+    gone, rank = parallel.absent(), dist.get_rank()
+    if rank == min({*range(dist.get_world_size())} - {*gone}):
+        who = f'rank {", ".join(map(str, gone))} does' if gone else 'some rank does'
+        print(f'train.py: {who} not answer for {config.dist_timeout} s (dist_timeout); the job ends, and goes on from the '
+              'last checkpoint with --init_from=resume', file=sys.stderr, flush=True)
+    os._exit(1)                                         # leaving the process group would wait for the lost rank
+
+
 def main(config):
     """Run, and turn mistakes and full memory into one line and an exit code."""
     try:
@@ -382,6 +392,8 @@ def main(config):
         if 'have a deterministic implementation' in str(error) and not config.debug:
             configurator.say_mistake('train.py', f'deterministic=True: {str(error).partition(" does not")[0]} has no '
                                      'deterministic form here; set deterministic=False')
+        if dist.is_initialized() and 'imed out' in str(error) and not config.debug:
+            lost(config)
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         print(f'train.py: out of memory; lower batch_size ({config.batch_size}) or block_size ({config.block_size}), '

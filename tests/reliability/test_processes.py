@@ -199,6 +199,21 @@ def test_r14_a_killed_rank_restarts_both_and_ends_in_the_same_bits(data, tmp_pat
     assert fingerprint(tmp_path / 'one') == fingerprint(tmp_path / 'two')
 
 
+@pytest.mark.slow
+def test_r15_a_stopped_rank_ends_the_job_with_its_number(data, tmp_path):
+    process = start(data, tmp_path, '--max_iters=100000', '--dist_timeout=5', ranks=2)
+    wait_for(tmp_path / 'log.jsonl', '"step": 5, "loss"', process)
+    workers = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+    ranks = {open(f'/proc/{pid}/environ').read().split('\0RANK=')[1][0]: int(pid) for pid in workers}
+    os.kill(ranks['1'], signal.SIGSTOP)
+    try:
+        done = finish(process, 90)
+    finally:
+        os.kill(ranks['1'], signal.SIGKILL) if os.path.exists(f'/proc/{ranks["1"]}') else None
+    assert done.returncode != 0 and 'train.py: rank 1 does not answer for 5 s (dist_timeout)' in done.stderr
+    assert 'train.py", line' not in done.stderr          # no traceback of ours
+
+
 def test_sigterm_to_torchrun_saves_on_two_ranks(data, tmp_path):
     process = start(data, tmp_path, '--max_iters=100000', ranks=2)
     wait_for(tmp_path / 'log.jsonl', '"step": 5, "loss"', process)
