@@ -409,7 +409,8 @@ def load(arguments, cls=Config, usage='python train.py [config/X.py ...] [--key=
             except UserError as error:
                 raise UserError(f'{where}: {error}') from None
             config.sources[name] = where
-    for name, sentence in check(config) if isinstance(config, GPTConfig) else ():
+    merges = getattr(config, 'init_from', '') == 'resume'           # startup.resumed checks then
+    for name, sentence in check(config) if isinstance(config, GPTConfig) and not merges else ():
         raise UserError(f'{place(config, name)}{sentence}')
     return config
 

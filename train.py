@@ -2,6 +2,7 @@
 
 Every setting is in configurator.py (`--help` lists them). Exit codes: 0 done, or stopped by a signal after saving; 2 a
 user error in the configuration, data or checkpoint; 3 a loss that is not finite; 4 out of memory or disk.
+A signal before the loop, when there is nothing to save, ends the program at once.
 """
 import os
 import signal
@@ -10,8 +11,10 @@ import time
 
 import configurator
 from commandline import ends
+from reporting import outlets
 
 STOP = {'signal': None, 'time': 0.0}
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 
 
 def on_signal(number, frame):
@@ -25,10 +28,17 @@ def on_signal(number, frame):
         STOP.update(signal=number, time=time.monotonic())
 
 
+def listen(handler):
+    """Signals go to handler; a SIGHUP that nohup has switched off stays off."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 if __name__ == '__main__':                              # before torch: its import takes seconds
-    for _number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(_number, on_signal)
     ends.watch('train.py')
+    listen(signal.SIG_DFL)                              # even in long calls of C, where no handler of Python would run
+    outlets.lasting_streams()
     CONFIG = configurator.run_program('train.py')
     # waiting CPU threads sleep instead of spinning: 6 times faster on 2 busy cores, no slower on idle ones
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
@@ -46,11 +56,11 @@ from data.loader import Loader, Prefetcher, open_dataset
 from growth import changes, dropin, guided, recovery
 from optimizers import optim, schedules
 from reporting.runlog import RunLog
-from training import parallel, precision, restart
+from training import contents, outdir, parallel, precision, restart, startup
 from training.dryrun import dry_run, fit_memory
 from training.evaluation import evaluate
 from training.parallel import split_batch
-from training.startup import build, check_shapes, choose_plans, choose_sizes, decomposition, padded, resumed, use_plans
+from training.startup import build, check_shapes, choose_plans, choose_sizes, decomposition, padded, use_plans
 from variants import UserError
 
 
@@ -186,12 +196,16 @@ def open_data(config, job):
     return dataset or open_dataset(folder, job.say)
 
 
-def train(config, job):
-    """A run after its set-up: data, model, training loop."""
-    state = restart.state(config, job)
-    config = resumed(config, state) if state else config
-    precision.deterministic(config.deterministic)       # a checkpoint's
+def train(config, job, found=None):
+    """A run after its set-up: data, model, training loop. found: what restart.read gave."""
+    state = restart.state(config, job, found)
+    if state and state is not found:
+        config = startup.resumed(config, state)
     precision.check(config, job)
+    for words in startup.remarks(config, state):
+        job.say(words)
+    if job.main and not state and not config.eval_only:
+        restart.announce(config, job.say)
     if state:                                           # missing in older checkpoints
         state = {'average': {}, 'outliers': optim.Outliers(0).state, 'seconds': 0.0, 'flops': 0, **state}
         state['built'] = state.get('built') or changes.begin(config)
@@ -210,9 +224,10 @@ def train(config, job):
     try:
         model = build(config, dataset, state, job)
         choose_plans(config, job)
+        ways = outlets.Outlets(config, job.main)        # what asks for a login does so before anything moves
         if lock and not state:
             restart.set_aside(config)
-        run = assemble(config, model, dataset, state, job)
+        run = assemble(config, model, dataset, state, job, ways)
         announce(config, model, dataset, run.loaders['train'], job)
         loop(run)
     finally:
@@ -220,7 +235,7 @@ def train(config, job):
             lock.release()
 
 
-def assemble(config, model, dataset, state, job):
+def assemble(config, model, dataset, state, job, ways):
     """Loaders, optimizer and wrappers around a model, restored from a checkpoint's state."""
     batch_size, accumulation = split_batch(config, job.world_size)
     loaders = {split: Loader(dataset, split, config.block_size, batch_size, job.world_size, job.world_size, config.seed)
@@ -239,11 +254,12 @@ def assemble(config, model, dataset, state, job):
               schedules.Rounds(config, accumulation, job.world_size), progress,
               copy.deepcopy(state['built']) if state else changes.begin(config), flops)
     if state:
-        optim.load_state_by_name(optimizer, model, state['optimizer'])
-        run.scaler.load_state_dict(state['scaler'])
-        run.outliers.state = state['outliers']
-        progress.update({k: state[k] for k in ('step', 'tokens', 'flops', 'seconds', 'best_val_loss', 'evaluated')})
-    run.log = RunLog(config, model, progress, job)
+        with contents.taken_from(config.out_dir):
+            optim.load_state_by_name(optimizer, model, state['optimizer'])
+            run.scaler.load_state_dict(state['scaler'])
+            run.outliers.state = state['outliers']
+            progress.update({k: state[k] for k in ('step', 'tokens', 'flops', 'seconds', 'best_val_loss', 'evaluated')})
+    run.log = RunLog(config, model, progress, job, ways)
     return run
 
 
@@ -281,6 +297,8 @@ def check_in(run):
 def loop(run):
     """for every step: maybe evaluate, maybe save, train, log."""
     config, job, progress, skipped = run.config, run.job, run.progress, 0
+    if __name__ == '__main__':
+        listen(on_signal)
     ahead = config.prefetch if config.prefetch is not None else 2 * (job.device.type == 'cuda')
     with Prefetcher(run.loaders['train'], job.rank, ahead, job.device, run.rounds.before(config.max_iters)) as batches:
         while True:
@@ -323,7 +341,7 @@ def changed(run, action):
     if run.fast is not run.model:
         torch.compiler.reset()                          # dynamo counts the versions of one forward, and gives up at 8
     run.log.leave()
-    run = assemble(run.config, model, run.dataset, state, job)
+    run = assemble(run.config, model, run.dataset, state, job, run.log.outlets)
     run.progress['best_step'] = best
     run.log.write({'step': state['step'], **line})
     return run
@@ -334,7 +352,7 @@ def finish(run, words):
     dropin.watch(run, run.progress['step'])
     run.log.close(words)
     if run.job.main and run.config.drop_in_report and not run.config.eval_only:
-        recovery.write(run.config.out_dir)
+        run.log.outlets.attempt('drop_in', recovery.write, run.config.out_dir)
 
 
 def give_up(run, result, rate):
@@ -346,12 +364,28 @@ def give_up(run, result, rate):
     raise SystemExit(3)
 
 
+def lost(config):
+    """Leave with one line when a rank does not answer; the first of those that do prints it."""
+    gone, rank = parallel.absent(), dist.get_rank()
+    if rank == min({*range(dist.get_world_size())} - {*gone}):
+        who = f'rank {", ".join(map(str, gone))} does' if gone else 'some rank does'
+        print(f'train.py: {who} not answer for {config.dist_timeout} s (dist_timeout); the job ends, and goes on from the '
+              'last checkpoint with --init_from=resume', file=sys.stderr, flush=True)
+    os._exit(1)                                         # leaving the process group would wait for the lost rank
+
+
 def main(config):
     """Run, and turn user errors and out-of-memory into one line and an exit code."""
     try:
+        first = os.environ.get('RANK', '0') == '0'
+        if first and not config.eval_only and not config.dry_run:
+            outdir.check(config.out_dir)
+        found = restart.read(config, quiet=not first)
+        if isinstance(found, dict):                     # device, dtype and weights are a checkpoint's too
+            config = startup.resumed(config, found)
         job = parallel.start(config)
         job.stop = STOP
-        (dry_run if config.dry_run else train)(config, job)
+        dry_run(config, job, found) if config.dry_run else train(config, job, found)
     except UserError as error:
         if config.debug:
             raise
@@ -360,6 +394,8 @@ def main(config):
         if 'have a deterministic implementation' in str(error) and not config.debug:
             configurator.say_mistake('train.py', f'deterministic=True: {str(error).partition(" does not")[0]} has no '
                                      'deterministic form here; set deterministic=False')
+        if dist.is_initialized() and 'imed out' in str(error) and not config.debug:
+            lost(config)
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         print(f'train.py: out of memory; lower batch_size ({config.batch_size}) or block_size ({config.block_size}), '

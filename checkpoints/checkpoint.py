@@ -4,7 +4,7 @@
     ckpt_00000020/        instead, where every rank saves its own shards: see sharded.py
     ckpt_00000020.json    its manifest {sha256, size, step, schema}, written last: without it the data is not valid
     best.json             {step, val_loss}: the checkpoint that pruning keeps
-    previous/             an earlier run that set_aside moved out of the way
+    previous/, previous.1/ earlier runs that set_aside moved out of the way: see previous.py
     .lock                 held by the trainer
 
 torch.load compares no checksums: of 200 flipped bits it loaded 198 as wrong weights (measured), so the SHA-256 is checked
@@ -23,9 +23,8 @@ import torch.distributed as dist
 from checkpoints import sharded, torchfile
 from checkpoints.durable import DISK, FileOps, Lock, write_whole  # noqa: F401 - callers import FileOps and Lock from here
 from checkpoints.manifest import NAME, SCHEMA, Damaged, data_path, data_paths, in_order, newer, read_json, verify
+from checkpoints.previous import set_aside  # noqa: F401 - and from here
 from variants import UserError
-
-RUN_FILES = ('best.json', 'config.json', 'env.json', 'loss.png', 'log.jsonl')          # a run's, besides checkpoints
 
 
 def save(folder, state, keep=3, ops=DISK, group=None):
@@ -134,31 +133,6 @@ def load(folder, which='last', *, allow_unverified=False, quiet=False):
                     'first or correct it')
 
 
-def set_aside(folder, ops=DISK):
-    """Move a former run's files into <folder>/previous, replacing what was there; nothing happens without any.
-
-    If stopped anywhere it loses nothing: the rest is moved at the next call. The oldest checkpoint is moved first and the
-    log last, so that a half-moved run can still be resumed, and the older generation is deleted when all are safe.
-    """
-    folder = Path(folder)
-    incoming, previous = folder / 'previous.new', folder / 'previous'
-    files = sorted(filter(in_order, folder.glob('ckpt_*')), key=in_order)
-    files += [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if not files and not incoming.exists():
-        return
-    incoming.mkdir(exist_ok=True)
-    for path in files:
-        if (incoming / path.name).is_dir():             # a file cannot be renamed to it
-            ops.remove(incoming / path.name)
-        ops.replace(path, incoming / path.name)
-    ops.fsync_dir(incoming)
-    ops.fsync_dir(folder)
-    if previous.exists():
-        ops.remove(previous)
-    ops.replace(incoming, previous)
-    ops.fsync_dir(folder)
-
-
 def _clear(folder, ops):
     """Remove the leftovers of interrupted saves."""
     for path in folder.glob('*.tmp'):
@@ -226,7 +200,9 @@ def _candidates(folder, which):
     if which == 'best':
         step = (best(folder) or {}).get('step')
         return [] if step is None else data_paths(folder, step) or [data_path(folder, step)]
-    return [path for step in reversed(steps(folder)) for path in data_paths(folder, step)]
+    noted = {int(name[1]) for name in map(NAME.fullmatch, (p.name for p in Path(folder).glob('ckpt_*.json'))) if name}
+    return [path for step in sorted(noted, reverse=True)                        # one without data is told of, not passed
+            for path in data_paths(folder, step) or [data_path(folder, step)]]
 
 
 def _read(path, unverified):

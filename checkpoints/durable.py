@@ -1,5 +1,6 @@
 """Files that are complete or absent, whatever stops the machine, and a lock on a folder."""
 import contextlib
+import errno
 import os
 import shutil
 import sys
@@ -69,12 +70,19 @@ def write_whole(path, data, ops):
 class Lock:
     """One trainer per folder: holds <folder>/.lock until release() or the end of the process, however it ends.
 
-    Raises UserError with the holder's pid. The file of a dead process does not block: the lock is the kernel's.
+    Raises UserError with the holder's pid, or where there can be no such folder. The file of a dead process does not block:
+    the lock is the kernel's.
     """
 
     def __init__(self, folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.file = open(Path(folder) / '.lock', 'a+', encoding='ascii', errors='replace')
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            if (Path(folder) / '.lock').is_fifo():      # which would wait for a reader
+                raise FileExistsError(errno.EEXIST, '.lock is a pipe')
+            self.file = open(Path(folder) / '.lock', 'a+', encoding='ascii', errors='replace')
+        except OSError as error:
+            raise UserError(f'{str(folder)[:200]!r} cannot be used: {(error.strerror or str(error)).lower()}; take another '
+                            '--out_dir', 'out_dir') from None
         try:
             if fcntl:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,9 +94,9 @@ class Lock:
                             'wait for it, stop it, or take another --out_dir') from None
         except OSError as error:
             print(f'{folder} cannot be locked ({error}); start no second trainer there', file=sys.stderr, flush=True)
-        self.file.truncate(0)
-        self.file.write(f'{os.getpid()}\n')
-        self.file.flush()               # the file stays: removing it would let two processes lock two files
+        with contextlib.suppress(OSError):              # a full disk: the lock holds without the number
+            self.file.truncate(0)
+            os.write(self.file.fileno(), f'{os.getpid()}\n'.encode())
 
     def release(self):
-        self.file.close()
+        self.file.close()               # the file stays: removing it would let two processes lock two files

@@ -3,9 +3,12 @@
     {sha256, size, step, schema}: of a file its SHA-256 and bytes; of a folder the SHA-256 of its listing (a line
     `sha256 size name` for each file, by name) and the bytes of all files together
 """
+import errno
 import hashlib
 import json
+import os
 import re
+import stat
 from pathlib import Path
 
 from variants import UserError
@@ -35,9 +38,18 @@ def in_order(path):
     return name and (int(name[1]), path.suffix != '.json', path.name)
 
 
+def open_regular(path):
+    """A file opened to be read; raises OSError for all that is none, such as a pipe, whose reader waits for ever."""
+    file = open(os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)), 'rb')
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, 'it is no regular file', str(path))
+    return file
+
+
 def read_json(path, **kinds):
     """The small JSON object at path that has these keys with exactly these types; raises Damaged."""
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         text = file.read(MAX_JSON)
     try:
         value = json.loads(text)
@@ -51,7 +63,7 @@ def read_json(path, **kinds):
 def digest(path):
     """(SHA-256, bytes) of a file."""
     hashed = hashlib.sha256()
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         while piece := file.read(1 << 20):
             hashed.update(piece)
         return hashed.hexdigest(), file.tell()

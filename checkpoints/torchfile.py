@@ -12,6 +12,8 @@ import zipfile
 
 import torch
 
+from checkpoints.manifest import open_regular
+
 MEMBER = re.compile(r'data\.pkl|data/\d+|byteorder|version|\.\w+(/\w+)?')          # what torch.save puts into its zip
 BUILDERS = {'collections OrderedDict', 'torch._utils _rebuild_tensor_v2', 'torch._utils _rebuild_parameter',
             *(f'torch {kind}Storage' for kind in ('Double', 'Float', 'Half', 'BFloat16', 'Long', 'Int', 'Short', 'Char',
@@ -48,7 +50,7 @@ def load(path):
 
     Nothing in the file can run code, open a path, or make this allocate more than a few times the file's length.
     """
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         size = file.seek(0, io.SEEK_END)
         try:
             _examine_container(file, size)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 import configurator
 from checkpoints.durable import DISK, write_whole
 from reporting import hardware
+from reporting.outlets import Lines, Outlets
 
 
 def write_json(path, value):
@@ -20,23 +21,42 @@ def write_json(path, value):
     write_whole(Path(path), json.dumps(value, indent=1).encode(), DISK)
 
 
-def read_log(path):
-    """The lines of a log.jsonl as dicts; a truncated last line is left out."""
-    lines = []
-    if os.path.exists(path):
-        with open(path, encoding='utf-8') as file:
-            for text in file:
-                try:
-                    lines.append(json.loads(text))
-                except ValueError:
-                    continue
+def read_log(path, bad=None):
+    """The lines of a log.jsonl as dicts; a last line that a kill cut short is left out.
+
+    bad: a list that gets the other lines that are no JSON objects, as bytes. What is no regular file has no lines.
+    """
+    lines, texts = [], []
+    if os.path.isfile(path):
+        with open(path, 'rb') as file:
+            texts = file.read().split(b'\n')
+    for number, text in enumerate(texts, 1):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            lines.append(value)
+        elif text and number < len(texts) and bad is not None:
+            bad.append(text)
     return lines
 
 
 def rewind(path, step, evaluated):
-    """Drop the lines that a resumed run will write again: steps from `step` on, evaluations after `evaluated`."""
-    kept = [line for line in read_log(path)
-            if line['step'] < step or line['step'] == step == evaluated and 'val_loss' in line]
+    """Drop the lines that a resumed run will write again: steps from `step` on, evaluations after `evaluated`.
+
+    Lines that are none of a run's go to <path>.damaged, with a warning. Raises OSError.
+    """
+    bad, kept = [], []
+    for line in read_log(path, bad):
+        if type(line.get('step')) not in (int, float):
+            bad.append(json.dumps(line).encode())
+        elif line['step'] < step or line['step'] == step == evaluated and 'val_loss' in line:
+            kept.append(line)
+    if bad:
+        print(f'{path}: {len(bad)} damaged lines are set aside in {path}.damaged', file=sys.stderr, flush=True)
+        with open(f'{path}.damaged', 'ab') as file:
+            file.write(b''.join(text + b'\n' for text in bad))
     write_whole(Path(path), ''.join(json.dumps(line) + '\n' for line in kept).encode(), DISK)
 
 
@@ -64,56 +84,39 @@ def peak_flops(device, dtype):
 
 
 class RunLog:
-    """The log of one run; only rank 0 writes. Logging draws no random number and changes no state of training."""
+    """The log of one run; only rank 0 writes. Logging draws no random number, changes no training, and ends none."""
 
-    def __init__(self, config, model, progress, job):
+    def __init__(self, config, model, progress, job, outlets=None):
+        self.outlets = outlets or Outlets(config, job.main)
         self.config, self.job, self.progress, self.started = config, job, progress, None
         self.parts, self.late, self.seconds = [], [], 0.0           # (name, begin, end) of this line and of the next
         self.flops, self.tokens = model.flops_per_token(), progress['tokens']
         self.peak = peak_flops(job.device, job.dtype) if job.main else 1.0
         self.sheet = hardware.data_sheet_flops(job.device, job.dtype)
-        self.file = self.bar = self.wandb = self.board = None
+        self.file = self.bar = None
         self.first_step = progress['step']
         if job.main and not config.eval_only:
-            os.makedirs(config.out_dir, exist_ok=True)
-            write_json(os.path.join(config.out_dir, 'config.json'), configurator.as_dict(config))
-            model_facts = {'parameters': model.num_params(), 'flops_per_token': self.flops}
-            write_json(os.path.join(config.out_dir, 'env.json'), hardware.environment(job.device) | model_facts)
-            path = os.path.join(config.out_dir, 'log.jsonl')
-            rewind(path, progress['step'], progress['evaluated'])
-            self.file = open(path, 'a', encoding='utf-8')
-            self.open_trackers()
+            self.open(model)
         if job.main and sys.stdout.isatty():
             self.bar = tqdm(total=config.max_iters, initial=progress['step'], unit='step', dynamic_ncols=True)
 
-    def open_trackers(self):
-        """wandb and tensorboard if requested; one warning each when they are not installed."""
-        if self.config.wandb_log:
-            try:
-                import wandb
-                self.wandb = wandb.init(project=self.config.wandb_project, name=self.config.wandb_run_name,
-                                        config=configurator.as_dict(self.config))
-            except ImportError:
-                print('wandb_log: wandb is not installed (pip install wandb); the run continues without it', file=sys.stderr)
-        if self.config.tensorboard_log:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(os.path.join(self.config.out_dir, 'tensorboard'))
-            except ImportError:
-                print('tensorboard_log: tensorboard is not installed (pip install tensorboard); the run continues '
-                      'without it', file=sys.stderr)
+    def open(self, model):
+        """config.json, env.json and log.jsonl of a run that begins or goes on."""
+        config, folder, attempt = self.config, self.config.out_dir, self.outlets.attempt
+        attempt('out_dir', functools.partial(os.makedirs, folder, exist_ok=True))
+        attempt('config.json', write_json, os.path.join(folder, 'config.json'), configurator.as_dict(config))
+        facts = {'parameters': model.num_params(), 'flops_per_token': self.flops}
+        attempt('env.json', lambda: write_json(os.path.join(folder, 'env.json'),
+                                               hardware.environment(self.job.device) | facts))
+        path = os.path.join(folder, 'log.jsonl')
+        attempt('log.jsonl', rewind, path, self.progress['step'], self.progress['evaluated'])
+        self.file = Lines(path)
 
     def write(self, line):
         """One line to log.jsonl and the trackers."""
         if self.file:
-            self.file.write(json.dumps(line) + '\n')
-            self.file.flush()
-        if self.wandb:
-            self.wandb.log(line, step=line['step'])
-        if self.board:
-            for name, value in line.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(name, value, line['step'])
+            self.outlets.attempt('log.jsonl', self.file.write, line)
+        self.outlets.track(line)
 
     def show(self, text):
         if self.bar is not None:
@@ -131,7 +134,7 @@ class RunLog:
         """Write target.json, the record of a run to target_val_loss; returns the message."""
         config, progress = self.config, self.progress
         if self.file:
-            write_json(os.path.join(config.out_dir, 'target.json'), {
+            self.outlets.attempt('target.json', write_json, os.path.join(config.out_dir, 'target.json'), {
                 'target_val_loss': config.target_val_loss, 'val_loss': val_loss, 'step': progress['step'],
                 'tokens': progress['tokens'], 'training_seconds': progress['seconds'],
                 'training_flops': 3 * self.flops * progress['tokens'], 'ranks': self.job.world_size, 'seed': config.seed,
@@ -209,7 +212,7 @@ class RunLog:
 
     def leave(self):
         """Close the files for another RunLog that continues."""
-        for thing in (self.bar, self.file, self.board):
+        for thing in (self.bar, self.file):
             if thing is not None:
                 thing.close()
 
@@ -221,8 +224,5 @@ class RunLog:
             print(words, flush=True) if self.job.main else None
         if self.file:
             self.file.close()
-            draw(self.config.out_dir)
-        if self.wandb:
-            self.wandb.finish()
-        if self.board:
-            self.board.close()
+            self.outlets.attempt('loss.png', draw, self.config.out_dir)
+        self.outlets.close()

@@ -1,23 +1,23 @@
 """The dry run: sites, parameters, FLOPs and memory, printed without building the model."""
 import os
 
-from checkpoints import checkpoint
 from data.loader import open_dataset
 from decomposition import initialise
-from training.startup import adopt, check_shapes, choose_sizes, padded, resumed
+from training.startup import adopt, check_shapes, choose_sizes, padded
 from variants import UserError
 
 
-def dry_run(config, job):
-    """Print the site table, parameters in three conventions, FLOPs per token and the memory to expect."""
+def dry_run(config, job, found=None):
+    """Print the site table, parameters in three conventions, FLOPs per token and memory. found: what restart.read gave."""
+    if isinstance(found, UserError):
+        raise found
     folder = os.path.join(config.data_dir, config.dataset)
-    if 'vocab_size' not in config.sources and os.path.exists(os.path.join(folder, 'meta.json')):
+    known = config.init_from == 'resume' or 'vocab_size' in config.sources
+    if not known and os.path.exists(os.path.join(folder, 'meta.json')):
         config.vocab_size = padded(open_dataset(folder, job.say).vocab_size)
-    if config.init_from == 'resume':
-        config = resumed(config, checkpoint.load(config.out_dir))
-    elif config.init_from == 'scratch':
+    if config.init_from == 'scratch':
         choose_sizes(config, job)
-    else:
+    elif config.init_from != 'resume':                  # whose settings are merged already
         source_config, source, _ = initialise.read_source(config.init_from) if config.rank_budget else (
             initialise.source_config(config.init_from), None, None)
         adopt(config, source_config)

@@ -3,6 +3,7 @@ import dataclasses
 import datetime
 import math
 import os
+import time
 import warnings
 
 import torch
@@ -84,6 +85,24 @@ def join(backend, rank, world_size, timeout):
         agent = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), world_size, False, timeout)
         where = {'store': dist.PrefixStore(f'restart {count}', agent), 'rank': rank, 'world_size': world_size}
     dist.init_process_group(backend, timeout=timeout, **where)
+
+
+def absent(seconds=10):
+    """The ranks that do not say within these seconds that they are alive, when all are asked; [] where none can be asked.
+
+    For those who waited for them in vain. They meet in the store of torchrun's agent, which lives when a rank is stopped.
+    """
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return []
+    patience = datetime.timedelta(seconds=seconds)
+    where = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+    agent = dist.PrefixStore(f'alive {os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")}',
+                             dist.TCPStore(*where, None, False, patience))
+    agent.set(os.environ['RANK'], 'here')
+    until, ranks = time.monotonic() + seconds, [str(rank) for rank in range(int(os.environ['WORLD_SIZE']))]
+    while time.monotonic() < until and not agent.check(ranks):
+        time.sleep(0.1)
+    return [int(rank) for rank in ranks if not agent.check([rank])]
 
 
 def split_batch(config, world_size):

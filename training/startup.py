@@ -1,4 +1,5 @@
 """The start of a run: from a checkpoint's settings, from another model's sizes and weights, or from scratch."""
+import contextlib
 import dataclasses
 
 import torch
@@ -13,14 +14,18 @@ from growth import changes
 from kron import plan, timing
 from layers import sums
 from model import GPT
-from training import parallel, precision
+from training import contents, parallel, precision
 from variants import UserError
 
 FREE = ('dropout', 'zero_init', 'loss_chunk', 'recompute', 'residual')     # model settings that checkpoints do not depend on
 
 
 def resumed(config, state):
-    """The configuration of a resumed run: settings given now, else the checkpoint's; the model is the checkpoint's."""
+    """The configuration of a resumed run: settings given now, else the checkpoint's; the model is the checkpoint's.
+
+    Checked as a whole only here: settings given now were not meant for the defaults of the rest.
+    """
+    contents.check(state, config.out_dir)
     model_keys = configurator.settings(configurator.GPTConfig)
     for name, value in state['config'].items():
         if name in ('init_from', 'out_dir', 'dry_run', 'eval_only', 'debug') or name not in configurator.as_dict(config):
@@ -33,7 +38,22 @@ def resumed(config, state):
                                 f'{getattr(config, name)!r}; drop it or start in another out_dir', name)
         elif name not in config.sources or name == 'vocab_size':
             setattr(config, name, value)
+    for name, sentence in configurator.check(config):
+        raise UserError(sentence, name)
     return config
+
+
+def remarks(config, state):
+    """What to say of a run that goes on: that it is finished, or that its learning rate is at its end."""
+    if not state or config.eval_only:
+        return
+    before = state['config'].get('max_iters', config.max_iters)
+    if state['step'] >= config.max_iters:
+        yield (f'{config.out_dir} is finished: it is at step {state["step"]}, and max_iters is {config.max_iters}; to go on '
+               'pass a larger --max_iters, and --lr_decay_iters')
+    elif config.decay_lr and before < config.max_iters > config.lr_decay_iters and 'lr_decay_iters' not in config.sources:
+        yield (f'lr_decay_iters is {config.lr_decay_iters}, as in the checkpoint: from there on the learning rate stays at '
+               f'min_lr ({config.min_lr:g}); pass --lr_decay_iters={config.max_iters} too if it should not')
 
 
 def padded(vocab_size):
@@ -67,9 +87,10 @@ def build(config, dataset, state, job):
         initialise.initialise(model, source_config, source, progress=job.say, how=decomposition(config, dataset, job))
     else:
         built = changes.begin(config) if state is None else state['built']
-        model = GPT(changes.model_config(config, built))
-        if state is not None:
-            model.load_state_dict(state['model'])
+        with contents.taken_from(config.out_dir) if state else contextlib.nullcontext():
+            model = GPT(changes.model_config(config, built))
+            if state is not None:
+                model.load_state_dict(state['model'])
     if dataset.vocab_size > config.vocab_size:
         raise UserError(f'{dataset.folder} has {dataset.vocab_size} tokens, the model {config.vocab_size}', 'dataset')
     if job.half_weights:
@@ -145,6 +166,8 @@ def adopt(config, source):
             continue
         theirs = getattr(source, name)
         if name == 'block_size':
+            if name in config.sources and config.block_size > theirs:
+                raise UserError(f'block_size is {theirs} in {config.init_from}, got {config.block_size}; lower it', name)
             theirs = min(theirs, config.block_size)     # shorter is cropped
         if name in config.sources and name in ('n_layer', 'n_head', 'n_embd') and getattr(config, name) != theirs:
             raise UserError(f'{name} is {theirs} in {config.init_from}, got {getattr(config, name)}; drop it', name)

@@ -726,31 +726,60 @@ def run_folder(folder, generation=True):
 
 def everything(folder):
     """{name: bytes} of the run's files wherever they are now."""
-    return {path.name: path.read_bytes() for place in ('previous', 'previous.new', '.')
+    return {path.name: path.read_bytes() for place in ('previous', 'previous.1', 'previous.new', '.')
             for path in (folder / place).glob('*') if path.is_file() and path.name not in ('notes.txt', '.lock')}
+
+
+def whole(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_set_aside(tmp_path):
     contents = run_folder(tmp_path)
-    set_aside(tmp_path)
-    assert {p.name: p.read_bytes() for p in (tmp_path / 'previous').iterdir()} == contents
-    assert sorted(os.listdir(tmp_path)) == ['notes.txt', 'previous']
-    assert is_state(load(tmp_path / 'previous'), 20) and is_state(load(tmp_path / 'previous', 'best'), 10)
-    set_aside(tmp_path)                                 # nothing to move: the generation stays
-    assert {p.name: p.read_bytes() for p in (tmp_path / 'previous').iterdir()} == contents
+    assert set_aside(tmp_path) == tmp_path / 'previous.1'
+    assert whole(tmp_path / 'previous.1') == contents
+    assert sorted(os.listdir(tmp_path)) == ['notes.txt', 'previous', 'previous.1']
+    assert is_state(load(tmp_path / 'previous.1'), 20) and is_state(load(tmp_path / 'previous.1', 'best'), 10)
+    assert set_aside(tmp_path) is None                  # nothing to move
+    assert whole(tmp_path / 'previous.1') == contents and steps(tmp_path / 'previous') == [5]
 
 
 def test_set_aside_of_nothing(tmp_path):
-    set_aside(tmp_path)
-    set_aside(tmp_path / 'nowhere')
+    assert set_aside(tmp_path) is None and set_aside(tmp_path / 'nowhere') is None
     assert not list(tmp_path.iterdir())
+
+
+def test_fresh_starts_without_a_checkpoint_replace_none(tmp_path):
+    """A supervisor that starts afresh after every crash: the finished run and every log stay, whatever their number."""
+    contents = run_folder(tmp_path, generation=False)
+    for number in range(12):
+        assert set_aside(tmp_path).name == ('previous' if number == 0 else f'previous.{number}')
+        (tmp_path / 'log.jsonl').write_text(f'log {number}')
+        (tmp_path / 'config.json').write_text('{}')
+    assert whole(tmp_path / 'previous') == contents
+    assert [(tmp_path / f'previous.{n}' / 'log.jsonl').read_text() for n in range(1, 12)] == [f'log {n}' for n in range(11)]
+
+
+def test_set_aside_takes_the_number_after_the_highest(tmp_path):
+    run_folder(tmp_path, generation=False)
+    (tmp_path / 'previous.7').mkdir()                   # the user removed the others
+    (tmp_path / 'previous.old').mkdir()                 # and this is no number
+    assert set_aside(tmp_path).name == 'previous.8'
+
+
+def test_set_aside_replaces_nothing_that_an_interrupted_one_left(tmp_path):
+    run_folder(tmp_path, generation=False)
+    (tmp_path / 'previous.new').mkdir()
+    (tmp_path / 'previous.new' / 'log.jsonl').write_text('another log')
+    assert set_aside(tmp_path).name == 'previous.1'
+    assert whole(tmp_path / 'previous') == {'log.jsonl': b'another log'}
 
 
 def test_set_aside_killed_after_every_operation(tmp_path):
     counting = Counting()
     run_folder(tmp_path / 'whole')
     set_aside(tmp_path / 'whole', counting)
-    assert len(counting.done) >= 13
+    assert len(counting.done) >= 12
     for k in range(len(counting.done) + 1):
         folder = tmp_path / str(k)
         contents = run_folder(folder)
@@ -759,11 +788,10 @@ def test_set_aside_killed_after_every_operation(tmp_path):
         assert all(now[name] == data for name, data in contents.items())        # nothing is lost
         if len(steps(folder)):
             assert is_state(load(folder), 20)           # caught half-way, the run can be resumed
-        if any((folder / name).exists() for name in contents):
-            assert (folder / 'previous' / 'log.jsonl').read_text() == 'old log'  # and the older one is still there
         set_aside(folder)
-        assert {p.name: p.read_bytes() for p in (folder / 'previous').iterdir()} == contents
-        assert sorted(os.listdir(folder)) == ['notes.txt', 'previous']
+        assert whole(folder / 'previous.1') == contents
+        assert (folder / 'previous' / 'log.jsonl').read_text() == 'old log' and steps(folder / 'previous') == [5]
+        assert sorted(os.listdir(folder)) == ['notes.txt', 'previous', 'previous.1']
 
 
 if __name__ == '__main__':
