@@ -128,20 +128,11 @@ def open_source(config, data, vocab_size):
 
 def open_data(config, data, vocab_size):
     """The data set, checked whole, when its tokens are those of the model."""
-    from data import tokenizer
+    from data import identity
     from data.dataset import open_dataset
     dataset = open_dataset(os.path.join(config.data_dir, config.dataset), note)
-    if dataset.vocab_size > vocab_size:
-        raise UserError(f'{dataset.folder} has {dataset.vocab_size} tokens, the model {vocab_size}', 'dataset')
-    if data and meaning(tokenizer.describe(data)) != meaning(dataset.tokenizer):
-        raise UserError(f'the tokens of {dataset.folder} mean other things than those that {config.out_dir} was trained '
-                        'on; take its own data set', 'dataset')
+    identity.check(data, vocab_size, dataset.tokenizer, dataset.folder, config.out_dir, note)
     return dataset
-
-
-def meaning(described):
-    """A tokenizer's description without its label."""
-    return {name: value for name, value in described.items() if name != 'source'}
 
 
 def open_text(config, data, vocab_size, dataset):
@@ -150,7 +141,7 @@ def open_text(config, data, vocab_size, dataset):
 
     from data.prepare_text import read_text
     from sample import Numbers, load_tokenizer
-    text, kind = read_text(config.text), load_tokenizer(config, data, vocab_size)
+    text, kind = read_text(config.text), load_tokenizer(config, data, vocab_size, config.out_dir)
     if isinstance(kind, Numbers):
         raise UserError(f'nothing says what the {vocab_size} tokens of {config.out_dir} mean; pass --dataset=NAME, whose '
                         'tokenizer it has', 'dataset')

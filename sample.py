@@ -85,6 +85,11 @@ class Numbers:
         return ''.join(f'{token} ' for token in tokens)
 
 
+def place(config):
+    """Where the model comes from."""
+    return config.out_dir if config.init_from == 'resume' else config.init_from
+
+
 def load_model(config):
     """(model on the CPU, meta of its tokenizer or None)."""
     import torch
@@ -101,15 +106,19 @@ def load_model(config):
     return initialise.build(source[0], *source[:2]), source[2]['data']
 
 
-def load_tokenizer(config, meta, vocab_size):
-    """The tokenizer of the checkpoint, of --dataset, GPT-2's where the vocabulary has its size, else token numbers."""
-    from data import tokenizer
-    from data.dataset import read_meta
-    if meta is None and config.dataset:
-        meta = read_meta(Path(config.data_dir, config.dataset))
-        if meta is None:
-            raise UserError(f'{config.data_dir}/{config.dataset} has no meta.json; prepare it first', 'dataset')
-    if meta is None and not 50257 <= vocab_size <= 50304:               # GPT-2's, or padded as nanoGPT pads it
+def load_tokenizer(config, meta, vocab_size, where):
+    """The tokenizer of the checkpoint, of --dataset, GPT-2's where the vocabulary has its size, else token numbers.
+
+    where: the model's place. Raises UserError where the tokens of --dataset are not those of the model.
+    """
+    from data import identity, tokenizer
+    from data.dataset import tokens_of_folder
+    if config.dataset:
+        folder = Path(config.data_dir, config.dataset)
+        found = tokens_of_folder(folder, note)
+        identity.check(meta, vocab_size, found, folder, where)
+        meta = meta or found
+    if meta is None and not identity.is_gpt2_size(vocab_size):
         return Numbers(vocab_size)
     found = tokenizer.load(meta or {'tokenizer': 'gpt2'})
     if found.vocab_size > vocab_size:
@@ -169,7 +178,7 @@ def sample(config, prompt):
     device = hardware.device(config.device)
     dtype = hardware.dtype(config.dtype, device)
     model, meta = load_model(config)
-    tokenizer = load_tokenizer(config, meta, model.config.vocab_size)
+    tokenizer = load_tokenizer(config, meta, model.config.vocab_size, place(config))
     tokens = encode(prompt, tokenizer, config)
     if isinstance(tokenizer, Numbers):
         note(f'nothing says what the {tokenizer.vocab_size} tokens of this model mean; they are printed as numbers')

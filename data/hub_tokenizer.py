@@ -69,10 +69,19 @@ def built(text, source):
     except ImportError:
         raise UserError(f'the tokenizer of {source} needs the package tokenizers; {INSTALL}') from None
     try:
-        library = Tokenizer.from_str(text)
+        library = Tokenizer.from_str(plain(text))
         return library, library.encode(ANCHOR, add_special_tokens=False).ids
     except Exception as error:                          # the library raises plain Exceptions
         raise UserError(f'{source}: the tokenizers library cannot read it: {str(error)[:120]}') from None
+
+
+def plain(text):
+    """A tokenizer.json's text with truncation, padding and dropout switched off: nobody asks for them here."""
+    found, on = json.loads(text), False
+    for owner, name in ((found, 'truncation'), (found, 'padding'), (found['model'], 'dropout')):
+        on |= owner.get(name) is not None
+        owner[name] = None
+    return json.dumps(found, ensure_ascii=False) if on else text
 
 
 @functools.lru_cache(maxsize=4)
@@ -99,7 +108,8 @@ def between_texts(text):
 
 def describe(text, source):
     """The meta of a tokenizer.json's text. source: for messages."""
-    return {'tokenizer': HubTokenizer.name, 'vocab_size': count_tokens(text, source), 'json': text, 'source': source}
+    size = count_tokens(text, source)
+    return {'tokenizer': HubTokenizer.name, 'vocab_size': size, 'json': plain(text), 'source': source}
 
 
 def read(place):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data import hub_tokenizer, tokenizer
-from data.dataset import FORMAT, check_meta
+from data.dataset import FORMAT, check_meta, read_meta
 from data.shards import reason, write_atomic, write_shard
 from variants import UserError
 
@@ -27,11 +27,11 @@ def main(folder, kind, argv=None):
                                                                      f'(tokenizer: {kind}).')
     parser.add_argument('--input', metavar='FILE', help='any text in UTF-8 (default: Shakespeare, which is built in)')
     parser.add_argument('--out', metavar='DIR', default=folder, help='where to write (default: beside the script)')
-    parser.add_argument('--tokenizer', metavar='PLACE', help='a pretrained model\'s instead: a tokenizer.json, a folder '
-                        'with one, or a .gguf')
+    parser.add_argument('--tokenizer', metavar='PLACE', help='that of a model or of other data instead: a tokenizer.json, '
+                        'a folder with one or with a meta.json, or a .gguf')
     args = parser.parse_args(argv)
     try:
-        described = hub_tokenizer.read(args.tokenizer) if args.tokenizer else {'tokenizer': kind}
+        described = named_tokenizer(args.tokenizer) if args.tokenizer else {'tokenizer': kind}
         text, source = choose_text(folder, args.input)
         prepare(text, source, described, args.out)
     except UserError as error:
@@ -44,6 +44,12 @@ def complain(message):
     """Print a mistake in one line; returns the exit code 2."""
     print(f'prepare.py: {message}', file=sys.stderr)
     return 2
+
+
+def named_tokenizer(place):
+    """The meta of the tokenizer of a data set's folder, or of what hub_tokenizer.read takes; raises UserError."""
+    meta = read_meta(Path(place)) if Path(place).is_dir() else None
+    return hub_tokenizer.read(place) if meta is None else tokenizer.describe(meta)
 
 
 def choose_text(folder, chosen=None):
@@ -88,7 +94,7 @@ def prepare(text, source, described, out):
     cut = int(len(text) * 0.9)
     described = {**({'tokenizer': described} if isinstance(described, str) else described), 'source': source}
     kind = described['tokenizer']
-    if kind == 'char':
+    if kind == 'char' and 'chars' not in described:
         described['chars'] = sorted(set(text))
     encoder = tokenizer.load(described)
     described['vocab_size'] = encoder.vocab_size

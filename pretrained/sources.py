@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import configurator
 from checkpoints import gguf_file, torchfile
 from configurator import GPTConfig
-from data import hub_tokenizer
+from data import hub_tokenizer, identity
 from pretrained import gpt2, llama
 from variants import UserError, did_you_mean
 
@@ -122,9 +122,9 @@ def read_safetensors(folder, names):
     if kind not in LAYOUTS:
         raise UserError(f'{folder}: model_type is {kind[:60]!r}, and only {" and ".join(LAYOUTS)} are read', 'init_from')
     config = checked_config(LAYOUTS[kind].settings(raw, folder), folder)
-    data = None
-    if 'tokenizer.json' in names and (kind, config.vocab_size) != ('gpt2', gpt2.VOCABULARY):    # GPT-2's own: tokenizer.py's
-        data = hub_tokenizer.read(folder)
+    data = hub_tokenizer.read(folder) if 'tokenizer.json' in names else None
+    if data and identity.meaning(data) == identity.GPT2:            # tokenizer.py has it, without a package
+        data = dict(identity.GPT2)
     state = LAYOUTS[kind].from_hub(read_tensors(folder, names), config, folder)
     return config, state, {'kind': kind, 'step': None, 'data': data}
 

@@ -197,7 +197,7 @@ def nanogpt(folder, vocab_size=16):
 
 
 def test_nanogpt_with_a_data_set_s_tokenizer(tmp_path, run):
-    nanogpt(tmp_path)
+    nanogpt(tmp_path, len(CHARS))
     (tmp_path / 'letters').mkdir()
     entry = {'name': 'train.bin', 'tokens': 9, 'sha256': '0' * 64, 'size': 18}
     splits = {'train': {'tokens': 9, 'files': [entry]}, 'val': {'tokens': 9, 'files': [{**entry, 'name': 'val.bin'}]}}
@@ -206,7 +206,7 @@ def test_nanogpt_with_a_data_set_s_tokenizer(tmp_path, run):
         code, out, _ = run(f'{source}={tmp_path}', '--dataset=letters', f'--data_dir={tmp_path}', '--num_samples=1',
                            '--start=abc', '--max_new_tokens=9')
         assert code == 0 and out.startswith('abc') and len(out) == 12 + len(LINE)
-    assert 'no meta.json' in refusal(run(f'--out_dir={tmp_path}', '--dataset=none', f'--data_dir={tmp_path}'))
+    assert 'prepare it first' in refusal(run(f'--out_dir={tmp_path}', '--dataset=none', f'--data_dir={tmp_path}'))
 
 
 def test_tokens_without_a_meaning_are_numbers(tmp_path, run):

@@ -480,16 +480,15 @@ def test_the_digest_names_data_and_tokenizer(tmp_path):
     assert again.digest in digests and len(again.digest) == 16
 
 
-def test_nanogpt_folders_are_announced_and_pickles_left_alone(tmp_path):
-    canary = tmp_path / 'canary'
+def test_nanogpt_folders_are_announced_and_no_pickle_is_run(tmp_path):
+    canary, lines = tmp_path / 'canary', []
     for split in ('train', 'val'):
         raw(tmp_path / f'{split}.bin', range(40))
+    assert open_dataset(tmp_path, lines.append).tokenizer['tokenizer'] == 'gpt2'
+    assert len(lines) == 1 and 'GPT-2' in lines[0] and '\n' not in lines[0]
     (tmp_path / 'meta.pkl').write_bytes(b"cos\nsystem\n(S'touch %s'\ntR." % str(canary).encode())
-    lines = []
-    dataset = open_dataset(tmp_path, lines.append)
-    assert not canary.exists() and dataset.tokenizer['tokenizer'] == 'gpt2'
-    assert len(lines) == 2 and 'meta.pkl is ignored' in lines[0] and 'GPT-2' in lines[1]
-    assert not any('\n' in line for line in lines)
+    refused(tmp_path, 'meta.pkl', 'GLOBAL', 'not run', 'prepare.py --input=TEXT')
+    assert not canary.exists()
 
 
 # ---- meta.json ----
