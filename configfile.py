@@ -4,12 +4,16 @@ A docstring, `name = literal`, arithmetic, earlier names, and `import time` with
 """
 import ast
 import operator
+import os
 import time
 
 from variants import UserError
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+
+PLACES = ('out_dir', 'data_dir', 'init_from', 'source', 'to', 'text', 'baseline', 'base', 'train', 'config', 'weights',
+          'data')
 
 
 def number(value):
@@ -51,6 +55,11 @@ def evaluate(node, names):
         if isinstance(node.func, ast.Name) and node.func.id == 'str' and len(node.args) == 1:
             return str(evaluate(node.args[0], names))
     raise UserError(f'{ast.unparse(node)[:60]!r} is not read in a config file, which is never run; write a literal')
+
+
+def at_home(name, value):
+    """The value of a setting; a place that begins with ~ is one of the user's home, as no shell says behind an =."""
+    return os.path.expanduser(value) if name in PLACES and isinstance(value, str) else value
 
 
 def read_file(path):

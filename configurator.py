@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass, field
 
 import variants
-from configfile import number, read_file
+from configfile import at_home, number, read_file
 from optimizers import schedules
 from variants import UserError, did_you_mean
 
@@ -401,7 +401,7 @@ def load(arguments, cls=Config):
             if name not in fields:
                 raise UserError(f'{where}: there is no setting {name!r}{did_you_mean(name, fields)}')
             try:
-                setattr(config, name, coerce(fields[name], value))
+                setattr(config, name, at_home(name, coerce(fields[name], value)))
             except UserError as error:
                 raise UserError(f'{where}: {error}') from None
             config.sources[name] = where

@@ -67,8 +67,8 @@ def check(config):
         raise UserError('write --text=FILE or --dataset=NAME: what to evaluate on')
     if config.text and config.dataset and config.split != 'val':
         raise UserError('--split is of a data set, and --text is what is evaluated; drop one of them', 'split')
-    if not os.path.isdir(config.out_dir) and not config.out_dir.startswith('gpt2') and not is_gguf(config.out_dir):
-        raise UserError(f'there is no folder {config.out_dir!r}; pass --out_dir=FOLDER', 'out_dir')
+    if not os.path.exists(config.out_dir) and not config.out_dir.startswith('gpt2'):
+        raise UserError(f'there is no folder or file {config.out_dir!r}; pass --out_dir=FOLDER', 'out_dir')
     if config.window and config.stride > config.window:
         raise UserError(f'stride must not exceed window ({config.window}), or tokens are left out, got {config.stride}',
                         'stride')
@@ -76,15 +76,12 @@ def check(config):
         raise UserError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', got {config.device!r}", 'device')
 
 
-def is_gguf(place):
-    return place.endswith('.gguf') and os.path.isfile(place)
-
-
 def named(argument):
-    """An argument as configurator reads it: a folder or a .gguf alone is the out_dir, and --json stands for True."""
+    """An argument as configurator reads it: a folder, a model's file or gpt2* alone is the out_dir; --json is True."""
     if argument == '--json':
         return '--json=True'
-    return f'--out_dir={argument}' if os.path.isdir(argument) or is_gguf(argument) else argument
+    is_model = os.path.exists(os.path.expanduser(argument)) or argument.startswith('gpt2')
+    return f'--out_dir={argument}' if is_model and not argument.endswith('.py') else argument
 
 
 # ---- the model and the tokens ----
@@ -93,7 +90,7 @@ def load_model(config):
     """(model on the CPU, info of initialise.read_folder)."""
     from decomposition import initialise
     from pretrained import gpt2
-    published = config.out_dir in gpt2.PUBLISHED and not os.path.isdir(config.out_dir)
+    published = config.out_dir in gpt2.PUBLISHED and not os.path.exists(config.out_dir)
     read = initialise.read_source if published else initialise.read_folder
     settings, state, info = read(config.out_dir, config.which)
     return initialise.build(settings, settings, state), info
@@ -144,7 +141,7 @@ def open_text(config, data, vocab_size, dataset):
     text, kind = read_text(config.text), load_tokenizer(config, data, vocab_size, config.out_dir)
     if isinstance(kind, Numbers):
         raise UserError(f'nothing says what the {vocab_size} tokens of {config.out_dir} mean; pass --dataset=NAME, whose '
-                        'tokenizer it has', 'dataset')
+                        'tokenizer it has (prepare.py --tokenizer=tokenizer.json makes one)', 'dataset')
     tokens = np.asarray(kind.encode_ordinary(text), np.int64)
     size = None if hasattr(kind, 'centres') else len(text.encode('utf-8'))
     return Source(config.text, lambda start, stop: tokens[start:stop], len(tokens), kind, size,

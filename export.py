@@ -5,7 +5,7 @@
 
 A GPT-2 or a Llama block (RMSNorm, RoPE, SwiGLU) goes to transformers' layout, with structured linears multiplied out to
 dense matrices and without the padding of the vocabulary; any other model is written in our own layout, which sample.py
-and train.py --init_from read. A tokenizer that came as tokenizer.json goes along. Exit codes: 0 done; 2 a mistake, said
+and train.py --init_from read. The tokenizer goes along as tokenizer.json. Exit codes: 0 done; 2 a mistake, said
 in one line; 4 the folder could not be written.
 """
 import json
@@ -31,8 +31,8 @@ def check(config):
     """What can be refused before torch is imported."""
     if not config.to:
         raise UserError('write --to=FOLDER, a new one')
-    if not os.path.isdir(config.out_dir) and not (config.out_dir.endswith('.gguf') and os.path.isfile(config.out_dir)):
-        raise UserError(f'there is no folder {config.out_dir!r}; pass --out_dir=FOLDER', 'out_dir')
+    if not os.path.exists(config.out_dir):
+        raise UserError(f'there is no folder or file {config.out_dir!r}; pass --out_dir=FOLDER', 'out_dir')
     if os.path.lexists(config.to) and not (os.path.isdir(config.to) and not os.listdir(config.to)):
         raise UserError(f'{config.to!r} is there and not an empty folder; nothing is overwritten', 'to')
 
@@ -67,18 +67,21 @@ def known_tokens(data, vocab_size):
 
 
 def tokenizer_files(data, raw):
-    """{file name: text} of the tokenizer that transformers is to load, and raw's token between texts; {} for our kinds.
+    """{file name: text} of the tokenizer that transformers is to load, and raw's token between texts; {} for prices.
 
     tokenizer_config.json keeps transformers from taking the kind of tokenizer from the kind of model.
     """
-    from data import hub_tokenizer
-    if not data or data.get('tokenizer') != hub_tokenizer.HubTokenizer.name or raw['model_type'] == 'nanokron':
+    from data import hub_tokenizer, tokenizer_json
+    if not data or raw['model_type'] == 'nanokron':
+        return {}
+    text = data['json'] if data['tokenizer'] == 'hub' else tokenizer_json.text_of(data)
+    if text is None:
         return {}
     words = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
-    end = hub_tokenizer.between_texts(data['json'])
+    end = hub_tokenizer.between_texts(text)
     if end:
         words['eos_token'], raw['eos_token_id'] = end
-    return {'tokenizer.json': data['json'], 'tokenizer_config.json': json.dumps(words, indent=2) + '\n'}
+    return {'tokenizer.json': text, 'tokenizer_config.json': json.dumps(words, indent=2) + '\n'}
 
 
 def write(folder, raw, tensors, files):

@@ -15,6 +15,8 @@ import configurator
 from configurator import key
 from variants import UserError
 
+HELD = 3                                # bytes of a character of UTF-8 that its last one may be missing from
+
 
 @dataclass
 class SampleConfig:
@@ -51,7 +53,7 @@ def check(config):
         raise UserError(f'top_p must be above 0 and at most 1, got {config.top_p}', 'top_p')
     if config.device.split(':')[0] not in ('auto', 'cpu', 'cuda', 'mps'):
         raise UserError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', got {config.device!r}", 'device')
-    if config.init_from == 'resume' and not os.path.isdir(config.out_dir):
+    if config.init_from == 'resume' and not os.path.exists(config.out_dir):
         raise UserError(f'there is no folder {config.out_dir!r}; train first, or pass --out_dir=FOLDER or '
                         '--init_from=gpt2', 'out_dir')
 
@@ -145,14 +147,14 @@ def encode(prompt, tokenizer, config):
 
 
 def decode(tokens, tokenizer):
-    """Yield text as soon as it is certain: a character split over tokens reads as U+FFFD until it is whole."""
+    """Yield text as soon as it is certain: bytes of a character that is not whole read as U+FFFD, at most HELD of them."""
     pending, shown = [], 0
     for token in tokens:
         pending.append(token)
         text = tokenizer.decode(pending)
-        certain = len(text) - text.endswith('\ufffd')
+        certain = len(text) - min(HELD, len(text) - len(text.rstrip('\ufffd')))
         yield text[shown:certain]
-        shown = certain
+        shown = max(shown, certain)
         if certain == len(text):
             pending, shown = [], 0
     if pending:

@@ -4,7 +4,7 @@
                 "splits": {"train": {"tokens": N, "files": [{"name", "tokens", "sha256", "size"}]}, "val": ...}}
 
 Without meta.json a folder is taken as nanoGPT or llm.c leave it: the characters of its meta.pkl, which is read and never
-run, or GPT-2 tokens. No torch here.
+run, the tokens of its tokenizer.json, or GPT-2's. No torch here.
 """
 import hashlib
 import json
@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import meta_pickle, tokenizer
+from data import hub_tokenizer, meta_pickle, tokenizer
 from data.shards import MOST_TOKENS, Tokens, open_shard, reason, refuse, scan, write_atomic
 from variants import UserError
 
@@ -66,6 +66,9 @@ def check_shard(shard, entry, meta, memory):
     """The SHA-256 of a file whose tokens are all in the vocabulary and which is the one that meta.json means."""
     vocab_size, guessed = meta['vocab_size'], meta.get('source') == GPT2_META['source']
     remedy = 'without meta.json it is read as GPT-2 BPE: prepare it again' if guessed else 'prepare it again'
+    if guessed and shard.dtype.itemsize > 2 and not shard.vocab_size:
+        refuse(shard.path, "GPT-2's tokens of 2 bytes", "tokens of 4 bytes (llm.c's Llama 3)",
+               'put the tokenizer.json of its model beside it')
     if shard.vocab_size not in (0, vocab_size):
         refuse(shard.path, f'a vocabulary of {vocab_size}', f'{shard.vocab_size} in its header', remedy)
     if entry.get('tokens') not in (None, shard.tokens):
@@ -172,6 +175,9 @@ def guessed_meta(folder, notice):
         tokenizer.load(found)
         notice(f'{folder} has no meta.json: its tokens are the {found["vocab_size"]} characters of its meta.pkl')
         return found
+    if (folder / 'tokenizer.json').exists():
+        notice(f'{folder} has no meta.json: its tokens are those of its tokenizer.json')
+        return hub_tokenizer.read(folder)
     notice(f'{folder} has no meta.json: its tokens are taken as GPT-2 BPE, a vocabulary of 50257')
     return dict(GPT2_META)
 

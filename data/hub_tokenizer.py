@@ -112,14 +112,27 @@ def describe(text, source):
     return {'tokenizer': HubTokenizer.name, 'vocab_size': size, 'json': plain(text), 'source': source}
 
 
+def is_gguf(path):
+    """Whether a file is a GGUF, by its first bytes."""
+    try:
+        with open(path, 'rb') as file:
+            return file.read(4) == b'GGUF'
+    except OSError:
+        return False
+
+
 def read(place):
     """The meta of the tokenizer of a tokenizer.json, of a folder with one, or of a .gguf; raises UserError."""
-    path = Path(place)
-    if path.suffix == '.gguf':
+    path = Path(place).expanduser()
+    if is_gguf(path):
         from checkpoints import gguf_file
-        found = gguf_file.tokenizer(gguf_file.open_file(path), path)
+        reader = gguf_file.open_file(path)
+        found = gguf_file.tokenizer(reader, path)
         if found is None:
-            raise UserError(f'{path}: its tokenizer is not read; pass a tokenizer.json')
+            word = gguf_file.value(reader, 'tokenizer.ggml.model')
+            word = 'SentencePiece' if word == 'llama' else repr(word)[:40]
+            raise UserError(f'{path}: its tokenizer is {word}, which is not read from a GGUF; pass the tokenizer.json of '
+                            'the model that it was made of')
         return describe(found, path.name)
     path = path / 'tokenizer.json' if path.is_dir() else path
     try:

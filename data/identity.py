@@ -7,21 +7,42 @@ import functools
 import hashlib
 import json
 
-from data import tokenizer
+from data import tokenizer, tokenizer_json
 from variants import UserError
 
 GPT2 = {'tokenizer': 'gpt2', 'vocab_size': tokenizer.MOST_GPT2}
 PADDED_GPT2 = 50304                         # rows of a GPT-2 that nanoGPT pads
-BYTES = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True}
 MODEL = {'type': 'BPE', 'byte_fallback': False, 'ignore_merges': False}         # parts that count, and what they are unsaid
 
 
-def meaning(described):
-    """A description without its label, to be compared; a tokenizer.json by its essence, and GPT-2's own is 'gpt2'."""
+def known(described):
+    """A description of a tokenizer.json by its shorter name where it is characters, bytes or GPT-2's; else itself."""
     if described['tokenizer'] != 'hub':
-        return {name: value for name, value in described.items() if name != 'source'}
-    found = essence(described['json'])
-    return GPT2 if found == gpt2_essence() else {'tokenizer': 'hub', 'essence': found}
+        return described
+    text, size = described['json'], described['vocab_size']
+    for other in candidates(json.loads(text), size):
+        if essence(tokenizer_json.text_of(other)) == essence(text):
+            return {**other, 'source': described.get('source', '')}
+    return described
+
+
+def candidates(whole, size):
+    """The descriptions of our own kinds that a tokenizer.json could be, by its numbers alone."""
+    words = whole['model']['vocab']
+    if tokenizer.FEWEST_GPT2 <= size <= tokenizer.MOST_GPT2 and whole['model'].get('merges'):
+        yield {'tokenizer': 'gpt2', 'vocab_size': size}
+    if isinstance(words, dict) and not whole['model'].get('merges') and sorted(words.values()) == list(range(size)):
+        yield {'tokenizer': 'bytes', 'vocab_size': 256}
+        if all(len(word) == 1 for word in words):
+            yield {'tokenizer': 'char', 'vocab_size': size, 'chars': sorted(words, key=words.get)}
+
+
+def meaning(described):
+    """A description without its label, to be compared; a tokenizer.json by its essence."""
+    described = known(described)
+    if described['tokenizer'] == 'hub':
+        return {'tokenizer': 'hub', 'essence': essence(described['json'])}
+    return {name: value for name, value in described.items() if name != 'source'}
 
 
 @functools.lru_cache(maxsize=8)
@@ -32,21 +53,10 @@ def essence(text):
     words = model['vocab'] if isinstance(model['vocab'], dict) else dict(enumerate(map(str, model['vocab'])))
     added = {token['content']: token['id'] for token in whole.get('added_tokens') or ()}
     merges = [pair.split(' ') if isinstance(pair, str) else list(pair) for pair in model.get('merges') or ()]
-    return hashed({'tokens': {**words, **added}, 'merges': merges, 'normalizer': whole.get('normalizer'),
-                   'cuts': cuts(whole.get('pre_tokenizer')), **{k: model.get(k) or v for k, v in MODEL.items()}})
-
-
-@functools.lru_cache(maxsize=1)
-def gpt2_essence():
-    """The essence of GPT-2's own tokenizer, from the merges that ship with the repository."""
-    merges = [line.split(' ') for line in tokenizer.gpt2_merges().splitlines()[1:] if line]
-    names = [letter for _, letter in tokenizer.gpt2_bytes()] + [''.join(pair) for pair in merges] + [tokenizer.END_OF_TEXT]
-    return hashed({'tokens': {name: number for number, name in enumerate(names)}, 'merges': merges, 'normalizer': None,
-                   'cuts': BYTES, **MODEL})
-
-
-def hashed(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    kept = json.dumps({'tokens': {**words, **added}, 'merges': merges, 'normalizer': whole.get('normalizer'),
+                       'cuts': cuts(whole.get('pre_tokenizer')), **{k: model.get(k) or v for k, v in MODEL.items()}},
+                      sort_keys=True)
+    return hashlib.sha256(kept.encode()).hexdigest()
 
 
 def cuts(value):

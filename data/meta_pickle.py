@@ -4,6 +4,7 @@ A pickle is a program. Its instructions are looked at one by one, and only those
 numbers are followed; any other one refuses the file. No torch here.
 """
 import pickletools
+import warnings
 
 from data.shards import reason, refuse
 from variants import UserError
@@ -31,7 +32,9 @@ def read(path):
     except OSError as error:
         refuse(path, 'a file', reason(error))
     try:
-        chars = characters(follow(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')                         # of odd escapes in a damaged one
+            chars = characters(follow(data))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         found = str(error)[:80] or type(error).__name__
         raise UserError(f"{path}: expected nanoGPT's stoi and itos, found {found!r}, and a pickle is not run; {REMEDY}") \

@@ -48,7 +48,8 @@ def complain(message):
 
 def named_tokenizer(place):
     """The meta of the tokenizer of a data set's folder, or of what hub_tokenizer.read takes; raises UserError."""
-    meta = read_meta(Path(place)) if Path(place).is_dir() else None
+    place = Path(place).expanduser()
+    meta = read_meta(place) if place.is_dir() else None
     return hub_tokenizer.read(place) if meta is None else tokenizer.describe(meta)
 
 
@@ -70,7 +71,7 @@ def choose_text(folder, chosen=None):
 def read_text(path):
     """A file as text, line ends as they are; raises UserError when it is empty or is not UTF-8."""
     try:
-        text = Path(path).read_bytes().decode('utf-8')
+        text = Path(path).expanduser().read_bytes().decode('utf-8')
     except OSError as error:
         raise UserError(f'{path}: expected a text file, found {reason(error)}') from None
     except UnicodeDecodeError as error:
@@ -111,7 +112,7 @@ def write_dataset(out, described, splits):
     described: what data.tokenizer.load reads, with vocab_size; splits: name -> tokens. Each file is replaced whole,
     meta.json last: a run that dies between them leaves files that open_dataset refuses and another run mends.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     meta = {'format': FORMAT, **described, 'splits': {}}
     for split, tokens in splits.items():

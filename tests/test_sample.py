@@ -15,7 +15,7 @@ import configurator
 import sample
 from attention import decoding
 from checkpoints import checkpoint
-from data import tokenizer
+from data import hub_tokenizer, tokenizer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -330,6 +330,23 @@ def test_gpt2_tokens_that_split_a_character():
     assert any('\ufffd' in bpe.decode([token]) for token in tokens)
     pieces = list(sample.decode(iter(tokens), bpe))
     assert ''.join(pieces) == '🙂 ok 語' and len([p for p in pieces if p]) > 2
+
+
+@pytest.mark.parametrize('text', ['🙂🙃', '日本語 ok', 'a語', 'é', '\ufffda'])
+def test_byte_fallback_shows_whole_characters_only(text):
+    """Llama's decoder shows each byte of an unfinished character as U+FFFD; one that would not hold them back is seen."""
+    library = pytest.importorskip('tokenizers')
+    words = {**{f'<0x{byte:02X}>': byte for byte in range(256)}, 'a': 256, 'o': 257, 'k': 258, ' ': 259}
+    maker = library.Tokenizer(library.models.BPE(words, [], byte_fallback=True))
+    maker.decoder = library.decoders.Sequence([library.decoders.ByteFallback(), library.decoders.Fuse()])
+    kind = tokenizer.load(hub_tokenizer.describe(maker.to_str(), 'a test'))
+    tokens = kind.encode(text)
+    pieces = list(sample.decode(iter(tokens), kind))
+    assert len(tokens) > len(text) and ''.join(pieces) == text
+    assert '\ufffd' in text or not any('\ufffd' in piece for piece in pieces)
+    assert text != '🙂🙃' or pieces[:4] == ['', '', '', '🙂']                  # as soon as it is whole
+    spoilt = [0xff, 0xe2, 0x82, *tokens]
+    assert ''.join(sample.decode(iter(spoilt), kind)) == kind.decode(spoilt)
 
 
 def test_text_is_printed_while_it_is_made():

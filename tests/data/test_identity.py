@@ -4,7 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data import hub_tokenizer, identity, meta_pickle, prepare_text, tokenizer
 from data.dataset import open_dataset
@@ -21,6 +21,7 @@ def bytes_of(merges=(('s', 'h'), ('e', 'l'))):
     names = [*letters, *(''.join(pair) for pair in merges), '<|endoftext|>']
     library = Tokenizer(models.BPE({name: k for k, name in enumerate(names)}, list(merges)))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
     library.add_special_tokens(['<|endoftext|>'])
     return library
 
@@ -82,7 +83,8 @@ class Evil:
 
 
 @pytest.mark.parametrize('data', [
-    b'', b'junk', pickle.dumps(nanogpt_meta())[:-9], pickle.dumps([1]), pickle.dumps({}), pickle.dumps({'itos': 5, 'stoi': 5}),
+    b'', b'junk', pickle.dumps(nanogpt_meta())[:-9], pickle.dumps([1]), pickle.dumps({}),
+    pickle.dumps({'itos': 5, 'stoi': 5}),
     pickle.dumps(nanogpt_meta(vocab_size=3)), pickle.dumps(nanogpt_meta(stoi={})), pickle.dumps(nanogpt_meta(extra=Evil())),
     pickle.dumps(nanogpt_meta(itos={0: Evil()})), b'}.', b'(u.', b's.', b'h\x05.', b'\x80\x04N.', b'(}(u.'])
 def test_a_pickle_that_is_not_nanogpts_is_refused(data, tmp_path, capsys):
@@ -105,6 +107,28 @@ def test_two_thousand_damaged_pickles_raise_one_kind_of_error(tmp_path):
     assert meta_pickle.follow(good) == nanogpt_meta(CHARS[:5])
 
 
+# ---- llm.c's Llama 3 ----
+
+def llama3(path, tokens, magic=20240801):
+    header = np.zeros(256, '<i4')
+    header[:3] = magic, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, '<u4').tobytes())
+
+
+def test_llm_cs_shards_of_llama_3_with_a_tokenizer_beside(tmp_path):
+    library, lines = bytes_of(), []
+    tokens = library.encode(TEXT, add_special_tokens=False).ids
+    for split in ('train', 'val'):
+        llama3(tmp_path / f'tiny_{split}.bin', tokens)
+    assert 'put the tokenizer.json of its model beside it' in refusal(open_dataset, tmp_path, str)
+    library.save(str(tmp_path / 'tokenizer.json'))
+    dataset = open_dataset(tmp_path, lines.append)
+    assert len(dataset.splits['train']) == len(tokens) and 'tokenizer.json' in lines[0]
+    assert tokenizer.load(dataset.tokenizer).decode(dataset.splits['val'].read(0, len(tokens)).tolist()) == TEXT
+    llama3(tmp_path / 'tiny_val.bin', tokens, magic=20240520)                           # negative control: of 2 bytes
+    assert 'bytes for the' in refusal(open_dataset, tmp_path, str)
+
+
 # ---- the rule ----
 
 def test_gpt2s_own_tokenizer_json_is_gpt2():
@@ -118,10 +142,11 @@ def test_gpt2s_own_tokenizer_json_is_gpt2():
 def test_the_form_of_a_file_is_no_meaning():
     found = json.loads(bytes_of().to_str())
     found['model']['merges'] = [' '.join(pair) for pair in found['model']['merges']]
-    again = {'tokenizer': 'hub', 'json': json.dumps({**found, 'version': '9'}, indent=3)}
+    again = {'tokenizer': 'hub', 'vocab_size': 259, 'json': json.dumps({**found, 'version': '9'}, indent=3)}
     ours = hub_tokenizer.describe(bytes_of().to_str(), 'here')
     assert identity.meaning(again) == identity.meaning(ours)
-    assert identity.meaning(hub_tokenizer.describe(bytes_of([('s', 'h'), ('l', 'l')]).to_str(), 'x')) != identity.meaning(ours)
+    other = hub_tokenizer.describe(bytes_of([('s', 'h'), ('l', 'l')]).to_str(), 'x')
+    assert identity.meaning(other) != identity.meaning(ours)
 
 
 @pytest.mark.parametrize('data, rows, described, words', [

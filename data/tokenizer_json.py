@@ -1,0 +1,52 @@
+"""Our own tokenizers as a tokenizer.json, which transformers reads too: characters, bytes, GPT-2's byte pairs.
+
+transformers leaves out characters that the table lacks, where data/tokenizer.py refuses them. No torch here.
+"""
+import functools
+import json
+
+from data import tokenizer
+
+BYTES = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+
+
+def text_of(described):
+    """The text of a tokenizer.json with the tokens of a description; None for a kind that has no such form (prices)."""
+    maker = MAKERS.get(described['tokenizer'])
+    return maker and maker(described)
+
+
+def of_chars(described):
+    return whole({char: number for number, char in enumerate(described['chars'])}, decoder={'type': 'Fuse'})
+
+
+def of_bytes(described):
+    letters = {letter: byte for byte, letter in tokenizer.gpt2_bytes()}
+    return whole(letters, cuts={**BYTES, 'use_regex': False}, decoder=BYTES)
+
+
+def of_gpt2(described):
+    return gpt2_text(described['vocab_size'])
+
+
+@functools.lru_cache(maxsize=2)
+def gpt2_text(size):
+    """GPT-2's first size - 1 tokens and <|endoftext|>."""
+    merges = [line.split(' ') for line in tokenizer.gpt2_merges().splitlines()[1:] if line]
+    merges = merges[:size - tokenizer.FEWEST_GPT2]
+    names = [letter for _, letter in tokenizer.gpt2_bytes()] + [''.join(pair) for pair in merges] + [tokenizer.END_OF_TEXT]
+    end = {'id': size - 1, 'content': tokenizer.END_OF_TEXT, 'single_word': False, 'lstrip': False, 'rstrip': False,
+           'normalized': False, 'special': True}
+    return whole({name: number for number, name in enumerate(names)}, merges, [end], BYTES, BYTES)
+
+
+def whole(vocabulary, merges=(), added=(), cuts=None, decoder=None):
+    model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
+             'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False,
+             'vocab': vocabulary, 'merges': list(merges)}
+    return json.dumps({'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': list(added),
+                       'normalizer': None, 'pre_tokenizer': cuts, 'post_processor': None, 'decoder': decoder,
+                       'model': model}, ensure_ascii=False)
+
+
+MAKERS = {'char': of_chars, 'bytes': of_bytes, 'gpt2': of_gpt2}
