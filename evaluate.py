@@ -111,7 +111,7 @@ def open_source(config, data, vocab_size):
     """The Source of --text or --dataset for a model with these rows; data: the meta of its tokenizer or None."""
     dataset = open_data(config, data, vocab_size) if config.dataset else None
     if config.text:
-        return open_text(config, data or dataset and dataset.tokenizer, vocab_size, dataset)
+        return open_text(config, data, vocab_size, dataset)
     if config.split not in dataset.splits:
         raise UserError(f'{dataset.folder} has no split {config.split!r}; it has {", ".join(dataset.splits)}', 'split')
     from data import tokenizer
@@ -136,9 +136,11 @@ def open_text(config, data, vocab_size, dataset):
     """The Source of a file of text; dataset: whose training split is the unigram's, or None."""
     import numpy as np
 
+    from data import tokenizer
     from data.prepare_text import read_text
     from sample import Numbers, load_tokenizer
-    text, kind = read_text(config.text), load_tokenizer(config, data, vocab_size, config.out_dir)
+    text = read_text(config.text)
+    kind = tokenizer.load(dataset.tokenizer) if dataset else load_tokenizer(config, data, vocab_size)
     if isinstance(kind, Numbers):
         raise UserError(f'nothing says what the {vocab_size} tokens of {config.out_dir} mean; pass --dataset=NAME, whose '
                         'tokenizer it has (prepare.py --tokenizer=tokenizer.json makes one)', 'dataset')

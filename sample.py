@@ -89,7 +89,7 @@ class Numbers:
 
 def place(config):
     """Where the model comes from."""
-    return config.out_dir if config.init_from == 'resume' else config.init_from
+    return config.out_dir if getattr(config, 'init_from', 'resume') == 'resume' else config.init_from
 
 
 def load_model(config):
@@ -108,17 +108,17 @@ def load_model(config):
     return initialise.build(source[0], *source[:2]), source[2]['data']
 
 
-def load_tokenizer(config, meta, vocab_size, where):
+def load_tokenizer(config, meta, vocab_size):
     """The tokenizer of the checkpoint, of --dataset, GPT-2's where the vocabulary has its size, else token numbers.
 
-    where: the model's place. Raises UserError where the tokens of --dataset are not those of the model.
+    Raises UserError where the tokens of --dataset are not those of the model.
     """
     from data import identity, tokenizer
     from data.dataset import tokens_of_folder
     if config.dataset:
         folder = Path(config.data_dir, config.dataset)
         found = tokens_of_folder(folder, note)
-        identity.check(meta, vocab_size, found, folder, where)
+        identity.check(meta, vocab_size, found, folder, place(config))
         meta = meta or found
     if meta is None and not identity.is_gpt2_size(vocab_size):
         return Numbers(vocab_size)
@@ -180,7 +180,7 @@ def sample(config, prompt):
     device = hardware.device(config.device)
     dtype = hardware.dtype(config.dtype, device)
     model, meta = load_model(config)
-    tokenizer = load_tokenizer(config, meta, model.config.vocab_size, place(config))
+    tokenizer = load_tokenizer(config, meta, model.config.vocab_size)
     tokens = encode(prompt, tokenizer, config)
     if isinstance(tokenizer, Numbers):
         note(f'nothing says what the {tokenizer.vocab_size} tokens of this model mean; they are printed as numbers')

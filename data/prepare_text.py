@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data import hub_tokenizer, tokenizer
-from data.dataset import FORMAT, check_meta, read_meta
+from data.dataset import FORMAT, check_meta, tokens_of_folder
 from data.shards import reason, write_atomic, write_shard
 from variants import UserError
 
@@ -49,8 +49,8 @@ def complain(message):
 def named_tokenizer(place):
     """The meta of the tokenizer of a data set's folder, or of what hub_tokenizer.read takes; raises UserError."""
     place = Path(place).expanduser()
-    meta = read_meta(place) if place.is_dir() else None
-    return hub_tokenizer.read(place) if meta is None else tokenizer.describe(meta)
+    is_data = any((place / name).exists() for name in ('meta.json', 'meta.pkl'))
+    return tokens_of_folder(place) if is_data else hub_tokenizer.read(place)
 
 
 def choose_text(folder, chosen=None):
