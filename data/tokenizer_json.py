@@ -25,6 +25,24 @@ def of_bytes(described):
     return whole(letters, cuts={**BYTES, 'use_regex': False}, decoder=BYTES)
 
 
+def of_gpt2_files(folder):
+    """The text for the two older files of a GPT-2's tokenizer, vocab.json and merges.txt; raises OSError and ValueError."""
+    vocabulary = json.loads((folder / 'vocab.json').read_text(encoding='utf-8'))
+    lines = (folder / 'merges.txt').read_text(encoding='utf-8').splitlines()
+    if not isinstance(vocabulary, dict) or not all(type(number) is int for number in vocabulary.values()):
+        raise ValueError('vocab.json is no dict of tokens')
+    merges = [line.split(' ') for line in lines if line and not line.startswith('#version')]
+    if not all(len(pair) == 2 and {*pair, ''.join(pair)} <= vocabulary.keys() for pair in merges):
+        raise ValueError('merges.txt names tokens that vocab.json lacks')
+    end = vocabulary.get(tokenizer.END_OF_TEXT)
+    return whole(vocabulary, merges, [] if end is None else [special(tokenizer.END_OF_TEXT, end)], BYTES, BYTES)
+
+
+def special(word, number):
+    return {'id': number, 'content': word, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
+            'special': True}
+
+
 def of_gpt2(described):
     return gpt2_text(described['vocab_size'])
 
@@ -35,8 +53,7 @@ def gpt2_text(size):
     merges = [line.split(' ') for line in tokenizer.gpt2_merges().splitlines()[1:] if line]
     merges = merges[:size - tokenizer.FEWEST_GPT2]
     names = [letter for _, letter in tokenizer.gpt2_bytes()] + [''.join(pair) for pair in merges] + [tokenizer.END_OF_TEXT]
-    end = {'id': size - 1, 'content': tokenizer.END_OF_TEXT, 'single_word': False, 'lstrip': False, 'rstrip': False,
-           'normalized': False, 'special': True}
+    end = special(tokenizer.END_OF_TEXT, size - 1)
     return whole({name: number for number, name in enumerate(names)}, merges, [end], BYTES, BYTES)
 
 

@@ -6,6 +6,7 @@ checkpoints/torchfile.py reads it.
 """
 import json
 import os
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 import configurator
 from checkpoints import gguf_file, torchfile
 from configurator import GPTConfig
-from data import hub_tokenizer, identity
+from data import hub_tokenizer, identity, tokenizer_json
 from pretrained import files, gpt2, llama
 from variants import UserError, did_you_mean
 
@@ -148,9 +149,22 @@ def read_safetensors(folder, names, only=None):
     if kind not in LAYOUTS:
         raise UserError(f'{folder}: model_type is {kind[:60]!r}, and only {", ".join(LAYOUTS)} are read', 'init_from')
     config = checked_config(LAYOUTS[kind].settings(raw, folder), folder)
-    data = identity.known(hub_tokenizer.read(folder)) if 'tokenizer.json' in names else None
+    data = tokens_of(folder, names, kind)
     state = LAYOUTS[kind].from_hub(files.plain_names(read_tensors(folder, names, only), folder), config, folder)
     return config, state, {'kind': kind, 'step': None, 'data': data}
+
+
+def tokens_of(folder, names, kind):
+    """What a folder's tokenizer.json says of its tokens, or a GPT-2's vocab.json and merges.txt; None without them."""
+    if 'tokenizer.json' in names:
+        return identity.known(hub_tokenizer.read(folder))
+    if kind != 'gpt2' or not {'vocab.json', 'merges.txt'} <= set(names):
+        return None
+    try:
+        text = tokenizer_json.of_gpt2_files(Path(folder))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{folder}: vocab.json and merges.txt are no tokenizer: {str(error)[:80]}', 'init_from') from None
+    return identity.known(hub_tokenizer.describe(text, f'{os.path.basename(os.path.abspath(folder))}/vocab.json'))
 
 
 def read_gguf(path):

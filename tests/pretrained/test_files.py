@@ -1,4 +1,5 @@
 """Models are recognised by what is in their files, and a refusal names the remedy."""
+import json
 import shutil
 
 import numpy as np
@@ -7,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import checkpoint
+from data import tokenizer_json
 from decomposition import initialise
-from pretrained import files
+from pretrained import files, gpt2
 from tests.pretrained.test_sources import hf, logits_of, random_model, refusal, save_nanogpt  # noqa: F401
 from tests.test_evaluate import save
 from variants import UserError
@@ -72,6 +74,26 @@ def test_refusals_name_the_remedy(tmp_path):
     assert 'torch.save(torch.load(' in refusal(initialise.read_source, str(tmp_path))
     torch.save(torch.load(path, map_location='cpu', weights_only=True), path)
     assert same(tmp_path, ours)
+
+
+@pytest.mark.parametrize('form', ['tokenizer.json', 'vocab.json'])
+@pytest.mark.parametrize('own', [True, False])
+def test_a_gpt2_of_50257_tokens_has_its_own_or_openais(form, own, tmp_path):
+    """By what its tokenizer says and not by their number: two merges changed places."""
+    raw, tensors = gpt2.from_ours(random_model(vocab_size=50257, n_layer=1, n_embd=8, n_head=2))
+    save_file(tensors, tmp_path / 'model.safetensors')
+    (tmp_path / 'config.json').write_text(json.dumps(raw))
+    found = json.loads(tokenizer_json.gpt2_text(50257))
+    model = found['model']
+    if own:
+        model['merges'][0], model['merges'][9] = model['merges'][9], model['merges'][0]
+    if form == 'vocab.json':
+        (tmp_path / 'vocab.json').write_text(json.dumps(model['vocab']))
+        (tmp_path / 'merges.txt').write_text('#version: 0.2\n' + ''.join(f'{a} {b}\n' for a, b in model['merges']))
+    else:
+        (tmp_path / 'tokenizer.json').write_text(json.dumps(found))
+    data = initialise.read_source(str(tmp_path))[2]['data']
+    assert data['vocab_size'] == 50257 and data['tokenizer'] == ('hub' if own else 'gpt2')
 
 
 def test_one_file_of_a_run(tmp_path):
