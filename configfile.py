@@ -5,6 +5,7 @@ A file holds a docstring, `name = literal`, arithmetic, earlier names, and `impo
 import ast
 import math
 import operator
+import os
 import time
 import typing
 
@@ -13,6 +14,9 @@ from variants import UserError, did_you_mean
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+
+PLACES = ('out_dir', 'data_dir', 'init_from', 'source', 'to', 'text', 'baseline', 'base', 'train', 'config', 'weights',
+          'data')
 
 
 def number(value):
@@ -54,6 +58,11 @@ def evaluate(node, names):
         if isinstance(node.func, ast.Name) and node.func.id == 'str' and len(node.args) == 1:
             return str(evaluate(node.args[0], names))
     raise UserError(f'{ast.unparse(node)[:60]!r} is not read in a config file, which is never run; write a literal')
+
+
+def at_home(name, value):
+    """The value of a setting; a place that begins with ~ is one of the user's home, as no shell says behind an =."""
+    return os.path.expanduser(value) if name in PLACES and isinstance(value, str) else value
 
 
 def read_file(path):

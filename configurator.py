@@ -12,7 +12,7 @@ import variants
 from commandline import configs, ends
 from commandline.ends import say_mistake
 from commandline.help import text as help_text
-from configfile import coerce, read_argument, read_file
+from configfile import at_home, coerce, read_argument, read_file
 from optimizers import schedules
 from variants import UserError, did_you_mean
 
@@ -405,7 +405,7 @@ def load(arguments, cls=Config, usage='python train.py [config/X.py ...] [--key=
             if name not in fields:
                 raise UserError(f'{where}: there is no setting {name!r}{did_you_mean(name, fields)}')
             try:
-                setattr(config, name, coerce(fields[name], value))
+                setattr(config, name, at_home(name, coerce(fields[name], value)))
             except UserError as error:
                 raise UserError(f'{where}: {error}') from None
             config.sources[name] = where

@@ -67,9 +67,9 @@ def check(config):
     if not config.text and not config.dataset:
         raise UserError('pass --text=FILE or --dataset=NAME: what to evaluate on')
     if config.text and config.dataset and config.split != 'val':
-        raise UserError('--split belongs to a data set, but --text is evaluated; drop one of them', 'split')
-    if not os.path.isdir(config.out_dir) and not config.out_dir.startswith('gpt2') and not is_gguf(config.out_dir):
-        raise UserError(f'there is no folder {config.out_dir!r}; pass --out_dir=FOLDER', 'out_dir')
+        raise UserError('--split is of a data set, and --text is what is evaluated; drop one of them', 'split')
+    if not os.path.exists(config.out_dir) and not config.out_dir.startswith('gpt2'):
+        raise UserError(f'there is no folder or file {config.out_dir!r}; pass --out_dir=FOLDER', 'out_dir')
     if config.window and config.stride > config.window:
         raise UserError(f'stride must not exceed window ({config.window}), or tokens are left out, got {config.stride}',
                         'stride')
@@ -77,15 +77,12 @@ def check(config):
         raise UserError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', got {config.device!r}", 'device')
 
 
-def is_gguf(place):
-    return place.endswith('.gguf') and os.path.isfile(place)
-
-
 def named(argument):
-    """An argument as configurator reads it: a folder or a .gguf alone is the out_dir, and --json means --json=True."""
+    """An argument as configurator reads it: a folder, a model's file or gpt2* alone is the out_dir; --json is True."""
     if argument == '--json':
         return '--json=True'
-    return f'--out_dir={argument}' if os.path.isdir(argument) or is_gguf(argument) else argument
+    is_model = os.path.exists(os.path.expanduser(argument)) or argument.startswith('gpt2')
+    return f'--out_dir={argument}' if is_model and not argument.endswith('.py') else argument
 
 
 # ---- the model and the tokens ----
@@ -94,7 +91,7 @@ def load_model(config):
     """(model on the CPU, info of initialise.read_folder)."""
     from decomposition import initialise
     from pretrained import gpt2
-    published = config.out_dir in gpt2.PUBLISHED and not os.path.isdir(config.out_dir)
+    published = config.out_dir in gpt2.PUBLISHED and not os.path.exists(config.out_dir)
     read = initialise.read_source if published else initialise.read_folder
     settings, state, info = read(config.out_dir, config.which)
     return initialise.build(settings, settings, state), info
@@ -115,7 +112,7 @@ def open_source(config, data, vocab_size):
     """The Source of --text or --dataset for a model with these rows; data: the meta of its tokenizer or None."""
     dataset = open_data(config, data, vocab_size) if config.dataset else None
     if config.text:
-        return open_text(config, data or dataset and dataset.tokenizer, vocab_size, dataset)
+        return open_text(config, data, vocab_size, dataset)
     if config.split not in dataset.splits:
         raise UserError(f'{dataset.folder} has no split {config.split!r}; it has {", ".join(dataset.splits)}', 'split')
     from data import tokenizer
@@ -129,32 +126,25 @@ def open_source(config, data, vocab_size):
 
 def open_data(config, data, vocab_size):
     """The data set, checked whole, when its tokens are those of the model."""
-    from data import tokenizer
+    from data import identity
     from data.dataset import open_dataset
     dataset = open_dataset(os.path.join(config.data_dir, config.dataset), note)
-    if dataset.vocab_size > vocab_size:
-        raise UserError(f'{dataset.folder} has {dataset.vocab_size} tokens, the model {vocab_size}', 'dataset')
-    if data and meaning(tokenizer.describe(data)) != meaning(dataset.tokenizer):
-        raise UserError(f'the tokens of {dataset.folder} have other meanings than those that {config.out_dir} was trained '
-                        'on; use its own data set', 'dataset')
+    identity.check(data, vocab_size, dataset.tokenizer, dataset.folder, config.out_dir, note)
     return dataset
-
-
-def meaning(described):
-    """A tokenizer's description without its label."""
-    return {name: value for name, value in described.items() if name != 'source'}
 
 
 def open_text(config, data, vocab_size, dataset):
     """The Source of a file of text; dataset: whose training split is the unigram's, or None."""
     import numpy as np
 
+    from data import tokenizer
     from data.prepare_text import read_text
     from sample import Numbers, load_tokenizer
-    text, kind = read_text(config.text), load_tokenizer(config, data, vocab_size)
+    text = read_text(config.text)
+    kind = tokenizer.load(dataset.tokenizer) if dataset else load_tokenizer(config, data, vocab_size)
     if isinstance(kind, Numbers):
-        raise UserError(f'the {vocab_size} tokens of {config.out_dir} have no known tokenizer; pass --dataset=NAME, whose '
-                        'tokenizer it has', 'dataset')
+        raise UserError(f'nothing says what the {vocab_size} tokens of {config.out_dir} mean; pass --dataset=NAME, whose '
+                        'tokenizer it has (prepare.py --tokenizer=tokenizer.json makes one)', 'dataset')
     tokens = np.asarray(kind.encode_ordinary(text), np.int64)
     size = None if hasattr(kind, 'centres') else len(text.encode('utf-8'))
     return Source(config.text, lambda start, stop: tokens[start:stop], len(tokens), kind, size,

@@ -3,10 +3,10 @@
     python export.py --out_dir=out/kron_mlp --to=exported
     AutoModelForCausalLM.from_pretrained('exported')    # in Python, with transformers
 
-A model of GPT-2 or Llama blocks (RMSNorm, RoPE, SwiGLU) is written in transformers' layout, with structured linears
-multiplied out to dense matrices and without the padding of the vocabulary. Any other model is written in our own layout,
-which sample.py and train.py --init_from read. A tokenizer from a tokenizer.json is exported too. Exit codes: 0 done; 2 a
-user error, reported in one line; 4 the folder could not be written.
+A GPT-2 or a Llama block (RMSNorm, RoPE, SwiGLU) goes to transformers' layout, with structured linears multiplied out to
+dense matrices and without the padding of the vocabulary; any other model is written in our own layout, which sample.py
+and train.py --init_from read. The tokenizer goes along as tokenizer.json. Exit codes: 0 done; 2 a mistake, said
+in one line; 4 the folder could not be written.
 """
 import json
 import os
@@ -31,9 +31,9 @@ class ExportConfig:
 def check(config):
     """What can be refused before torch is imported."""
     if not config.to:
-        raise UserError('pass --to=FOLDER, a new one')
-    if not os.path.isdir(config.out_dir) and not (config.out_dir.endswith('.gguf') and os.path.isfile(config.out_dir)):
-        raise UserError(f'there is no folder {config.out_dir!r}; pass --out_dir=FOLDER', 'out_dir')
+        raise UserError('write --to=FOLDER, a new one')
+    if not os.path.exists(config.out_dir):
+        raise UserError(f'there is no folder or file {config.out_dir!r}; pass --out_dir=FOLDER', 'out_dir')
     if os.path.lexists(config.to) and not (os.path.isdir(config.to) and not os.listdir(config.to)):
         raise UserError(f'{config.to!r} exists and is not an empty folder; nothing is overwritten', 'to')
 
@@ -68,18 +68,21 @@ def known_tokens(data, vocab_size):
 
 
 def tokenizer_files(data, raw):
-    """{file name: text} of the tokenizer that transformers loads, and raw's token between texts; {} for our own tokenizers.
+    """{file name: text} of the tokenizer that transformers is to load, and raw's token between texts; {} for prices.
 
     tokenizer_config.json keeps transformers from choosing the tokenizer class by the model class.
     """
-    from data import hub_tokenizer
-    if not data or data.get('tokenizer') != hub_tokenizer.HubTokenizer.name or raw['model_type'] == 'nanokron':
+    from data import hub_tokenizer, tokenizer_json
+    if not data or raw['model_type'] == 'nanokron':
+        return {}
+    text = data['json'] if data['tokenizer'] == 'hub' else tokenizer_json.text_of(data)
+    if text is None:
         return {}
     words = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
-    end = hub_tokenizer.between_texts(data['json'])
+    end = hub_tokenizer.between_texts(text)
     if end:
         words['eos_token'], raw['eos_token_id'] = end
-    return {'tokenizer.json': data['json'], 'tokenizer_config.json': json.dumps(words, indent=2) + '\n'}
+    return {'tokenizer.json': text, 'tokenizer_config.json': json.dumps(words, indent=2) + '\n'}
 
 
 def write(folder, raw, tensors, files):

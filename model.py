@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import variants
 from attention.context import Context, again
 from attention.decoding import Kept, stream
-from attention.heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, padded, split_heads
+from attention.heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, padded, split_heads, stretch_of
 from configurator import GPTConfig
 from layers.base import BaseAttention, BaseMLP
 from layers.basic import Learned, as_stream, choose, hidden_scale, norm, tags_of, unit, zero_
@@ -30,18 +30,23 @@ class CausalSelfAttention(BaseAttention):
 
     config: n_kv_head groups queries (GQA), rope, qk_norm, value_residual, ngpt. gate: y of head h times
     2 sigmoid(w_h . x), initially 1 (Qiu et al. 2025, arXiv 2505.06708). softcap: bounds the scores, without SDPA.
+    qkv_bias: biases on q, k, v whatever config.bias says (Qwen2). rope_llama3: heads.stretched's four numbers (Llama 3.1).
     Parameters 2 C^2 (1 + H_kv/H); FLOPs per token 2 per parameter + 4 T C; cache 2 H_kv D elements per token.
     """
 
-    def __init__(self, config, site, gate=False, softcap=0.0):
+    def __init__(self, config, site, gate=False, softcap=0.0, qkv_bias=False, rope_llama3=()):
         super().__init__()
         if not isinstance(gate, bool) or not isinstance(softcap, (int, float)) or softcap < 0:
             raise ValueError(f'gate is True or False and softcap a number of at least 0, got {gate!r} and {softcap!r}')
+        if not isinstance(qkv_bias, bool):
+            raise ValueError(f'qkv_bias is True or False, got {qkv_bias!r}')
+        if rope_llama3 and not config.rope:
+            raise ValueError('rope_llama3 stretches rotary positions; set rope=True')
         width, self.n_head, self.n_kv_head = config.n_embd, config.n_head, config.n_kv_head or config.n_head
-        self.head_dim = width // self.n_head
-        self.c_q = variants.linear(config, f'{site}.c_q', width, width)
-        self.c_k = variants.linear(config, f'{site}.c_k', width, self.n_kv_head * self.head_dim)
-        self.c_v = variants.linear(config, f'{site}.c_v', width, self.n_kv_head * self.head_dim)
+        self.head_dim, self.stretch, bias = width // self.n_head, stretch_of(rope_llama3), config.bias or qkv_bias
+        self.c_q = variants.linear(config, f'{site}.c_q', width, width, bias)
+        self.c_k = variants.linear(config, f'{site}.c_k', width, self.n_kv_head * self.head_dim, bias)
+        self.c_v = variants.linear(config, f'{site}.c_v', width, self.n_kv_head * self.head_dim, bias)
         self.c_proj = variants.linear(config, f'{site}.c_proj', width, width)
         self.norm_qk, self.mix_v = QueryKeyNorm(config, self.n_head, self.head_dim), ValueMix(config, site)
         self.gate = Gate(width, self.n_head) if gate else None
@@ -52,9 +57,9 @@ class CausalSelfAttention(BaseAttention):
         q, k = split_heads(self.c_q(x), self.n_head), split_heads(self.c_k(x), self.n_kv_head)    # (B, H, T, D)
         v = split_heads(self.mix_v(self.c_v(x), ctx), self.n_kv_head)
         q, k = self.norm_qk(q, k)
-        k, v = extend_cache(ctx, k=ctx.rotate(k), v=v)
-        y = attend(ctx.rotate(q), k, v, self.norm_qk.scale, self.dropout if self.training else 0.0, self.softcap,
-                   ctx.seen)
+        k, v = extend_cache(ctx, k=ctx.rotate(k, stretch=self.stretch), v=v)
+        y = attend(ctx.rotate(q, stretch=self.stretch), k, v, self.norm_qk.scale, self.dropout if self.training else 0.0,
+                   self.softcap, ctx.seen)
         if self.gate is not None:
             y = y * self.gate(x)
         return self.resid_dropout(self.c_proj(merge_heads(y)))

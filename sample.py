@@ -16,6 +16,8 @@ from commandline import ends
 from configurator import key
 from variants import UserError
 
+HELD = 3                                # bytes of a character of UTF-8 that its last one may be missing from
+
 
 @dataclass
 class SampleConfig:
@@ -52,7 +54,7 @@ def check(config):
         raise UserError(f'top_p must be above 0 and at most 1, got {config.top_p}', 'top_p')
     if config.device.split(':')[0] not in ('auto', 'cpu', 'cuda', 'mps'):
         raise UserError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', got {config.device!r}", 'device')
-    if config.init_from == 'resume' and not os.path.isdir(config.out_dir):
+    if config.init_from == 'resume' and not os.path.exists(config.out_dir):
         raise UserError(f'there is no folder {config.out_dir!r}; train first, or pass --out_dir=FOLDER or '
                         '--init_from=gpt2', 'out_dir')
 
@@ -86,6 +88,11 @@ class Numbers:
         return ''.join(f'{token} ' for token in tokens)
 
 
+def place(config):
+    """Where the model comes from."""
+    return config.out_dir if getattr(config, 'init_from', 'resume') == 'resume' else config.init_from
+
+
 def load_model(config):
     """(model on the CPU, meta of its tokenizer or None)."""
     import torch
@@ -103,14 +110,18 @@ def load_model(config):
 
 
 def load_tokenizer(config, meta, vocab_size):
-    """The tokenizer of the checkpoint, of --dataset, GPT-2's where the vocabulary has its size, else token numbers."""
-    from data import tokenizer
-    from data.dataset import read_meta
-    if meta is None and config.dataset:
-        meta = read_meta(Path(config.data_dir, config.dataset))
-        if meta is None:
-            raise UserError(f'{config.data_dir}/{config.dataset} has no meta.json; prepare it first', 'dataset')
-    if meta is None and not 50257 <= vocab_size <= 50304:               # GPT-2's, or padded as nanoGPT pads it
+    """The tokenizer of the checkpoint, of --dataset, GPT-2's where the vocabulary has its size, else token numbers.
+
+    Raises UserError where the tokens of --dataset are not those of the model.
+    """
+    from data import identity, tokenizer
+    from data.dataset import tokens_of_folder
+    if config.dataset:
+        folder = Path(config.data_dir, config.dataset)
+        found = tokens_of_folder(folder, note)
+        identity.check(meta, vocab_size, found, folder, place(config))
+        meta = meta or found
+    if meta is None and not identity.is_gpt2_size(vocab_size):
         return Numbers(vocab_size)
     found = tokenizer.load(meta or {'tokenizer': 'gpt2'})
     if found.vocab_size > vocab_size:
@@ -137,14 +148,14 @@ def encode(prompt, tokenizer, config):
 
 
 def decode(tokens, tokenizer):
-    """Yield text as soon as it is final: a character split over several tokens reads as U+FFFD until it is complete."""
+    """Yield text as soon as it is certain: bytes of a character that is not whole read as U+FFFD, at most HELD of them."""
     pending, shown = [], 0
     for token in tokens:
         pending.append(token)
         text = tokenizer.decode(pending)
-        certain = len(text) - text.endswith('\ufffd')
+        certain = len(text) - min(HELD, len(text) - len(text.rstrip('\ufffd')))
         yield text[shown:certain]
-        shown = certain
+        shown = max(shown, certain)
         if certain == len(text):
             pending, shown = [], 0
     if pending:

@@ -32,18 +32,19 @@ class Context:
             self.shared[key] = make()
         return self.shared[key]
 
-    def rotate(self, x, positions=None):
+    def rotate(self, x, positions=None, stretch=()):
         """RoPE of x (..., T, size) at this call's positions, or at others; x itself without rope."""
         if not self.config.rope:
             return x
-        return self.turn(x, positions)
+        return self.turn(x, positions, stretch)
 
-    def turn(self, x, positions=None):
+    def turn(self, x, positions=None, stretch=()):
         """RoPE whether or not config.rope is set, for classes that need it (MLA)."""
         size, base, kind = x.size(-1), self.config.rope_base, x.dtype
         if positions is not None:
-            return rotate(x, rotation(positions, size, base, kind))
-        return rotate(x, self.share(('rope', size, kind), lambda: rotation(self.positions, size, base, kind)))
+            return rotate(x, rotation(positions, size, base, kind, stretch))
+        key = ('rope', size, kind, *stretch)
+        return rotate(x, self.share(key, lambda: rotation(self.positions, size, base, kind, stretch)))
 
 
 def again(block, x, ctx):

@@ -2,6 +2,8 @@
 
 Shapes: B batch, T tokens of this call, S tokens so far, C = n_embd, H heads, D head size.
 """
+import math
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -71,12 +73,32 @@ class ValueMix(nn.Module):
         return torch.lerp(v, ctx.first_value.to(v.dtype), self.lam.to(v.dtype))
 
 
-def rotation(positions, size, base, dtype):
-    """cos, sin (T, size/2) of the angles position * base^(-2i/size), in fp32 at least."""
+def rotation(positions, size, base, dtype, stretch=()):
+    """cos, sin (T, size/2) of the angles position * base^(-2i/size), in fp32 at least; stretch: as in stretched."""
     dtype = torch.promote_types(dtype, torch.float32)
     frequencies = base ** (-torch.arange(0, size, 2, device=positions.device, dtype=dtype) / size)
+    frequencies = stretched(frequencies, *stretch) if stretch else frequencies
     angles = positions.to(dtype)[:, None] * frequencies
     return angles.cos(), angles.sin()
+
+
+def stretched(frequencies, factor, low, high, context):
+    """Llama 3.1's frequencies: f / factor where a wave has fewer than `low` turns in `context` tokens, f above `high`.
+
+    f (s + (1 - s) / factor) with s = (turns - low) / (high - low) within 0 and 1, turns = context f / 2 pi. Source:
+    Grattafiori et al. 2024 (Llama 3), and Hugging Face's rope_type llama3.
+    """
+    share = ((context * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return frequencies * (share + (1 - share) / factor)
+
+
+def stretch_of(numbers):
+    """(factor, low, high, context) or () as a tuple; raises ValueError for what is neither."""
+    sound = isinstance(numbers, (tuple, list)) and all(type(number) in (int, float) for number in numbers)
+    if not sound or len(numbers) not in (0, 4) or numbers and not (
+            1 <= numbers[0] < 1e9 and 0 < numbers[1] < numbers[2] < 1e9 and 1 <= numbers[3] < 1e15):
+        raise ValueError(f'rope_llama3 is (factor, low, high, context) with factor >= 1 and 0 < low < high, got {numbers!r}')
+    return tuple(numbers)
 
 
 def rotate(x, table):

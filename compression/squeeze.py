@@ -17,6 +17,7 @@ from checkpoints import checkpoint
 from compression import sizes
 from compression.calibration import Calibration
 from compression.study import DENSE, heal_settings, settings_of, slice_of
+from data import identity
 from decomposition import calibrate
 from decomposition.initialise import build, initialise, read_folder, read_source
 from decomposition.sites import Decomposition, runnable
@@ -42,10 +43,7 @@ class Source:
             self.state = {**self.state, 'transformer.wpe.weight': self.state['transformer.wpe.weight'][:length]}
         if config.linear:
             raise UserError(f'{place} has structured matrices (linear={config.linear!r}); take a dense model', 'source')
-        hub = (info['data'] or {}).get('tokenizer') == 'hub'
-        if dataset.vocab_size > config.vocab_size or hub and dataset.tokenizer.get('json') != info['data']['json']:
-            raise UserError(f'the tokens of {dataset.folder} are not those of {place}; prepare them with '
-                            f'--tokenizer={place}', 'dataset')
+        identity.check(info['data'], config.vocab_size, dataset.tokenizer, dataset.folder, place)
         self.slices = {name: self.slice_of(getattr(study, name), name) for name in ('select', 'test')}
         self.dense = runnable(self.config, self.state, self.device)
         self.sites, self.calibrations = sizes.counted(self.dense, study.sites), {}

@@ -3,7 +3,8 @@
     meta.json  {"format": 1, "tokenizer": "gpt2", "vocab_size": 50257, "source": "...",
                 "splits": {"train": {"tokens": N, "files": [{"name", "tokens", "sha256", "size"}]}, "val": ...}}
 
-Without meta.json a folder is read as nanoGPT or llm.c write it: GPT-2 tokens. meta.pkl is never opened. No torch here.
+Without meta.json a folder is taken as nanoGPT or llm.c leave it: the characters of its meta.pkl, which is read and never
+run, the tokens of its tokenizer.json, or GPT-2's. No torch here.
 """
 import hashlib
 import json
@@ -11,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import tokenizer
+from data import hub_tokenizer, meta_pickle, tokenizer
 from data.shards import MOST_TOKENS, Tokens, open_shard, reason, refuse, scan, write_atomic
 from variants import UserError
 
@@ -43,8 +44,8 @@ def open_dataset(folder, notice=print):
     """
     folder = Path(folder)
     meta = read_meta(folder)
-    files = from_meta(meta) if meta else from_names(folder, notice)
-    meta = meta or dict(GPT2_META)
+    files = from_meta(meta) if meta else from_names(folder)
+    meta = meta or guessed_meta(folder, notice)
     shards = {split: [open_shard(folder / e['name'], e.get('size')) for e in files[split]] for split in files}
     memory, hashes = Memory(folder), {}
     for split in files:
@@ -62,9 +63,12 @@ def digest(hashes, described):
 
 
 def check_shard(shard, entry, meta, memory):
-    """The SHA-256 of a file that matches meta.json and has all tokens in the vocabulary."""
-    vocab_size, guessed = meta['vocab_size'], not entry.get('sha256')
+    """The SHA-256 of a file whose tokens are all in the vocabulary and which is the one that meta.json means."""
+    vocab_size, guessed = meta['vocab_size'], meta.get('source') == GPT2_META['source']
     remedy = 'without meta.json it is read as GPT-2 BPE: prepare it again' if guessed else 'prepare it again'
+    if guessed and shard.dtype.itemsize > 2 and not shard.vocab_size:
+        refuse(shard.path, "GPT-2's tokens of 2 bytes", "tokens of 4 bytes (llm.c's Llama 3)",
+               'put the tokenizer.json of its model beside it')
     if shard.vocab_size not in (0, vocab_size):
         refuse(shard.path, f'a vocabulary of {vocab_size}', f'{shard.vocab_size} in its header', remedy)
     if entry.get('tokens') not in (None, shard.tokens):
@@ -156,7 +160,29 @@ def from_meta(meta):
     return {split: meta['splits'][split]['files'] for split in SPLITS if split in meta['splits']}
 
 
-def from_names(folder, notice):
+def tokens_of_folder(folder, notice=print):
+    """What the tokens of a data set's folder mean, as data.tokenizer.describe says it; its token files are not read."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        refuse(folder, 'the folder of a data set', 'none', 'prepare it first')
+    return tokenizer.describe(read_meta(folder) or guessed_meta(folder, notice))
+
+
+def guessed_meta(folder, notice):
+    """What the tokens of a folder without meta.json mean: its meta.pkl's characters, else GPT-2's tokens."""
+    found = meta_pickle.read(folder / 'meta.pkl')
+    if found:
+        tokenizer.load(found)
+        notice(f'{folder} has no meta.json: its tokens are the {found["vocab_size"]} characters of its meta.pkl')
+        return found
+    if (folder / 'tokenizer.json').exists():
+        notice(f'{folder} has no meta.json: its tokens are those of its tokenizer.json')
+        return hub_tokenizer.read(folder)
+    notice(f'{folder} has no meta.json: its tokens are taken as GPT-2 BPE, a vocabulary of 50257')
+    return dict(GPT2_META)
+
+
+def from_names(folder):
     """split -> entries of its files, by name: train.bin, else the sorted *train*.bin (llm.c, modded-nanogpt)."""
     files = {}
     for split in SPLITS:
@@ -172,10 +198,6 @@ def from_names(folder, notice):
     names = [entry['name'] for split in files for entry in files[split]]
     if len(set(names)) != len(names):
         refuse(folder, 'each .bin to belong to one split', 'a name that fits two of them', 'rename it')
-    if (folder / 'meta.pkl').exists():
-        notice(f'{folder / "meta.pkl"} is ignored, since opening a pickle runs what is in it; for a meta.json make the '
-               f'data again: python data/shakespeare_char/prepare.py --input=TEXT --out={folder}')
-    notice(f'{folder} has no meta.json: its tokens are taken as GPT-2 BPE, a vocabulary of 50257')
     return files
 
 

@@ -11,6 +11,7 @@ from data.tokenizer import short
 from variants import UserError
 
 KINDS = {'.parquet': 'parquet', '.json': 'json', '.jsonl': 'json', '.arrow': 'arrow', '.txt': 'text', '.raw': 'text'}
+PACKED = ('.gz', '.bz2', '.xz', '.zst')             # what datasets unpacks as it reads
 MOST_TEXTS, MOST_CHARACTERS = 256, 1 << 20          # of a chunk, which one process tokenises at once
 END = object()
 
@@ -31,18 +32,32 @@ def on_hub(path, name, split):
     return Source(f'{path} ({name}, {split})' if name else path, (path, name), {'split': split}, remedy=remedy)
 
 
-def in_files(place, lines):
+def kind_of(path):
+    """What datasets calls a file, by the end of its name in any case, packed or not; None for another one."""
+    name = path.name.lower()
+    for ending in PACKED:
+        name = name.removesuffix(ending)
+    return KINDS.get(Path(name).suffix)
+
+
+def in_files(place, lines, notice=print):
     """[Source] of a file, or of all files of known kinds below a folder, in the order of their names.
 
-    lines: whether a row of a text file is a line (else the whole file). Raises UserError when there is nothing to read.
+    lines: whether a row of a text file is a line (else the whole file). notice: called with one line that names the files
+    of other kinds. Raises UserError when there is nothing to read.
     """
-    place = Path(place)
+    place = Path(place).expanduser()
     if not place.exists():
         refuse(place, 'a file or a folder', 'nothing', 'check --input')
-    paths = sorted(p for p in place.rglob('*') if p.is_file() and p.suffix in KINDS) if place.is_dir() else [place]
-    kinds = ', '.join(KINDS)
-    if not paths or paths[0].suffix not in KINDS:
-        refuse(place, f'files that end in {kinds}', 'none' if not paths else repr(paths[0].suffix or paths[0].name))
+    found = sorted(p for p in place.rglob('*') if p.is_file()) if place.is_dir() else [place]
+    paths = [path for path in found if kind_of(path)]
+    others = [path.name for path in found if not kind_of(path) and not path.name.startswith('.')]
+    if not paths:
+        refuse(place, f'files that end in {", ".join(KINDS)} (or one of them and {", ".join(PACKED)})',
+               'none' if place.is_dir() else repr(place.suffix or place.name))
+    if others:
+        more = f' and {len(others) - 5} more' if len(others) > 5 else ''
+        notice(f'not read, for their names say no kind that is known: {", ".join(others[:5])}{more}'[:390])
     return [from_file(path, lines) for path in paths]
 
 
@@ -54,7 +69,7 @@ def from_file(path, lines):
                 refuse(path, 'documents', 'an empty file', 'download it again or take it away')
     except OSError as error:
         refuse(path, 'a file', reason(error))
-    kind = KINDS[path.suffix]
+    kind = kind_of(path)
     options = {'data_files': [str(path.absolute())], 'split': 'train'}
     if kind == 'text':
         options['sample_by'] = 'line' if lines else 'document'

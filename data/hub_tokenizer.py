@@ -69,10 +69,19 @@ def built(text, source):
     except ImportError:
         raise UserError(f'the tokenizer of {source} needs the package tokenizers; {INSTALL}') from None
     try:
-        library = Tokenizer.from_str(text)
+        library = Tokenizer.from_str(plain(text))
         return library, library.encode(ANCHOR, add_special_tokens=False).ids
     except Exception as error:                          # the library raises plain Exceptions
         raise UserError(f'{source}: the tokenizers library cannot read it: {str(error)[:120]}') from None
+
+
+def plain(text):
+    """A tokenizer.json's text with truncation, padding and dropout switched off: nobody asks for them here."""
+    found, on = json.loads(text), False
+    for owner, name in ((found, 'truncation'), (found, 'padding'), (found['model'], 'dropout')):
+        on |= owner.get(name) is not None
+        owner[name] = None
+    return json.dumps(found, ensure_ascii=False) if on else text
 
 
 @functools.lru_cache(maxsize=4)
@@ -99,17 +108,31 @@ def between_texts(text):
 
 def describe(text, source):
     """The meta of a tokenizer.json's text. source: for messages."""
-    return {'tokenizer': HubTokenizer.name, 'vocab_size': count_tokens(text, source), 'json': text, 'source': source}
+    size = count_tokens(text, source)
+    return {'tokenizer': HubTokenizer.name, 'vocab_size': size, 'json': plain(text), 'source': source}
+
+
+def is_gguf(path):
+    """Whether a file is a GGUF, by its first bytes."""
+    try:
+        with open(path, 'rb') as file:
+            return file.read(4) == b'GGUF'
+    except OSError:
+        return False
 
 
 def read(place):
     """The meta of the tokenizer of a tokenizer.json, of a folder with one, or of a .gguf; raises UserError."""
-    path = Path(place)
-    if path.suffix == '.gguf':
+    path = Path(place).expanduser()
+    if is_gguf(path):
         from checkpoints import gguf_file
-        found = gguf_file.tokenizer(gguf_file.open_file(path), path)
+        reader = gguf_file.open_file(path)
+        found = gguf_file.tokenizer(reader, path)
         if found is None:
-            raise UserError(f'{path}: its tokenizer is not read; pass a tokenizer.json')
+            word = gguf_file.value(reader, 'tokenizer.ggml.model')
+            word = 'SentencePiece' if word == 'llama' else repr(word)[:40]
+            raise UserError(f'{path}: its tokenizer is {word}, which is not read from a GGUF; pass the tokenizer.json of '
+                            'the model that it was made of')
         return describe(found, path.name)
     path = path / 'tokenizer.json' if path.is_dir() else path
     try:

@@ -54,6 +54,9 @@ def phases_of(recipe, args):
         found = {split: [s for s in local if published[:5] in Path(s.name).name.lower()]
                  for split, published in recipe.splits.items()}
         missing = [split for split in ('train', 'val') if not found[split]]
+        others = [Path(s.name).name for s in local if not any(s in chosen for chosen in found.values())]
+        if others:
+            print(f'not read, for their names hold none of train, valid and test: {", ".join(others)[:200]}', flush=True)
         if missing:
             refuse(args.input, 'files whose names hold train and valid (and test)', f'none for {" and ".join(missing)}')
     else:
@@ -65,8 +68,8 @@ def main(recipe, argv=None):
     """The whole of a prepare.py: a user error is reported in one line and ends the program with exit code 2."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=f'Make shards of tokens of {recipe.path}.')
     say, name = parser.add_argument, recipe.names[0] if recipe.names else None
-    say('--input', metavar='FILE_OR_FOLDER', help='local files of the same form: parquet, json, jsonl, arrow, txt '
-        '(default: streamed from the hub)')
+    say('--input', metavar='FILE_OR_FOLDER', help='local files of the same form: parquet, json, jsonl, arrow, txt, '
+        'packed or not (default: streamed from the hub)')
     say('--name', default=name, choices=recipe.names or None, help=f'which one (default: {name})')
     say('--tokens', metavar='N', help='most training tokens, such as 1B (default: all)')
     say('--shard_tokens', metavar='N', default='100M', help='tokens per shard (default: 100M)')

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data import hub_tokenizer, tokenizer
-from data.dataset import FORMAT, check_meta
+from data.dataset import FORMAT, check_meta, tokens_of_folder
 from data.shards import reason, write_atomic, write_shard
 from variants import UserError
 
@@ -27,11 +27,11 @@ def main(folder, kind, argv=None):
                                                                      f'(tokenizer: {kind}).')
     parser.add_argument('--input', metavar='FILE', help='any text in UTF-8 (default: Shakespeare, which is built in)')
     parser.add_argument('--out', metavar='DIR', default=folder, help='where to write (default: beside the script)')
-    parser.add_argument('--tokenizer', metavar='PLACE', help='a pretrained model\'s instead: a tokenizer.json, a folder '
-                        'with one, or a .gguf')
+    parser.add_argument('--tokenizer', metavar='PLACE', help='that of a model or of other data instead: a tokenizer.json, '
+                        'a folder with one or with a meta.json, or a .gguf')
     args = parser.parse_args(argv)
     try:
-        described = hub_tokenizer.read(args.tokenizer) if args.tokenizer else {'tokenizer': kind}
+        described = named_tokenizer(args.tokenizer) if args.tokenizer else {'tokenizer': kind}
         text, source = choose_text(folder, args.input)
         prepare(text, source, described, args.out)
     except UserError as error:
@@ -44,6 +44,13 @@ def complain(message):
     """Print a user error in one line; returns the exit code 2."""
     print(f'prepare.py: {message}', file=sys.stderr)
     return 2
+
+
+def named_tokenizer(place):
+    """The meta of the tokenizer of a data set's folder, or of what hub_tokenizer.read takes; raises UserError."""
+    place = Path(place).expanduser()
+    is_data = any((place / name).exists() for name in ('meta.json', 'meta.pkl'))
+    return tokens_of_folder(place) if is_data else hub_tokenizer.read(place)
 
 
 def choose_text(folder, chosen=None):
@@ -64,7 +71,7 @@ def choose_text(folder, chosen=None):
 def read_text(path):
     """A file as text, line ends as they are; raises UserError when it is empty or is not UTF-8."""
     try:
-        text = Path(path).read_bytes().decode('utf-8')
+        text = Path(path).expanduser().read_bytes().decode('utf-8')
     except OSError as error:
         raise UserError(f'{path}: expected a text file, found {reason(error)}') from None
     except UnicodeDecodeError as error:
@@ -88,7 +95,7 @@ def prepare(text, source, described, out):
     cut = int(len(text) * 0.9)
     described = {**({'tokenizer': described} if isinstance(described, str) else described), 'source': source}
     kind = described['tokenizer']
-    if kind == 'char':
+    if kind == 'char' and 'chars' not in described:
         described['chars'] = sorted(set(text))
     encoder = tokenizer.load(described)
     described['vocab_size'] = encoder.vocab_size
@@ -105,7 +112,7 @@ def write_dataset(out, described, splits):
     described: what data.tokenizer.load reads, with vocab_size; splits: name -> tokens. Each file is replaced whole,
     meta.json last: a run that dies in between leaves files that open_dataset refuses and another run replaces.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     meta = {'format': FORMAT, **described, 'splits': {}}
     for split, tokens in splits.items():

@@ -4,7 +4,8 @@
                     llm.c leaves the rest at zero, bytes per token (0 means 2) and size of the vocabulary (0: unsaid)
     bytes 1024...   the tokens: uint16, or uint32 where the vocabulary has more than 65,536
 
-nanoGPT's own .bin is the second part alone, always uint16. (github.com/karpathy/llm.c, KellerJordan/modded-nanogpt.)
+nanoGPT's own .bin is the second part alone, always uint16. llm.c's Llama 3 has magic 20240801 and uint32.
+(github.com/karpathy/llm.c, KellerJordan/modded-nanogpt.)
 """
 import hashlib
 import mmap
@@ -18,6 +19,7 @@ import numpy as np
 from variants import UserError
 
 MAGIC, VERSION = 20240520, 1
+WIDTHS = {MAGIC: 2, 20240801: 4}            # magic -> bytes per token where the header does not say; llm.c's Llama 3
 HEADER_BYTES = 1024
 MOST_TOKENS = 2**31 - 1                     # largest count in the header's int32
 CHUNK_BYTES = 1 << 23
@@ -112,7 +114,7 @@ def open_shard(path, expected_size=None):
     if expected_size not in (None, size):
         refuse(path, f'{expected_size:,} bytes as meta.json says', f'{size:,}', 'copy it or prepare it again')
     words = np.frombuffer(head[:min(size, HEADER_BYTES) // 4 * 4], '<i4')
-    if words.size and words[0] == MAGIC:
+    if words.size and int(words[0]) in WIDTHS:
         return with_header(path, size, words)
     return without_header(path, size, words, head)
 
@@ -121,12 +123,12 @@ def with_header(path, size, words):
     """The Shard that a header describes, if it describes this file."""
     if words.size < 256:
         refuse(path, f'a header of {HEADER_BYTES:,} bytes', f'{size:,} bytes in all')
-    version, tokens, width, vocab_size = map(int, words[1:5])
+    magic, version, tokens, width, vocab_size = map(int, words[:5])
     if version != VERSION:
         refuse(path, f'version {VERSION} in the header', version)
     if width not in (0, 2, 4):
         refuse(path, '2 or 4 bytes per token in the header', width)
-    width = width or 2
+    width = width or WIDTHS[magic]
     if tokens < 1 or vocab_size < 0:
         refuse(path, 'a positive number of tokens in the header', f'{tokens} (vocabulary {vocab_size})')
     if size != HEADER_BYTES + tokens * width:

@@ -1,5 +1,7 @@
 """Llama's names and settings <-> ours, for Hugging Face's files and for GGUF: RMSNorm, RoPE, SwiGLU, grouped queries.
 
+Mistral without a window and Qwen2 (biases on queries, keys, values) are Llamas with other settings.
+
     ours                      Hugging Face                                      GGUF
     h.3.attn.c_q (c_k, c_v)   model.layers.3.self_attn.q_proj (k_proj, v_proj)  blk.3.attn_q (attn_k, attn_v)
     h.3.mlp.c_gate, c_fc      model.layers.3.mlp.gate_proj, up_proj             blk.3.ffn_gate, ffn_up
@@ -14,16 +16,20 @@ import torch
 import configurator
 from configurator import GPTConfig
 from pretrained.gpt2 import NEUTRAL, odd_block
-from variants import UserError
+from variants import Spec, UserError
 
 SIZES = {'vocab_size': 'vocab_size', 'n_layer': 'num_hidden_layers', 'n_head': 'num_attention_heads',
          'n_embd': 'hidden_size'}
 # Hugging Face's defaults, for keys that old files leave out
 DEFAULTS = {'block_size': ('max_position_embeddings', 2048), 'norm_eps': ('rms_norm_eps', 1e-6),
             'tie_weights': ('tie_word_embeddings', False), 'bias': ('attention_bias', False)}
-# settings that change the function: the only values that our block computes
-AS_PUBLISHED = {'hidden_act': 'silu', 'quantization_config': None, 'rope_scaling': None, 'sliding_window': None,
-                'partial_rotary_factor': 1.0, 'layer_types': None}
+# what changes the function, and all that our block computes
+AS_PUBLISHED = {'hidden_act': 'silu', 'quantization_config': None, 'rope_scaling': None, 'partial_rotary_factor': 1.0}
+# what a config.json means where it leaves a key out, when that is not Llama's default
+UNSAID = {'llama': {}, 'mistral': {'num_key_value_heads': 8, 'max_position_embeddings': 131072, 'sliding_window': 4096},
+          'qwen2': {'num_key_value_heads': 32, 'max_position_embeddings': 32768, 'sliding_window': 4096,
+                    'use_sliding_window': False}}
+STRETCH = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')     # of rope_type llama3
 PARTS = {'ln_1': ('input_layernorm', 'attn_norm'), 'ln_2': ('post_attention_layernorm', 'ffn_norm'),
          'attn.c_q': ('self_attn.q_proj', 'attn_q'), 'attn.c_k': ('self_attn.k_proj', 'attn_k'),
          'attn.c_v': ('self_attn.v_proj', 'attn_v'), 'attn.c_proj': ('self_attn.o_proj', 'attn_output'),
@@ -44,7 +50,10 @@ def settings(raw, where):
     lacking = [name for name in (*SIZES.values(), 'intermediate_size') if name not in raw]
     if lacking:
         raise UserError(f'{where}: config.json lacks {lacking[0]}', 'init_from')
-    rope = rope_settings(raw, where)
+    kind = raw.get('model_type', 'llama')
+    raw = {**UNSAID.get(kind, {}), **raw}
+    rope, stretch = rope_settings(raw, where)
+    check_window(raw, where)
     for name, only in AS_PUBLISHED.items():
         if name != 'rope_scaling' and raw.get(name, only) != only:
             raise UserError(f'{where}: {name} is {repr(raw[name])[:60]}, and only {only!r} is read', 'init_from')
@@ -58,19 +67,41 @@ def settings(raw, where):
     return {**{ours: raw[theirs] for ours, theirs in SIZES.items()},
             **{ours: raw.get(*pair) for ours, pair in DEFAULTS.items()},
             'n_kv_head': None if kv_heads == heads else kv_heads, 'norm': 'rmsnorm', 'rope': True, 'rope_base': rope,
-            'mlp': f'swiglu({raw["intermediate_size"]!r})'}
+            'mlp': f'swiglu({raw["intermediate_size"]!r})', 'attention': attention(kind == 'qwen2', stretch)}
+
+
+def attention(qkv_bias, stretch):
+    """The attention's spec: causal, with biases on queries, keys and values, with stretched rotary positions."""
+    return str(Spec('causal', (), {**({'qkv_bias': True} if qkv_bias else {}),
+                                   **({'rope_llama3': stretch} if stretch else {})}))
+
+
+def check_window(raw, where):
+    """Refuse attention to a window of tokens that is shorter than the context."""
+    window, length = raw.get('sliding_window'), raw.get('max_position_embeddings', DEFAULTS['block_size'][1])
+    kinds = set(raw.get('layer_types') or ['sliding_attention' if window else 'full_attention'])
+    used = raw.get('use_sliding_window', True) and window is not None and 'sliding_attention' in kinds
+    if kinds - {'sliding_attention', 'full_attention'}:
+        raise UserError(f'{where}: layer_types is {str(raw["layer_types"])[:60]}, and only full_attention is read',
+                        'init_from')
+    if used and not (type(window) is type(length) is int and window >= length):
+        raise UserError(f'{where}: sliding_window is {window!r}, and only attention to all tokens is read; shorten '
+                        f'max_position_embeddings in config.json to {window!r}, where both are the same', 'init_from')
 
 
 def rope_settings(raw, where):
-    """RoPE's base, of old files and new; raises UserError for one that is scaled."""
+    """(RoPE's base, llama3's four numbers or ()) of old files and new; raises UserError for what is scaled otherwise."""
     rope = raw.get('rope_parameters') or {'rope_theta': raw.get('rope_theta', 10000.0), **(raw.get('rope_scaling') or {})}
     if not isinstance(rope, dict):
         raise UserError(f'{where}: rope_parameters is {str(rope)[:40]!r}, and an object is wanted', 'init_from')
     kind = rope.get('rope_type', rope.get('type', 'default'))
-    if kind != 'default' or rope.get('partial_rotary_factor', 1.0) != 1.0:
-        raise UserError(f'{where}: its rotary positions are scaled or partial ({kind!r}), and only plain ones are read',
-                        'init_from')
-    return rope.get('rope_theta', raw.get('rope_theta', 10000.0))
+    if kind not in ('default', 'llama3') or rope.get('partial_rotary_factor', 1.0) != 1.0:
+        raise UserError(f"{where}: its rotary positions are scaled or partial ({kind!r}), and only plain ones and Llama 3's "
+                        'are read', 'init_from')
+    stretch = tuple(rope.get(name) for name in STRETCH) if kind == 'llama3' else ()
+    if not all(type(number) in (int, float) for number in stretch):
+        raise UserError(f'{where}: rope_type llama3 takes the numbers {", ".join(STRETCH)}', 'init_from')
+    return rope.get('rope_theta', raw.get('rope_theta', 10000.0)), stretch
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ checkpoints/torchfile.py reads it.
 """
 import json
 import os
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -14,17 +15,21 @@ from safetensors.torch import load_file
 import configurator
 from checkpoints import gguf_file, torchfile
 from configurator import GPTConfig
-from data import hub_tokenizer
-from pretrained import gpt2, llama
+from data import hub_tokenizer, identity, tokenizer_json
+from pretrained import files, gpt2, llama
 from variants import UserError, did_you_mean
 
 to_hf_gpt2 = gpt2.from_ours
-LAYOUTS = {'gpt2': gpt2, 'llama': llama}    # Hugging Face's model_type -> settings, from_hub, difference, from_ours
+AGAIN = ("; where you trust it, write it anew with what is needed alone: torch.save({'model': c['model'], 'model_args': "
+         "c['model_args'], 'iter_num': int(c['iter_num'])}, 'NEW/ckpt.pt') of c = torch.load('ckpt.pt', weights_only=False)")
+# Hugging Face's model_type -> settings, from_hub, difference, from_ours
+LAYOUTS = {'gpt2': gpt2, 'llama': llama, 'mistral': llama, 'qwen2': llama}
 
 
 def find(init_from):
     """The folder or .gguf of that name; a name on the Hugging Face hub is downloaded. Raises UserError in one line."""
-    return init_from if os.path.exists(init_from) else download(init_from)
+    place = os.path.expanduser(init_from)
+    return place if os.path.exists(place) else download(init_from)
 
 
 def download(name):
@@ -49,8 +54,9 @@ def read(folder, which='last'):
     data (the tokenizer's meta) or None. The state dict is dense unless it is ours. Raises UserError in one line for a
     folder with none of these, for settings that ours cannot compute exactly, and as check_ends does.
     """
-    if str(folder).endswith('.gguf') and os.path.isfile(folder):
-        config, state, info = read_gguf(folder)
+    folder = os.path.expanduser(folder)
+    if os.path.isfile(folder):
+        config, state, info = read_file(folder)
         check_ends(config, state, folder)
         return config, state, info
     if not os.path.isdir(folder):
@@ -73,6 +79,24 @@ def read(folder, which='last'):
     return config, state, info
 
 
+def read_file(path):
+    """A .gguf, nanoGPT's ckpt.pt or a .safetensors beside its config.json, by what is in it."""
+    kind, (folder, name) = files.kind(path), os.path.split(os.path.abspath(path))
+    names = os.listdir(folder)
+    if kind == 'gguf':
+        return read_gguf(path)
+    if kind == 'legacy':
+        files.refuse_legacy(path)
+    if kind == 'torch' and not name.startswith('ckpt_'):
+        return read_nanogpt(path)
+    if kind == 'safetensors' and 'config.json' in names:
+        return read_safetensors(folder, names, [name])
+    if kind in ('torch', 'safetensors'):
+        lacking = ' beside a config.json' if kind == 'safetensors' else ''
+        raise UserError(f'{path} is one file of a model; pass its folder{lacking}', 'init_from')
+    raise UserError(f"{path} is no model: neither GGUF nor safetensors nor torch.save's", 'init_from')
+
+
 def read_ours(folder, which):
     from checkpoints import checkpoint
     saved = checkpoint.load(folder, which)
@@ -88,12 +112,15 @@ def read_ours(folder, which):
 
 def read_nanogpt(path):
     """nanoGPT's ckpt.pt: exact GELU; tied unless the two tensors differ."""
+    if files.kind(path) == 'legacy':
+        files.refuse_legacy(path)
     try:
         saved = torchfile.load(path)
     except (torchfile.Refused, OSError) as error:
-        raise UserError(f'{path} {error}', 'init_from') from None
+        remedy = AGAIN if 'plain values are taken' in str(error) else ''
+        raise UserError(f'{path} {error}{remedy}', 'init_from') from None
     settings, tensors = parts(saved, 'model_args', path)
-    state = gpt2.to_ours(tensors, False, path)
+    state = gpt2.to_ours(files.plain_names(tensors, path), False, path)
     wte, head = state.get('transformer.wte.weight'), state.get('lm_head.weight')
     tied = wte is None or head is None or torch.equal(wte, head)
     config = checked_config({'bias': True, **settings, 'tie_weights': tied}, path)
@@ -110,23 +137,34 @@ def parts(saved, key, where):
     return settings, dict(tensors)
 
 
-def read_safetensors(folder, names):
-    """config.json and safetensors: Hugging Face's layouts, or our own as export.py writes it."""
+def read_safetensors(folder, names, only=None):
+    """config.json and safetensors: Hugging Face's layouts, or our own as export.py writes it; only: these files."""
     raw = read_json(os.path.join(folder, 'config.json'))
     kind = str(raw.get('model_type', 'gpt2'))
     if kind == 'nanokron':
         if not isinstance(raw.get('config'), dict):
             raise UserError(f"{folder}: config.json lacks the model's config", 'init_from')
         info = {'kind': kind, 'step': raw.get('step'), 'data': raw.get('data')}
-        return checked_config(raw['config'], folder), read_tensors(folder, names), info
+        return checked_config(raw['config'], folder), read_tensors(folder, names, only), info
     if kind not in LAYOUTS:
-        raise UserError(f'{folder}: model_type is {kind[:60]!r}, and only {" and ".join(LAYOUTS)} are read', 'init_from')
+        raise UserError(f'{folder}: model_type is {kind[:60]!r}, and only {", ".join(LAYOUTS)} are read', 'init_from')
     config = checked_config(LAYOUTS[kind].settings(raw, folder), folder)
-    data = None
-    if 'tokenizer.json' in names and (kind, config.vocab_size) != ('gpt2', gpt2.VOCABULARY):    # GPT-2's own: tokenizer.py's
-        data = hub_tokenizer.read(folder)
-    state = LAYOUTS[kind].from_hub(read_tensors(folder, names), config, folder)
+    data = tokens_of(folder, names, kind)
+    state = LAYOUTS[kind].from_hub(files.plain_names(read_tensors(folder, names, only), folder), config, folder)
     return config, state, {'kind': kind, 'step': None, 'data': data}
+
+
+def tokens_of(folder, names, kind):
+    """What a folder's tokenizer.json says of its tokens, or a GPT-2's vocab.json and merges.txt; None without them."""
+    if 'tokenizer.json' in names:
+        return identity.known(hub_tokenizer.read(folder))
+    if kind != 'gpt2' or not {'vocab.json', 'merges.txt'} <= set(names):
+        return None
+    try:
+        text = tokenizer_json.of_gpt2_files(Path(folder))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{folder}: vocab.json and merges.txt are no tokenizer: {str(error)[:80]}', 'init_from') from None
+    return identity.known(hub_tokenizer.describe(text, f'{os.path.basename(os.path.abspath(folder))}/vocab.json'))
 
 
 def read_gguf(path):
@@ -150,15 +188,15 @@ def read_json(path):
     return value
 
 
-def read_tensors(folder, names):
-    """The tensors of model.safetensors, or of all the files that model.safetensors.index.json lists."""
-    files = ['model.safetensors']
-    if files[0] not in names:
+def read_tensors(folder, names, only=None):
+    """The tensors of `only`, of model.safetensors, or of all the files that model.safetensors.index.json lists."""
+    wanted = only or ['model.safetensors']
+    if wanted[0] not in names or wanted[0] != 'model.safetensors' and 'model.safetensors.index.json' in names:
         index = read_json(os.path.join(folder, 'model.safetensors.index.json')).get('weight_map')
-        files = sorted({str(name) for name in index.values()}) if isinstance(index, dict) else files
+        wanted = sorted({str(name) for name in index.values()}) if isinstance(index, dict) else wanted
     tensors = {}
-    for name in files:
-        if name not in names:                           # a path out of the folder is not a valid name
+    for name in wanted:
+        if name not in names:                           # a path that leads out of the folder is none of its names
             raise UserError(f'{folder} lacks {name!r}, which its index lists', 'init_from')
         try:
             tensors.update(load_file(os.path.join(folder, name)))

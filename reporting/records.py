@@ -44,12 +44,17 @@ def spread(values, digits):
     return text if len(values) == 1 else f'{text} ± {(max(values) - min(values)) / 2:.{digits}f} (n={len(values)})'
 
 
+def tokens_of(lines):
+    """Tokens that a run has trained on, by the last line that says it; a step's own are behind its line."""
+    return max((line.get('tokens', 0) for line in lines), default=0)
+
+
 def row(group):
     """One line of the table: run, parameters, FLOPs per token, tokens, losses, speed."""
     first = group[0]
     name = os.path.basename(os.path.normpath(first['folder']))
     speed = [statistics.median([s['tokens_per_s'] for s in run['steps']]) for run in group if run['steps']]
-    tokens = first['steps'][-1]['tokens'] if first['steps'] else 0
+    tokens = tokens_of(first['lines'])
     return (f'| {name} | {first["env"].get("parameters", 0):,} | {first["env"].get("flops_per_token", 0):,} '
             f'| {tokens:,} | {spread([run["evals"][-1]["val_loss"] for run in group], 4)} '
             f'| {spread([min(e["val_loss"] for e in run["evals"]) for run in group], 4)} '

@@ -125,9 +125,9 @@ class RunLog:
             print(text, flush=True)
 
     def evaluation(self, step, losses):
-        """An evaluation line: step, flops of training so far (changes.training_flops), losses, accuracies, expert_load."""
+        """An evaluation line: step, tokens and flops of training so far, losses, accuracies, expert_load."""
         if self.job.main:
-            self.write({'step': step, 'flops': self.progress['flops'], **losses})
+            self.write({'step': step, 'tokens': self.progress['tokens'], 'flops': self.progress['flops'], **losses})
             self.show(f'step {step}: train loss {losses["train_loss"]:.4f}, val loss {losses["val_loss"]:.4f}')
 
     def reached(self, val_loss):

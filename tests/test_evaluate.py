@@ -197,10 +197,10 @@ def test_stride_window_is_what_train_py_evaluates(tmp_path, answer):
 
 # ---- other people's models ----
 
-def test_a_folder_of_transformers(tmp_path, answer, run):
+def test_a_folder_of_transformers(tmp_path, run):
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=97,
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=11,
                                                                   n_positions=32)).eval()
     theirs.save_pretrained(tmp_path / 'hf')
     train, val = drawn(500), drawn(33, seed=1)
@@ -212,10 +212,15 @@ def test_a_folder_of_transformers(tmp_path, answer, run):
         logits = theirs(torch.tensor([val.tolist()[:32]])).logits[0]
     last = -logits[-1].log_softmax(-1)[val[32]].item()              # labels leave out the last token
     for more in (['--dataset=d'], [f'--text={tmp_path}/x.txt', '--dataset=d']):
-        found = answer(f'--out_dir={tmp_path}/hf', f'--data_dir={tmp_path}', *more)
+        code, out, err = run(f'--out_dir={tmp_path}/hf', f'--data_dir={tmp_path}', '--json', *more)
+        assert code == 0 and 'nothing says what the tokens' in err and err.count('\n') == 1
+        found = json.loads(out)
         assert found['nats'] == pytest.approx(31 * loss + last, rel=1e-5) and found['bytes'] == len(text.encode())
         assert found['step'] is None and found['unigram']['loss'] > 0
     assert '--dataset=NAME' in refusal(run(f'--out_dir={tmp_path}/hf', f'--text={tmp_path}/x.txt'))
+    make(tmp_path / 'few', train % 10, val % 10, {**META, 'vocab_size': 10, 'chars': CHARS[:10]})
+    assert 'has 11 tokens and does not say what they mean' in refusal(run(
+        f'--out_dir={tmp_path}/hf', f'--data_dir={tmp_path}', '--dataset=few'))
 
 
 def test_gpt2_text_in_bytes(tmp_path, answer):
@@ -315,8 +320,8 @@ def test_the_table(tmp_path, run):
     (['--dataset=d', '--split=test'], "no split 'test'; it has train, val"),
     (['--dataset=d', '--split=dev'], 'must be one of train, val, test'),
     (['--dataset=nothing'], 'nothing'),
-    (['--dataset=other'], 'have other meanings'),
-    (['--dataset=large'], 'has 40 tokens, the model 11'),
+    (['--dataset=other'], 'mean other things'),
+    (['--dataset=large'], 'mean other things'),
     (['--dataset=d', '--text={}/x.txt', '--split=train'], '--split'),
     (['--text={}/missing.txt'], 'no such file'),
     (['--text={}/short.txt'], 'two characters'),

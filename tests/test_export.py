@@ -9,6 +9,7 @@ import torch
 import configurator
 import export
 from checkpoints import checkpoint
+from data import tokenizer
 from decomposition import initialise
 from model import GPT, GPTConfig
 
@@ -150,4 +151,21 @@ def test_as_a_user_runs_it(tmp_path, run_program):
     save(tmp_path / 'run')
     done = run_program('export.py', f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new')
     assert 'for transformers' in done.stdout
-    assert sorted(p.name for p in (tmp_path / 'new').iterdir()) == ['config.json', 'model.safetensors']
+    assert sorted(p.name for p in (tmp_path / 'new').iterdir()) == [
+        'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
+
+
+@pytest.mark.parametrize('data, text', [
+    ({'tokenizer': 'char', 'vocab_size': 7, 'chars': [*'\n abc\u00e9\U0001f600']}, 'a b\n\nc\u00e9 \U0001f600a'),
+    ({'tokenizer': 'bytes', 'vocab_size': 256}, 'na\u00efve \u4f60 12\n\n x'),
+    ({'tokenizer': 'gpt2', 'vocab_size': 300}, "She's 12  na\u00efve \u4f60\n\n sells"),
+    ({'tokenizer': 'gpt2', 'vocab_size': 50257}, "She's 12  na\u00efve \u4f60\n\n sells")])
+def test_the_tokens_go_along(data, text, tmp_path, run):
+    from transformers import AutoTokenizer
+    save(tmp_path / 'run', data=data, vocab_size=data['vocab_size'], n_layer=1, linear={})
+    assert run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new')[0] == 0
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / 'new'), tokenizer.load(data)
+    assert theirs(text).input_ids == ours.encode_ordinary(text) and theirs.decode(theirs(text).input_ids) == text
+    found = initialise.read_folder(str(tmp_path / 'new'))[2]['data']
+    assert {name: value for name, value in found.items() if name != 'source'} == data       # and we know what they are
+    assert theirs.eos_token_id == (data['vocab_size'] - 1 if data['tokenizer'] == 'gpt2' else None)

@@ -15,7 +15,7 @@ import configurator
 import sample
 from attention import decoding
 from checkpoints import checkpoint
-from data import tokenizer
+from data import hub_tokenizer, tokenizer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,7 +197,7 @@ def nanogpt(folder, vocab_size=16):
 
 
 def test_nanogpt_with_a_data_set_s_tokenizer(tmp_path, run):
-    nanogpt(tmp_path)
+    nanogpt(tmp_path, len(CHARS))
     (tmp_path / 'letters').mkdir()
     entry = {'name': 'train.bin', 'tokens': 9, 'sha256': '0' * 64, 'size': 18}
     splits = {'train': {'tokens': 9, 'files': [entry]}, 'val': {'tokens': 9, 'files': [{**entry, 'name': 'val.bin'}]}}
@@ -206,7 +206,7 @@ def test_nanogpt_with_a_data_set_s_tokenizer(tmp_path, run):
         code, out, _ = run(f'{source}={tmp_path}', '--dataset=letters', f'--data_dir={tmp_path}', '--num_samples=1',
                            '--start=abc', '--max_new_tokens=9')
         assert code == 0 and out.startswith('abc') and len(out) == 12 + len(LINE)
-    assert 'no meta.json' in refusal(run(f'--out_dir={tmp_path}', '--dataset=none', f'--data_dir={tmp_path}'))
+    assert 'prepare it first' in refusal(run(f'--out_dir={tmp_path}', '--dataset=none', f'--data_dir={tmp_path}'))
 
 
 def test_tokens_without_a_meaning_are_numbers(tmp_path, run):
@@ -330,6 +330,23 @@ def test_gpt2_tokens_that_split_a_character():
     assert any('\ufffd' in bpe.decode([token]) for token in tokens)
     pieces = list(sample.decode(iter(tokens), bpe))
     assert ''.join(pieces) == '🙂 ok 語' and len([p for p in pieces if p]) > 2
+
+
+@pytest.mark.parametrize('text', ['🙂🙃', '日本語 ok', 'a語', 'é', '\ufffda'])
+def test_byte_fallback_shows_whole_characters_only(text):
+    """Llama's decoder shows each byte of an unfinished character as U+FFFD; one that would not hold them back is seen."""
+    library = pytest.importorskip('tokenizers')
+    words = {**{f'<0x{byte:02X}>': byte for byte in range(256)}, 'a': 256, 'o': 257, 'k': 258, ' ': 259}
+    maker = library.Tokenizer(library.models.BPE(words, [], byte_fallback=True))
+    maker.decoder = library.decoders.Sequence([library.decoders.ByteFallback(), library.decoders.Fuse()])
+    kind = tokenizer.load(hub_tokenizer.describe(maker.to_str(), 'a test'))
+    tokens = kind.encode(text)
+    pieces = list(sample.decode(iter(tokens), kind))
+    assert len(tokens) > len(text) and ''.join(pieces) == text
+    assert '\ufffd' in text or not any('\ufffd' in piece for piece in pieces)
+    assert text != '🙂🙃' or pieces[:4] == ['', '', '', '🙂']                  # as soon as it is whole
+    spoilt = [0xff, 0xe2, 0x82, *tokens]
+    assert ''.join(sample.decode(iter(spoilt), kind)) == kind.decode(spoilt)
 
 
 def test_text_is_printed_while_it_is_made():

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 import configurator
 import variants
+from data import identity
 from data.loader import Loader
 from decomposition import allocate, calibrate, initialise
 from decomposition.sites import Decomposition, runnable, structure
@@ -77,9 +78,7 @@ def build(config, dataset, state, job):
     torch.manual_seed(config.seed)
     if state is None and config.init_from != 'scratch':
         source_config, source, info = initialise.read_source(config.init_from)
-        if (info['data'] or {}).get('tokenizer') == 'hub' and dataset.tokenizer.get('json') != info['data']['json']:
-            job.say(f'the tokens of {dataset.folder} are not those of {config.init_from}; prepare them with '
-                    f'--tokenizer={config.init_from}')
+        identity.check(info['data'], source_config.vocab_size, dataset.tokenizer, dataset.folder, config.init_from, job.say)
         adopt(config, source_config)
         choose_sizes(config, job, dataset, source_config, source)
         check_shapes(config)

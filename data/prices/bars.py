@@ -77,6 +77,9 @@ def find_columns(header, column, path):
     found = {kind: names.index(alias) for kind, aliases in ALIASES.items() for alias in aliases[::-1] if alias in names}
     shown = ', '.join(name.strip()[:20] for name in header[:12])
     times = [name for name in TIMES if name in names]
+    if not times and names[0] == 'price':
+        raise UserError(f"{path}: expected one header row with a column of times, found yfinance's three; write the file by "
+                        'yf.download(TICKER, multi_level_index=False).to_csv(FILE)')
     if not times:
         raise UserError(f'{path}: expected a column of times (date, time, timestamp ...) in the header, found {shown}')
     wanted = found.get(column) if plain(column) not in names else names.index(plain(column))

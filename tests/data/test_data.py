@@ -341,7 +341,7 @@ BAD = {
     'half': (cut(0.5), 'meta.json says'),
     'a byte more': (lambda path: path.write_bytes(path.read_bytes() + b'\0'), 'meta.json says'),
     'text': (put(TEXT), 'meta.json says'),
-    'magic': (spoil_header(_0=20240801), 'magic number 20240520', '20240801'),
+    'magic': (spoil_header(_0=20240802), 'magic number 20240520', '20240802'),
     'version': (spoil_header(_1=2), 'version 1', 'found 2'),
     'count': (spoil_header(_2=799), '2,622 bytes for the 799 tokens', '2,624'),
     'count below 0': (spoil_header(_2=-800), 'positive'),
@@ -360,7 +360,7 @@ BAD = {
     'raw: int64': (without_meta(put(np.arange(90).tobytes())), 'wider integers'),
     'raw: int32': (without_meta(put(np.arange(90, dtype='<i4').tobytes())), 'wider integers'),
     'raw: zeroed': (without_meta(put(bytes(4000))), 'magic number', 'found 0'),
-    'raw: magic': (without_meta(spoil_header(_0=20240801)), 'magic number', '20240801'),
+    'raw: magic': (without_meta(spoil_header(_0=20240802)), 'magic number', '20240802'),
     'raw: other byte order': (without_meta(put(np.array([MAGIC, 1, 9] + [0] * 253, '>i4').tobytes() + b'\1\0' * 9)),
                               'magic number'),
     'raw: header cut': (without_meta(cut(0.3)), 'a header of 1,024 bytes', 'found 787'),
@@ -480,16 +480,15 @@ def test_the_digest_names_data_and_tokenizer(tmp_path):
     assert again.digest in digests and len(again.digest) == 16
 
 
-def test_nanogpt_folders_are_announced_and_pickles_left_alone(tmp_path):
-    canary = tmp_path / 'canary'
+def test_nanogpt_folders_are_announced_and_no_pickle_is_run(tmp_path):
+    canary, lines = tmp_path / 'canary', []
     for split in ('train', 'val'):
         raw(tmp_path / f'{split}.bin', range(40))
+    assert open_dataset(tmp_path, lines.append).tokenizer['tokenizer'] == 'gpt2'
+    assert len(lines) == 1 and 'GPT-2' in lines[0] and '\n' not in lines[0]
     (tmp_path / 'meta.pkl').write_bytes(b"cos\nsystem\n(S'touch %s'\ntR." % str(canary).encode())
-    lines = []
-    dataset = open_dataset(tmp_path, lines.append)
-    assert not canary.exists() and dataset.tokenizer['tokenizer'] == 'gpt2'
-    assert len(lines) == 2 and 'meta.pkl is ignored' in lines[0] and 'GPT-2' in lines[1]
-    assert not any('\n' in line for line in lines)
+    refused(tmp_path, 'meta.pkl', 'GLOBAL', 'not run', 'prepare.py --input=TEXT')
+    assert not canary.exists()
 
 
 # ---- meta.json ----

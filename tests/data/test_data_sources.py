@@ -329,7 +329,20 @@ def test_several_files_are_one_stream(tmp_path):
     first = [next(iterator) for _ in range(31)]
     assert first + list(read(tmp_path, position=whole.position)) == TEXTS
     (tmp_path / 'd.txt').write_text('One\n\ndocument')
+    lines = []
+    documents.in_files(tmp_path, False, lines.append)
+    assert len(lines) == 1 and 'README.md' in lines[0] and 'a.parquet' not in lines[0]
     assert list(read(tmp_path / 'd.txt')) == ['One\n\ndocument']
+
+
+def test_files_are_read_packed_and_in_any_case(tmp_path):
+    write(tmp_path / 'a.jsonl', TEXTS[:30])
+    write(tmp_path / 'x.jsonl', TEXTS[30:60]).rename(tmp_path / 'b.JSONL')
+    (tmp_path / 'c.jsonl.gz').write_bytes(gzip.compress(write(tmp_path / 'x.jsonl', TEXTS[60:]).read_bytes()))
+    (tmp_path / 'x.jsonl').unlink()
+    lines = []
+    assert len(documents.in_files(tmp_path, False, lines.append)) == 3 and not lines
+    assert list(read(tmp_path)) == TEXTS
 
 
 def test_articles_of_wikitext(tmp_path):

@@ -115,6 +115,62 @@ def test_greedy_text_equals_transformers(hf):
         assert torch.equal(model.generate(prompt, 27, temperature=0), theirs)
 
 
+LLAMA3 = {'rope_type': 'llama3', 'rope_theta': 50.0, 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+          'original_max_position_embeddings': 16}
+
+
+def relatives(name):
+    """A random model of transformers of another name, whose shapes are SMALL's."""
+    import transformers
+    torch.manual_seed(0)
+    changes = {'Qwen2': {}, 'Mistral': {'sliding_window': None}, 'Llama': {'rope_parameters': LLAMA3}}[name]
+    config = getattr(transformers, f'{name}Config')(**{**SMALL, **changes})
+    model = getattr(transformers, f'{name}ForCausalLM')(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize('name, attention', [
+    ('Qwen2', 'causal(qkv_bias=True)'), ('Mistral', 'causal'), ('Llama', 'causal(rope_llama3=(8.0, 1.0, 4.0, 16))')])
+def test_relatives_logits_equal_transformers(name, attention, tmp_path):
+    theirs = relatives(name)
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path))
+    assert ours.config.attention == attention and distance(logits_of(ours), logits_of(theirs)) < 1e-5
+    prompt = torch.randint(97, (1, 5), generator=torch.Generator().manual_seed(0))              # the cache rotates too
+    wanted = theirs.generate(prompt, max_new_tokens=27, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(ours.generate(prompt, 27, temperature=0), wanted)
+
+
+@pytest.mark.parametrize('wrong', ['causal', 'causal(rope_llama3=(8.0, 1.0, 4.5, 16))',
+                                   'causal(rope_llama3=(7.5, 1.0, 4.0, 16))',
+                                   'causal(rope_llama3=(8.0, 1.1, 4.0, 16))', 'causal(rope_llama3=(8.0, 1.0, 4.0, 17))'])
+def test_another_stretch_would_be_seen(wrong, tmp_path):
+    theirs = relatives('Llama')
+    theirs.save_pretrained(tmp_path)
+    assert distance(logits_of(GPT.from_pretrained(str(tmp_path), {'attention': wrong})), logits_of(theirs)) > 1e-4
+
+
+def test_biases_that_are_left_out_would_be_seen(tmp_path):
+    theirs = relatives('Qwen2')
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path))
+    with torch.no_grad():
+        ours.transformer.h[1].attn.c_v.bias.zero_()
+    assert distance(logits_of(ours), logits_of(theirs)) > 1e-4
+
+
+@pytest.mark.parametrize('spec', ['causal(qkv_bias=1)', 'causal(rope_llama3=(8.0,))',
+                                  'causal(rope_llama3=(8.0, 4.0, 1.0, 16))',
+                                  'causal(rope_llama3=5)', "causal(rope_llama3=('a', 1, 4, 16))"])
+def test_arguments_that_mean_nothing_are_refused(spec):
+    assert spec[7:15] in refusal(GPT, dataclasses.replace(OURS, attention=spec))
+    good = dataclasses.replace(OURS, attention='causal(rope_llama3=(8.0, 1.0, 4.0, 16))')
+    assert 'set rope=True' in refusal(GPT, dataclasses.replace(good, rope=False)) and GPT(good)
+
+
 @pytest.mark.parametrize('wrong', [{'rope_base': 800.0}, {'norm_eps': 2e-3}])
 def test_wrong_constants_would_be_seen(wrong, hf):
     """Negative control: the tolerance tells them apart."""
@@ -188,9 +244,13 @@ def test_import_lets_go_of_what_it_has_taken(hf):
 
 
 @pytest.mark.parametrize('changes, words', [
-    ({'model_type': 'qwen2'}, "model_type is 'qwen2', and only gpt2 and llama"),
+    ({'model_type': 'qwen3'}, "model_type is 'qwen3', and only gpt2, llama, mistral, qwen2"),
+    ({'model_type': 'mistral', 'sliding_window': 31}, 'shorten max_position_embeddings in config.json to 31'),
+    ({'model_type': 'qwen2'}, 'lacks transformer.h.0.attn.c_k.bias'),
+    ({'layer_types': ['linear_attention']}, 'only full_attention'),
     ({'hidden_act': 'gelu'}, "hidden_act is 'gelu'"),
-    ({'rope_parameters': {'rope_type': 'llama3', 'factor': 8.0, 'rope_theta': 5e5}}, "scaled or partial ('llama3')"),
+    ({'rope_parameters': {'rope_type': 'llama3', 'factor': 8.0, 'rope_theta': 5e5}}, 'llama3 takes the numbers factor'),
+    ({'rope_parameters': {'rope_type': 'yarn', 'factor': 8.0, 'rope_theta': 5e5}}, "scaled or partial ('yarn')"),
     ({'rope_parameters': None, 'rope_scaling': {'type': 'linear', 'factor': 2.0}}, "scaled or partial ('linear')"),
     ({'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5}}, 'partial'),
     ({'rope_parameters': 3}, 'an object is wanted'),
@@ -393,7 +453,8 @@ def test_other_architectures_and_damage_are_refused(hf, tmp_path, monkeypatch):
     assert "architecture is 'qwen2'" in refusal(initialise.read_source, str(tmp_path / 'q.gguf'))
     for content in (b'', b'GGUF', b'GGUF' + b'\xff' * 99, b'x' * 999, whole[:300], whole[:-2000]):
         (tmp_path / 'd.gguf').write_bytes(content)
-        assert 'd.gguf: damaged, or no GGUF file' in refusal(initialise.read_source, str(tmp_path / 'd.gguf'))
+        line = refusal(initialise.read_source, str(tmp_path / 'd.gguf'))
+        assert 'd.gguf: damaged, or no GGUF file' in line or content[:4] != b'GGUF' and 'd.gguf is no model' in line
 
     def unknown(*arguments):
         raise NotImplementedError('not yet')

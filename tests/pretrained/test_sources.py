@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import configurator
 import variants
+from checkpoints import checkpoint
 from configurator import GPTConfig
 from decomposition import initialise
 from layers.basic import Linear
@@ -247,7 +248,7 @@ def test_folders_that_hold_no_model(tmp_path, hf):
     assert 'damaged' in refusal(initialise.read_source, str(tmp_path))
     (tmp_path / 'config.json').write_text('{')
     assert 'not readable as JSON' in refusal(initialise.read_source, str(tmp_path))
-    assert 'no folder' in refusal(initialise.read_source, str(tmp_path / 'config.json'))
+    assert 'is no model' in refusal(initialise.read_source, str(tmp_path / 'config.json'))
     assert 'no folder' in refusal(initialise.read_source, str(tmp_path / 'nothing'))
 
 
@@ -457,13 +458,36 @@ def test_the_124m_config_takes_gpt2s_50257_rows_into_its_padded_vocabulary(tmp_p
     (tmp_path / 'config.json').write_text(json.dumps(raw))
     config = configurator.load(['config/gpt2_kron_mlp.py', f'--init_from={tmp_path}', '--device=cpu', '--n_layer=1',
                                 '--n_embd=8', '--n_head=2', '--block_size=16', "--linear={'h.*.mlp.*': 'kron(8, 8)'}"])
-    dataset = SimpleNamespace(folder='data', vocab_size=50257, tokenizer={'tokenizer': 'gpt2'})
+    dataset = SimpleNamespace(folder='data', vocab_size=50257, tokenizer={'tokenizer': 'gpt2', 'vocab_size': 50257})
     model = startup.build(config, dataset, None, parallel.start(config))
     rows = model.transformer.wte.weight
     assert config.vocab_size == 50304 == len(rows) and model.lm_head.weight is rows
     assert torch.equal(rows[:50257], source.transformer.wte.weight)
     assert torch.equal(rows[50257:], source.transformer.wte.weight.mean(0).expand(47, 8))
     assert model.sites()['h.0.mlp.c_fc'].spec == 'kron(8, 8)' and logits_of(model, length=16).isfinite().all()
+
+
+def test_another_data_set_is_refused_before_training(tmp_path):
+    """Characters for a GPT-2, for a model of other characters, and for one that says nothing and has another number."""
+    chars = {'tokenizer': 'char', 'vocab_size': 16, 'chars': [*'abcdefghijklmnop']}
+    dataset = SimpleNamespace(folder='data', vocab_size=16, tokenizer=chars)
+    job = parallel.start(configurator.load(['--device=cpu']))
+    for name, rows, data, words in (
+            ('gpt2', 50257, None, "GPT-2's by their number"),
+            ('other', 16, {**chars, 'chars': chars['chars'][::-1]}, 'mean other'),
+            ('silent', 17, None, 'has 17 tokens and does not say'), ('same', 16, chars, None)):
+        source = random_model(vocab_size=rows, n_layer=1, n_embd=8, n_head=2, block_size=16, mlp='gelu')
+        if data:
+            checkpoint.save(tmp_path / name, {'step': 1, 'config': configurator.as_dict(source.config), 'data': data,
+                                              'model': source.state_dict()})
+        else:
+            (tmp_path / name).mkdir()
+            save_nanogpt(tmp_path / name / 'ckpt.pt', source)
+        config = configurator.load([f'--init_from={tmp_path / name}', '--device=cpu', '--block_size=16'])
+        if words:
+            assert words in refusal(startup.build, config, dataset, None, job)
+        else:
+            assert startup.build(config, dataset, None, job).config.vocab_size == 16
 
 
 def test_a_cropped_context():

@@ -9,6 +9,15 @@ def run_of(count):
     return {'folder': 'out/x', 'config': {}, 'env': {'command': ['python', 'train.py']}, 'lines': lines}
 
 
+def test_tokens_are_counted_to_the_last_step():
+    """2,000 steps of 768 tokens, logged every tenth step: the last evaluation knows all of them."""
+    lines = [{'step': i, 'loss': 1.0, 'tokens': 768 * (i + 1), 'tokens_per_s': 1.0} for i in range(0, 2000, 10)]
+    old, new = {'step': 2000, 'val_loss': 1.0}, {'step': 2000, 'val_loss': 1.0, 'tokens': 768 * 2000}
+    assert records.tokens_of([*lines, old]) == 768 * 1991 and records.tokens_of([*lines, new]) == 1_536_000
+    run = {'folder': 'x', 'env': {}, 'lines': [*lines, new], 'evals': [new], 'steps': lines}
+    assert '| 1,536,000 |' in records.row([run]) and records.tokens_of([]) == 0
+
+
 def test_a_long_log_is_thinned_and_keeps_every_evaluation(tmp_path, monkeypatch):
     monkeypatch.setattr(records, 'LINES', 300)
     records.write_record(tmp_path, 'title', 'note', [run_of(1001)], text='a table')
