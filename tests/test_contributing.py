@@ -170,7 +170,7 @@ def test_a_line_that_names_nothing_is_one_sentence(newcomers, monkeypatch, entry
 
 
 @pytest.mark.parametrize('name, examples, words', [
-    ('blockdiag', ['blockdig(4)'], 'which is no spec of blockdiag'), ('blockdiag', ['blockdiag(4'], 'is no spec'),
+    ('blockdiag', ['blockdig(4)'], 'which is no spec of blockdiag'), ('blockdiag', ['blockdiag(4'], 'is not a spec'),
     ('blockdiag', ['blockdiag(4, 5)'], 'it takes blockdiag(blocks)'), ('alibi', 'alibi', 'define the list examples'),
 ])
 def test_an_example_that_is_none_is_named(newcomers, name, examples, words):

@@ -24,6 +24,15 @@ runpy.run_path(program, run_name='__main__')
 ACTIVATE = 'activate .venv first (source .venv/bin/activate; bash run.sh CONFIG makes it)'
 
 
+def gone(name):
+    return ModuleNotFoundError(f'No module named {name!r}', name=name)
+
+
+def said(package):
+    """The line about a package that this Python lacks, in .venv or not: both are tested below."""
+    return ends.remedy(gone(package))
+
+
 def without(packages, *words):
     return subprocess.run([sys.executable, '-c', WITHOUT, packages, *map(str, words)], cwd=ROOT, capture_output=True,
                           text=True, stdin=subprocess.DEVNULL, timeout=60)
@@ -38,7 +47,7 @@ def test_programs_without_torch_say_it_in_one_line(words, tmp_path):
     words = words.replace('FOLDER', str(tmp_path)).split()
     done = without(','.join(['torch', 'numpy', 'tqdm', *ends.EXTRAS]), *words)
     assert (done.returncode, done.stdout) == (2, '')
-    assert done.stderr == f'{words[0]}: torch is not installed in this Python; {ACTIVATE}\n'
+    assert done.stderr == f'{words[0]}: {said("torch")}\n'
 
 
 @pytest.mark.parametrize('name, package', [
@@ -47,7 +56,7 @@ def test_programs_without_torch_say_it_in_one_line(words, tmp_path):
     ('shakespeare_char', 'numpy')])
 def test_prepare_without_a_package_says_it_in_one_line(name, package, tmp_path):
     done = without(package, f'data/{name}/prepare.py', f'--out={tmp_path}', f'--input={ROOT}/README.md')
-    assert done.returncode == 2 and done.stderr == f'prepare.py: {package} is not installed in this Python; {ACTIVATE}\n'
+    assert done.returncode == 2 and done.stderr == f'prepare.py: {said(package)}\n'
 
 
 def test_every_prepare_is_tried():
@@ -60,7 +69,7 @@ def test_every_prepare_is_tried():
 def test_train_without_a_package_beside_torch_says_it_in_one_line(package):
     done = without(package, 'train.py')
     assert done.returncode == 2 and 'Traceback' not in done.stderr         # torch warns of a missing NumPy
-    assert done.stderr.endswith(f'train.py: {package} is not installed in this Python; {ACTIVATE}\n')
+    assert done.stderr.endswith(f'train.py: {said(package)}\n')
 
 
 def test_datasets_is_named_with_how_to_get_it(tmp_path):
@@ -74,9 +83,6 @@ def test_a_traceback_stays_for_debug_and_for_what_is_no_package():
     done = without('bench.modules', 'bench.py', 'attention')
     assert done.returncode == 1 and "No module named 'bench.modules'" in done.stderr
 
-
-def gone(name):
-    return ModuleNotFoundError(f'No module named {name!r}', name=name)
 
 
 def test_extras_are_those_of_pyproject():
@@ -96,6 +102,11 @@ def test_what_is_no_package_of_others_has_no_remedy():
 def test_inside_venv_nobody_is_told_to_activate_it(monkeypatch):
     monkeypatch.setattr(sys, 'prefix', str(ROOT / '.venv'))
     assert 'activate' not in ends.remedy(gone('tqdm')) and 'pip install tqdm' in ends.remedy(gone('tqdm'))
+
+
+def test_outside_venv_it_is_to_be_activated(monkeypatch):
+    monkeypatch.setattr(sys, 'prefix', '/usr')
+    assert ends.remedy(gone('torch')) == f'torch is not installed in this Python; {ACTIVATE}'
 
 
 def test_ranks_after_the_first_are_silent(monkeypatch, capsys):
