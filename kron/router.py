@@ -75,7 +75,8 @@ class Slots:
         (T, k), flat = chosen.shape, chosen.flatten()
         rows = max(1, T * k // (SPARE * experts))
         self.groups = (T * k + experts * (rows - 1)) // rows
-        one_hot, count = F.one_hot(flat, experts), torch.arange(T * k, device=chosen.device)        # (T k, E)
+        count = torch.arange(T * k, device=chosen.device)
+        one_hot = (flat[:, None] == torch.arange(experts, device=chosen.device)).long()     # (T k, E); F.one_hot waits
         rank = (one_hot.cumsum(0) - 1).gather(1, flat[:, None])[:, 0]                   # among its expert's
         self.load = one_hot.sum(0)
         taken = (self.load + rows - 1) // rows                                          # groups of every expert
