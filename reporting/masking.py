@@ -11,7 +11,7 @@ SHAPES = re.compile(
     r'|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----[\s\S]+?(?:-----END|\Z)')
 BEARER = re.compile(r'(?i)\b((?:bearer|authorization\W{1,4}(?:basic|token)) +)[\w.~+/=-]{8,}')
 URL = re.compile(r'(://[^\s/:@\'"]*:)[^\s/@\'"]+(?=@)')
-# name, separator, quoted value: API_KEY = "x", 'api_key': 'x', environ['API_KEY'] = 'x', setdefault('API_KEY', 'x')
+# name, separator, quoted value: NAME = "<x>", 'name': '<x>', environ['NAME'] = '<x>', setdefault('NAME', '<x>')
 QUOTED = re.compile(r'(?<![\w./-])(?P<name>[\w.-]{1,80})(?P<between>[\'"]?\]? ?(?P<sign>:? *[\w| ]{0,20}=|:|=>|,) *\(?'
                     r'[rbfuRBFU]{0,2})(?P<quote>"""|\'\'\'|["\'])(?P<value>[^\n]+?)(?P=quote)')
 # NAME=value and name: value without quotes, as in files of environments, YAML and the query of a URL
@@ -61,7 +61,7 @@ def without_quoted(found):
 
 
 def without_bare(found):
-    """Plain code stays: password=password, key: str, token = tokens; a shell's HF_TOKEN=word and password: w0rd do not."""
+    """Plain code stays: password=password, key: str, token = tokens; a shell's NAME=<word> does not."""
     name, value, level = found['name'], found['value'], secrecy(found['name'])
     shell = name.isupper() and found['between'] == '='
     likely = level == 2 and (shell or bool(re.search(r'\d', value) and re.search(r'[A-Za-z]', value)))
@@ -77,7 +77,7 @@ def text(words):
 
 
 def command(words):
-    """The words of a command line, masked: --api_key=X, --api_key X, NAME=X; numbers of a --key or --token stay."""
+    """The words of a command line, masked: --name=<x>, --name <x>, NAME=<x>; numbers of a --key or --token stay."""
     found, hidden = [], 0
     for word in map(str, words):
         name, sign, value = word.partition('=')
