@@ -54,8 +54,9 @@ def random_looking(value):
 
 
 def without_quoted(found):
-    level = secrecy(found['name'])
-    if level < (2 if found['sign'] == ',' else 1) or plain(found['value'], level):
+    level, before = secrecy(found['name']), found.string[max(found.start() - 2, 0)]
+    listed = found['sign'] == ',' and (level < 2 or before != '(')             # words of a list, not the two of a call
+    if not level or listed or plain(found['value'], level):
         return found[0]
     return f'{found["name"]}{found["between"]}{found["quote"]}{MASK}{found["quote"]}'
 

@@ -278,6 +278,56 @@ def test_a_trial_whose_process_is_gone_goes_back(plan):
     assert queue.take(wanted) == 'wait' and queue.failures == {run: 'broken'}       # not tried twice
 
 
+def finished(made, run, loss, steps=40):
+    """The folder of a run that train.py has ended."""
+    folder = ROOT / run.folder(made.grid)
+    folder.mkdir(parents=True)
+    (folder / 'config.json').write_text(json.dumps({'max_iters': 40}))
+    (folder / 'log.jsonl').write_text(json.dumps({'step': steps, 'val_loss': loss}) + '\n')
+
+
+def test_a_killed_trial_whose_folder_is_done_is_complete(plan):
+    """And one whose folder is not done is FAIL, as before."""
+    made = plan(GRID, '--axes=small')
+    queue, runs = study.Queue(made.grid), first_runs(made.grid)[:2]
+    for trial in [queue.take(lambda loss_of: runs)[1] for _ in runs]:
+        trial.set_user_attr('worker', 'another-1')
+    finished(made, runs[0], 2.5)
+    finished(made, runs[1], 2.75, steps=20)
+    assert queue.take(lambda loss_of: runs)[2] == runs[1]
+    told = queue.study.get_trials()
+    assert told[0].state == queue.states.COMPLETE and told[0].value == 2.5 and told[1].state == queue.states.FAIL
+
+
+def test_a_killed_trial_of_a_rank_search_whose_folder_is_done_is_complete_and_not_trained_again(plan):
+    made = plan(RANKS)
+    queue = study.Queue(made.grid)
+    search = ranks.Search(queue, made, '', 'low rank')
+    _, trial, run, _ = search.take()
+    trial.set_user_attr('worker', 'another-1')
+    finished(made, run, 2.5)
+    assert search.take()[2] != run
+    told = search.study.get_trials()[trial.number]
+    assert told.state == queue.states.COMPLETE and told.value == 2.5 and search.ended()[run] == 2.5
+    assert not any(run == queue.run_of(t) for t in queue.trials(search.study, queue.states.WAITING) if 'run' in t.user_attrs)
+
+
+def test_a_pick_is_kept_to_after_an_interrupted_start(plan):
+    """The first start queued all runs; the second may train its own only, and leaves the rest for a third."""
+    made = plan(GRID, '--axes=small')
+    runs = first_runs(made.grid)
+    queue = study.Queue(made.grid)
+    _, trial, _, _ = queue.take(lambda loss_of: runs)
+    trial.set_user_attr('worker', 'another-1')
+    picked = runs[3:4]
+    _, trial, run, _ = queue.take(lambda loss_of: picked)
+    assert run == picked[0] and trial.user_attrs['worker'] == queue.worker.name
+    queue.end(queue.study, trial, run, 'done', 2.0, '')
+    assert queue.take(lambda loss_of: picked) is None
+    left = [queue.take(lambda loss_of: runs)[2] for _ in runs[1:]]
+    assert {*left} == {*runs} - {*picked} and queue.take(lambda loss_of: runs) == 'wait'
+
+
 def test_a_journal_that_cannot_be_read_is_set_aside(plan, capsys):
     grid = plan(GRID, '--axes=small').grid
     study.Queue(grid)

@@ -40,7 +40,8 @@ def test_a_secret_in_a_line_of_the_diff_is_masked(line, value):
     assert shown.startswith('+before\n') and shown.endswith('\n+after')
 
 
-@pytest.mark.parametrize('line', ['+MY_TOKEN = "{}"', '+MY_TOKEN={}', "+password = '{}'", "+hf_token='{}'", '+SIGNING_KEY: "{}"'])
+@pytest.mark.parametrize('line', ['+MY_TOKEN = "{}"', '+MY_TOKEN={}', "+password = '{}'", "+hf_token='{}'",
+                                  '+SIGNING_KEY: "{}"'])
 def test_a_plain_word_is_a_secret_where_the_name_says_so(line):
     assert 'correcthorse' not in masking.text(line.format('correcthorse'))
 
