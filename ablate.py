@@ -149,6 +149,7 @@ def main_run(arguments):
     if grid.dry_run:
         print('\n'.join(listing(grid)))
         return
+    plan.check_places()
     from reporting.runlog import write_json
     print(listing(grid)[0], flush=True)
     os.makedirs(grid.out_dir, exist_ok=True)

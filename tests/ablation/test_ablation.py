@@ -15,7 +15,7 @@ from ablation import axes, cost, effects, page, ranks, results, runner, study
 from ablation.grid import Run, first_runs, run_at, settings_of
 from ablation.plan import Plan
 from model import GPT
-from tests.tiny import ROOT
+from tests.tiny import ROOT, make_data
 from variants import UserError
 
 COMMITTED = ROOT / 'config' / 'ablation' / 'approximations.py'
@@ -326,6 +326,33 @@ def test_a_pick_is_kept_to_after_an_interrupted_start(plan):
     assert queue.take(lambda loss_of: picked) is None
     left = [queue.take(lambda loss_of: runs)[2] for _ in runs[1:]]
     assert {*left} == {*runs} - {*picked} and queue.take(lambda loss_of: runs) == 'wait'
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp('data'))
+
+
+@pytest.mark.parametrize('text, words, place', [
+    ("tasks = {'a': {'dataset': 'tiny'}, 'b': {'dataset': 'missing'}}", ['--data_dir={data}'], 'missing'),
+    ("tasks = {'a': {'dataset': 'tiny'}}", ['--data_dir={data}/nowhere'], 'nowhere'),
+    ("tasks = {'a': {'dataset': 'tiny'}}\nvariants = {'x': {}, 'y': {'init_from': './no_run'}}\naxes = {}\nneeds = {}\n"
+     'exchange = {}\ngrids = {}', ['--data_dir={data}'], 'no_run'),
+    ("tasks = {'a': {}}\nsearch = {'dataset': ['tiny', 'missing']}", ['--data_dir={data}'], 'missing')])
+def test_a_missing_data_set_or_source_is_refused_once_before_the_first_run(data, tmp_path, monkeypatch, text, words, place):
+    words = [word.format(data=data) for word in (*words, '--controls=False')]
+    (tmp_path / 'grid.py').write_text(f'{GRID}{text}\n')
+    monkeypatch.setattr(ablate, 'carry_out_all', lambda plan: pytest.fail('a run began'))
+    with pytest.raises(UserError, match=place):
+        ablate.main_run([str(tmp_path / 'grid.py'), f'--out_dir={tmp_path / "out"}', *TINY, *words])
+    assert not (tmp_path / 'out').exists()
+
+
+def test_data_that_are_there_and_sources_of_the_grid_itself_pass(plan, data, tmp_path):
+    out = tmp_path / 'out'
+    text = GRID.partition('axes')[0] + f"variants = {{'x': {{}}, 'y': {{'init_from': '{out}/x/seed=1337'}}}}"
+    made = plan(text, f'--data_dir={data}', '--dataset=tiny')
+    assert [*made.places()] == [str(data / 'tiny'), f'{out}/x/seed=1337'] and made.check_places() is None
 
 
 def test_a_journal_that_cannot_be_read_is_set_aside(plan, capsys):
