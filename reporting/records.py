@@ -66,7 +66,20 @@ def table(runs):
     """The Markdown table of all runs."""
     head = ['| run | parameters | FLOPs per token | tokens | last val loss | best val loss | tokens/s, median |',
             '|---|---|---|---|---|---|---|']
-    return '\n'.join(head + [row(group) for group in grouped(runs)])
+    groups = grouped(runs)
+    notes = list(dict.fromkeys(filter(None, (origin(run) for group in groups for run in group))))
+    return '\n'.join(head + [row(group) for group in groups] + notes)
+
+
+def origin(run):
+    """A sentence on the weights that a run began from and on their training, which its own figures leave out, or ''."""
+    source = run['env'].get('from')
+    if not isinstance(source, dict):
+        return ''
+    had = [f'{source[key]:,.{digits}} {key}'.replace('flops', 'FLOPs') for key, digits in (('tokens', '0f'), ('flops', '4g'))
+           if source.get(key)]
+    name, words = os.path.basename(os.path.normpath(run['folder'])), ' and '.join(had) or 'an unknown number of tokens'
+    return f'\n{name} began from {source.get("init_from")}, trained with {words} before, which its own figures leave out.'
 
 
 def commands(runs):
