@@ -123,6 +123,6 @@ def listing(folder):
         path = os.path.join(folder, name)
         with open(path, 'rb') as file:
             masked = file.read().count(masking.MASK.encode()) if name in HOLDS else 0
-        words = ', '.join(filter(None, [HOLDS.get(name, ''), f'{masked} values masked as secrets' if masked else '']))
+        words = ', '.join(filter(None, [HOLDS.get(name, ''), f'secrets masked: {masked}' if masked else '']))
         lines.append(f'  {name}, {os.path.getsize(path):,} bytes' + f': {words}' * bool(words))
     return '\n'.join(lines)

@@ -105,4 +105,4 @@ def test_a_record_of_an_older_run_is_masked_and_listed(tmp_path):
     assert "    python ablate.py '--hf_token=***' 'a b'" in (tmp_path / 'README.md').read_text()
     said = records.listing(tmp_path)
     assert all(f'  {name}, ' in said for name in ('README.md', 'config.json', 'env.json', 'log.jsonl'))
-    assert 'uncommitted changes of the code, 2 values masked' in said and env['command'][-1] == '--wandb_api_key=hunter2'
+    assert 'uncommitted changes of the code, secrets masked: 2' in said and env['command'][-1] == '--wandb_api_key=hunter2'
