@@ -25,6 +25,7 @@ from ablation import axes
 from ablation import grid as grids
 from ablation.grid import Grid, first_runs, later_runs
 from commandline import ends
+from reporting import masking
 from variants import UserError, did_you_mean
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -134,8 +135,8 @@ def commands(folder):
 
 
 def remember(folder, arguments):
-    """Keep the command for records."""
-    command = shlex.join(['python', 'ablate.py', *arguments])
+    """Keep the command for records, without secrets."""
+    command = shlex.join(['python', 'ablate.py', *masking.command(arguments)])
     if command not in commands(folder):
         with open(os.path.join(folder, COMMANDS), 'a', encoding='utf-8') as file:
             file.write(command + '\n')
@@ -148,6 +149,7 @@ def main_run(arguments):
     if grid.dry_run:
         print('\n'.join(listing(grid)))
         return
+    plan.check_places()
     from reporting.runlog import write_json
     print(listing(grid)[0], flush=True)
     os.makedirs(grid.out_dir, exist_ok=True)
@@ -202,11 +204,11 @@ def write_record(grid, found, text, files, options):
     pictures = [name for name in files if name.endswith('.png')]
     shown = '\n\n'.join([text, *(f'![{name[:-4]}]({name})' for name in pictures)])
     records.write_record(folder, options.title or options.record.replace('_', ' '), options.note, runs, shown,
-                         [f'    {line}' for line in (*commands(grid.out_dir), f'python ablate.py report {grid.out_dir}')])
-    write_json(os.path.join(folder, 'grid.json'), configurator.as_dict(grid))
+                         [*commands(grid.out_dir), f'python ablate.py report {grid.out_dir}'])
+    write_json(os.path.join(folder, 'grid.json'), masking.inside(configurator.as_dict(grid)))
     for name in [PAGE, *pictures]:
         shutil.copy(os.path.join(grid.out_dir, name), folder)
-    print(f'written to {os.path.relpath(folder)}')
+    print(records.listing(folder))
 
 
 def main_report(arguments):

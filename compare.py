@@ -54,7 +54,7 @@ def compare(folders, config):
     if config.record:
         folder = os.path.join(ROOT, 'records', f'{datetime.date.today()}_{config.record}')
         records.write_record(folder, config.title or config.record.replace('_', ' '), config.note, found)
-        print(f'written to {os.path.relpath(folder)}')
+        print(records.listing(folder))
 
 
 def recover(folders, config):

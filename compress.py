@@ -306,9 +306,9 @@ def write_record(study, text, options):
            'env': records.read_json(os.path.join(study.out_dir, 'env.json')),
            'lines': read_log(os.path.join(study.out_dir, RESULTS))}
     title, shown = options.title or study.title or options.record, f'{text}\n\n![parameters and perplexity]({PLOT})'
-    records.write_record(folder, title, options.note or study.note, [run], shown, [f'    {" ".join(run["env"]["command"])}'])
+    records.write_record(folder, title, options.note or study.note, [run], shown, records.commands([run]))
     shutil.copy(os.path.join(study.out_dir, PLOT), folder)
-    print(f'written to {os.path.relpath(folder)}')
+    print(records.listing(folder))
 
 
 def main_report(arguments):

@@ -164,12 +164,12 @@ def save(run, last=False):
     if run.job.main or group:
         try:
             checkpoint.save(folder, state, keep=run.config.keep_checkpoints, group=group)
-            if run.job.main and progress['best_step'] == progress['step']:
-                checkpoint.set_best(folder, progress['step'], progress['best_val_loss'])
         except (OSError, ValueError) as error:
             failed = 1
             if run.job.main:
                 print(f'train.py: step {progress["step"]} was not saved: {error}', file=sys.stderr, flush=True)
+    if run.job.main and not failed and progress['best_step'] == progress['step']:
+        run.log.outlets.attempt('best.json', checkpoint.set_best, folder, progress['step'], progress['best_val_loss'])
     if run.job.agree(failed) and last:                  # the others wait for the writer
         raise SystemExit(4)
 

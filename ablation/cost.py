@@ -1,11 +1,12 @@
 """The cost of a run before it starts: parameters and training FLOPs, including growth, freezing and the dense finish."""
 import functools
 import json
-import os
+from pathlib import Path
 
 import torch
 
 import configurator
+from data.dataset import read_meta
 from growth import changes
 from model import GPT
 from training.startup import padded
@@ -16,10 +17,9 @@ STEPS = ('max_iters', 'lr_decay_iters', 'warmup_iters', 'eval_interval', 'save_i
 
 def with_vocabulary(config):
     """The config with the vocabulary of its data set, where that exists and the config names none."""
-    path = os.path.join(config.data_dir, config.dataset, 'meta.json')
-    if 'vocab_size' not in config.sources and os.path.exists(path):
-        with open(path, encoding='utf-8') as file:
-            config.vocab_size = padded(json.load(file).get('vocab_size', config.vocab_size))
+    meta = None if 'vocab_size' in config.sources else read_meta(Path(config.data_dir, config.dataset))
+    if meta:
+        config.vocab_size = padded(meta['vocab_size'])
     return config
 
 

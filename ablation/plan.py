@@ -1,9 +1,16 @@
 """The runs of a grid: configuration, arguments, and the controls that are trained with the variants."""
 import functools
+import itertools
+import os
 
 import configurator
 from ablation import axes, cost
-from ablation.grid import SEEDS, Run, argument, first_runs, placeholders, settings_of
+from ablation.grid import SEEDS, Run, argument, first_runs, placeholders, runs_on, settings_of
+from ablation.runner import ROOT
+from data.dataset import open_dataset
+from pretrained import sources
+
+PLACES = 'data_dir', 'dataset', 'init_from'             # settings that name what a run reads
 
 
 def first_choice(grid):
@@ -46,6 +53,31 @@ class Plan:
         for run in first_runs(self.grid):
             if run.searched == first_choice(self.grid):
                 cost.check_model(self.load(run))
+
+    def places(self):
+        """{data set's folder or source of weights: its reader} of all runs, in order, as train.py sees them in ROOT."""
+        grid, found = self.grid, {}
+        searched = [[(name, value) for value in grid.search[name]] for name in PLACES if name in grid.search]
+        for task, variant in itertools.product(grid.tasks, grid.variants):
+            for values in itertools.product(*searched) if runs_on(grid, variant, task) else ():
+                own = {name: value for name, value in grid.variants[variant].items() if name in PLACES} | dict(values)
+                config = self.config(*(argument(*pair) for pair in grid.tasks[task].items()), *self.passed,
+                                     *(argument(*pair) for pair in own.items()))
+                found[os.path.join(ROOT, config.data_dir, config.dataset)] = open_dataset
+                if config.init_from not in ('scratch', 'resume'):
+                    found[config.init_from] = self.read_source
+        return found
+
+    def check_places(self):
+        """Read every data set and source of weights once, before the first run. Raises UserError for one that is missing."""
+        for place, read in self.places().items():
+            read(place)
+
+    def read_source(self, init_from):
+        """Read the weights that runs begin from; those of a run of this grid may come later."""
+        place = os.path.join(ROOT, os.path.expanduser(init_from))
+        if os.path.commonpath([place, os.path.abspath(self.grid.out_dir)]) != os.path.abspath(self.grid.out_dir):
+            sources.read(place if os.path.exists(place) else sources.find(init_from))
 
     def structured(self):
         """The variants whose matrices or attention differ from the base's."""

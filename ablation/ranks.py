@@ -79,9 +79,10 @@ class Search:
             return self.study, trial, run, lambda step, loss: self.goes_on(trial, step, loss)
 
     def take_back(self):
-        """Enqueue the trials of dead processes again with the same ranks."""
+        """Enqueue the trials of dead processes again with the same ranks, unless their folder is done."""
         for trial in self.queue.trials(self.study, self.queue.states.RUNNING):
-            if not self.queue.worker.alive(trial.user_attrs.get('worker', 'nobody')) and trial.params:
+            dead = not self.queue.worker.alive(trial.user_attrs.get('worker', 'nobody'))
+            if dead and trial.params and self.queue.folder_says(trial)[0] not in ('done', 'pruned'):
                 self.study.enqueue_trial(trial.params)
         self.queue.give_back(self.study)
 

@@ -8,6 +8,7 @@ import threading
 import time
 
 from checkpoints.durable import Lock
+from reporting import masking
 from reporting.runlog import read_log, write_json
 from variants import UserError
 
@@ -113,7 +114,7 @@ def carry_out(name, folder, arguments, threads=1, gpus=0, slot=0, watch=None):
             **os.environ, 'OMP_NUM_THREADS': str(threads), **gpu_environment(gpus, slot)})
         pruned = watched(process, folder, watch)
         log.seek(0)
-        last = (log.read().strip().splitlines() or ['no output'])[-1]
+        last = masking.text((log.read().strip().splitlines() or ['no output'])[-1])     # the report is published
     state, loss = state_of(folder)
     words = '' if state == 'done' else last[:200]
     if process.returncode or state != 'done':

@@ -120,29 +120,49 @@ class Queue:
     def take(self, wanted):
         """The next of `wanted()`, a list of runs in their order that may grow as others end."""
         with self.held:
-            runs = wanted(self.loss_of)
             self.give_back(self.study)
+            runs = wanted(self.loss_of)
             active = {self.run_of(t) for t in self.trials(self.study, self.states.WAITING, self.states.RUNNING)}
             for run in runs:
                 if self.loss_of(run) is None and run not in active:
                     self.study.enqueue_trial(self.parameters(run), {'run': self.described(run)})
-            if self.trials(self.study, self.states.WAITING):
-                trial = self.study.ask()
+            trial = self.first_waiting({*runs})
+            if trial:
                 for name, value in self.parameters(trial).items():
                     self.suggest(trial, name, value)
                 return self.study, self.own(trial), self.run_of(trial), None
             return 'wait' if self.trials(self.study, self.states.RUNNING) else None
+
+    def first_waiting(self, runs):
+        """The first trial in the queue that is one of these runs, now RUNNING, or None.
+
+        An earlier start may have queued others, which this one must not train (--pick, fewer seeds): they stay there.
+        """
+        study_id = self.storage.get_study_id_from_name(self.study.study_name)
+        for frozen in self.trials(self.study, self.states.WAITING):
+            if self.run_of(frozen) in runs and self.loss_of(self.run_of(frozen)) is None:
+                number = self.storage.get_trial_id_from_study_id_trial_number(study_id, frozen.number)
+                if self.storage.set_trial_state_values(number, state=self.states.RUNNING):
+                    return self.optuna.trial.Trial(self.study, number)
+        return None
 
     def own(self, trial):
         trial.set_user_attr('worker', self.worker.name)
         return trial
 
     def give_back(self, study):
-        """Mark the trials of dead processes as FAIL; their runs are queued again where needed."""
+        """Tell the trials of dead processes: as their folders say, else FAIL; those runs are queued again where needed."""
         for trial in self.trials(study, self.states.RUNNING):
             if not self.worker.alive(trial.user_attrs.get('worker', 'nobody')):
+                state, loss = self.folder_says(trial)
+                told = {'values': loss} if state == 'done' else {
+                    'state': self.states.PRUNED if state == 'pruned' else self.states.FAIL}
                 with contextlib.suppress(ValueError):
-                    study.tell(trial.number, state=self.states.FAIL)
+                    study.tell(trial.number, **told)
+
+    def folder_says(self, trial):
+        """state_of the folder of a trial's run."""
+        return state_of(self.run_of(trial).folder(self.grid)) if 'run' in trial.user_attrs else ('new', None)
 
     def trials(self, study, *states):
         return study.get_trials(deepcopy=False, states=states)

@@ -107,7 +107,7 @@ def read_ours(folder, which):
         state.update(parts({**saved, 'model': saved['average']}, 'config', folder)[1])
         if config.tie_weights:
             state['lm_head.weight'] = state['transformer.wte.weight']
-    return config, state, {'kind': 'nanokron', 'step': saved.get('step'), 'data': saved.get('data')}
+    return config, state, {'kind': 'nanokron', **{key: saved.get(key) for key in ('step', 'data', 'tokens', 'flops')}}
 
 
 def read_nanogpt(path):

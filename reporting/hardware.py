@@ -11,6 +11,7 @@ import warnings
 
 import torch
 
+from reporting import masking
 from variants import UserError
 
 # TFLOP/s of dense matrix products by the makers' data sheets and architecture papers (of figures "with sparsity", half):
@@ -144,13 +145,13 @@ def git(*words):
 
 
 def environment(where):
-    """Content of a run's env.json: versions, hardware, commit, uncommitted changes, command."""
+    """Content of a run's env.json: versions, hardware, commit; uncommitted changes and command without secrets."""
     return {
-        'command': [os.path.basename(sys.executable), os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        'command': [os.path.basename(sys.executable), os.path.basename(sys.argv[0]), *masking.command(sys.argv[1:])],
         'python': platform.python_version(),
         'torch': str(torch.__version__), 'platform': f'{platform.system()} {platform.machine()}', 'cpus': os.cpu_count(),
         'threads': torch.get_num_threads(), 'device': str(where),
         'gpu': torch.cuda.get_device_name(where) if where.type == 'cuda' else None,
         'world_size': int(os.environ.get('WORLD_SIZE', 1)),
-        'commit': git('rev-parse', 'HEAD'), 'diff': git('diff', 'HEAD')[:200_000],
+        'commit': git('rev-parse', 'HEAD'), 'diff': masking.text(git('diff', 'HEAD')[:400_000])[:200_000],
     }

@@ -3,6 +3,7 @@ import json
 import os
 import statistics
 
+from reporting import masking
 from reporting.runlog import read_log, write_json
 from variants import UserError
 
@@ -65,31 +66,63 @@ def table(runs):
     """The Markdown table of all runs."""
     head = ['| run | parameters | FLOPs per token | tokens | last val loss | best val loss | tokens/s, median |',
             '|---|---|---|---|---|---|---|']
-    return '\n'.join(head + [row(group) for group in grouped(runs)])
+    groups = grouped(runs)
+    notes = list(dict.fromkeys(filter(None, (origin(run) for group in groups for run in group))))
+    return '\n'.join(head + [row(group) for group in groups] + notes)
+
+
+def origin(run):
+    """A sentence on the weights that a run began from and on their training, which its own figures leave out, or ''."""
+    source = run['env'].get('from')
+    if not isinstance(source, dict):
+        return ''
+    had = [f'{source[key]:,.{digits}} {key}'.replace('flops', 'FLOPs') for key, digits in (('tokens', '0f'), ('flops', '4g'))
+           if source.get(key)]
+    name, words = os.path.basename(os.path.normpath(run['folder'])), ' and '.join(had) or 'an unknown number of tokens'
+    return f'\n{name} began from {source.get("init_from")}, trained with {words} before, which its own figures leave out.'
 
 
 def commands(runs):
-    """The command lines that the runs were started with."""
-    return '\n'.join('    ' + ' '.join(run['env'].get('command', [])) for run in runs)
+    """The command lines that the runs were started with, without secrets."""
+    return [' '.join(masking.command(run['env'].get('command', []))) for run in runs]
 
 
 def write_record(folder, title, note, runs, text=None, lines=None):
     """README.md with table, commands and machine; config.json, env.json and log.jsonl of every run, thinned beyond LINES.
 
-    text: replaces the table; lines: the commands that print it again, in place of one per run.
+    text: replaces the table; lines: the commands that print it again, in place of one per run. What looks like a secret is
+    masked everywhere but in the logs, which hold numbers.
     """
     os.makedirs(folder, exist_ok=True)
     every = -(-sum(len(run['lines']) for run in runs) // LINES)
     env = runs[0]['env']
     machine = ', '.join(f'{name} {env.get(name)}' for name in ('torch', 'python', 'gpu', 'cpus', 'threads', 'commit'))
     changed = '; the working tree held uncommitted changes (env.json)' if any(r['env'].get('diff') for r in runs) else ''
+    shown = [masking.line(line) for line in lines] if lines else commands(runs)
+    shown = '\n'.join(f'    {line}' for line in shown)
     with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
-        file.write(f'# {title}\n\n{text or table(runs)}\n\nLoss in nats per token; ± is half the range over seeds. '
-                   f'{note}\n\n'
-                   f'Machine: {machine}{changed}.\n\nCommands:\n\n{chr(10).join(lines) if lines else commands(runs)}\n')
-    write_json(os.path.join(folder, 'config.json'), {run['folder']: run['config'] for run in runs})
-    write_json(os.path.join(folder, 'env.json'), {run['folder']: run['env'] for run in runs})
+        file.write(f'# {title}\n\n{masking.text(text or table(runs))}\n\nLoss in nats per token; ± is half the range over '
+                   f'seeds. {masking.text(note)}\n\n'
+                   f'Machine: {machine}{changed}.\n\nCommands:\n\n{shown}\n')
+    write_json(os.path.join(folder, 'config.json'), masking.inside({run['folder']: run['config'] for run in runs}))
+    write_json(os.path.join(folder, 'env.json'), masking.inside({run['folder']: run['env'] for run in runs}))
     with open(os.path.join(folder, 'log.jsonl'), 'w', encoding='utf-8') as file:
         for run in runs:
             file.writelines(json.dumps({'run': run['folder'], **line}) + '\n' for i, line in enumerate(run['lines'])
                             if i % every == 0 or 'val_loss' in line)
+
+
+HOLDS = {'README.md': 'table, command lines, machine', 'config.json': 'settings', 'log.jsonl': 'losses and speeds',
+         'env.json': 'machine, command lines and uncommitted changes of the code'}
+
+
+def listing(folder):
+    """What --record says: the folder, and each file with its size and contents, to be looked at before it is published."""
+    lines = [f'written to {os.path.relpath(folder)}; read it before you publish it:']
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        with open(path, 'rb') as file:
+            masked = file.read().count(masking.MASK.encode()) if name in HOLDS else 0
+        words = ', '.join(filter(None, [HOLDS.get(name, ''), f'secrets masked: {masked}' if masked else '']))
+        lines.append(f'  {name}, {os.path.getsize(path):,} bytes' + f': {words}' * bool(words))
+    return '\n'.join(lines)

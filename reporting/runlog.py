@@ -42,6 +42,15 @@ def read_log(path, bad=None):
     return lines
 
 
+def source_of(path):
+    """What an env.json says of the weights that its run began from; None where it says nothing."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return json.load(file).get('from')
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def rewind(path, step, evaluated):
     """Drop the lines that a resumed run will write again: steps from `step` on, evaluations after `evaluated`.
 
@@ -106,8 +115,10 @@ class RunLog:
         attempt('out_dir', functools.partial(os.makedirs, folder, exist_ok=True))
         attempt('config.json', write_json, os.path.join(folder, 'config.json'), configurator.as_dict(config))
         facts = {'parameters': model.num_params(), 'flops_per_token': self.flops}
-        attempt('env.json', lambda: write_json(os.path.join(folder, 'env.json'),
-                                               hardware.environment(self.job.device) | facts))
+        place = os.path.join(folder, 'env.json')
+        source = self.job.source or source_of(place)
+        facts |= {'from': source} if source else {}
+        attempt('env.json', lambda: write_json(place, hardware.environment(self.job.device) | facts))
         path = os.path.join(folder, 'log.jsonl')
         attempt('log.jsonl', rewind, path, self.progress['step'], self.progress['evaluated'])
         self.file = Lines(path)

@@ -25,6 +25,7 @@ class Job:
     dtype: torch.dtype                                  # of the computation: autocast's, or the weights' own
     half_weights: bool = False
     stop: dict = dataclasses.field(default_factory=dict)            # train.py's STOP: 'signal' is set when one arrived
+    source: dict = None                                 # what init_from's weights had: init_from, kind, step, tokens, flops
     control: object = None                              # gloo group for small messages that must not wait for a GPU
 
     @property

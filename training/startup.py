@@ -15,9 +15,11 @@ from growth import changes
 from kron import plan, timing
 from layers import sums
 from model import GPT
+from reporting import hardware
 from training import contents, parallel, precision
 from variants import UserError
 
+MACHINE = 'device', 'compile', 'prefetch'                # settings that go with a device
 FREE = ('dropout', 'zero_init', 'loss_chunk', 'recompute', 'residual')     # model settings that checkpoints do not depend on
 
 
@@ -39,16 +41,33 @@ def resumed(config, state):
                                 f'{getattr(config, name)!r}; drop it or start in another out_dir', name)
         elif name not in config.sources or name == 'vocab_size':
             setattr(config, name, value)
+    settle(config)
     for name, sentence in configurator.check(config):
         raise UserError(sentence, name)
     return config
 
 
+def settle(config):
+    """Where the checkpoint's device is missing here, the settings that go with a device are this machine's, unless given.
+
+    Where it is there it stays, as its bits do; dtype and weights are the run's arithmetic and stay in any case.
+    """
+    if 'device' in config.sources:
+        return
+    try:
+        hardware.device(config.device)                  # of rank 0: the same on all
+    except UserError:
+        for name in {*MACHINE} - {*config.sources}:
+            setattr(config, name, configurator.settings(configurator.Config)[name].default)
+
+
 def remarks(config, state):
-    """What to say of a run that goes on: that it is finished, or that its learning rate is at its end."""
+    """What to say of a run that goes on: another device, that it is finished, or that its learning rate is at its end."""
     if not state or config.eval_only:
         return
-    before = state['config'].get('max_iters', config.max_iters)
+    before, device = state['config'].get('max_iters', config.max_iters), state['config'].get('device', config.device)
+    if device != config.device and 'device' not in config.sources:
+        yield f'the device {device!r} of the checkpoint is not on this machine: device={config.device!r}'
     if state['step'] >= config.max_iters:
         yield (f'{config.out_dir} is finished: it is at step {state["step"]}, and max_iters is {config.max_iters}; to go on '
                'pass a larger --max_iters, and --lr_decay_iters')
@@ -79,6 +98,7 @@ def build(config, dataset, state, job):
     if state is None and config.init_from != 'scratch':
         source_config, source, info = initialise.read_source(config.init_from)
         identity.check(info['data'], source_config.vocab_size, dataset.tokenizer, dataset.folder, config.init_from, job.say)
+        job.source = {'init_from': config.init_from, **{k: info.get(k) for k in ('kind', 'step', 'tokens', 'flops')}}
         adopt(config, source_config)
         choose_sizes(config, job, dataset, source_config, source)
         check_shapes(config)

@@ -71,9 +71,9 @@ def test_a_grid_searches_runs_the_other_seeds_and_is_not_run_twice(tmp_path, gri
 @pytest.mark.slow
 def test_a_failing_variant_is_named_and_the_others_go_on(tmp_path, grid):
     data, out = make_data(tmp_path / 'data'), tmp_path / 'out'
-    path = grid(variants={'plain': {}, 'broken': {'dataset': 'missing'}}, only={}, search={}, seeds=1)
+    path = grid(variants={'plain': {}, 'broken': {'device': 'cuda:99'}}, only={}, search={}, seeds=1)
     result = ablate(path, f'--out_dir={out}', f'--data_dir={data}', *SETTINGS)
-    assert result.returncode == 1 and 'broken' in result.stderr and 'missing' in result.stderr
+    assert result.returncode == 1 and 'broken' in result.stderr and 'cuda:99' in result.stderr
     assert '- a broken seed=1337:' in result.stdout.partition('### Failed')[2]
     assert result.stdout.count('| plain |') == 2
 

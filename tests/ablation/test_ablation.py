@@ -15,7 +15,7 @@ from ablation import axes, cost, effects, page, ranks, results, runner, study
 from ablation.grid import Run, first_runs, run_at, settings_of
 from ablation.plan import Plan
 from model import GPT
-from tests.tiny import ROOT
+from tests.tiny import ROOT, make_data
 from variants import UserError
 
 COMMITTED = ROOT / 'config' / 'ablation' / 'approximations.py'
@@ -276,6 +276,83 @@ def test_a_trial_whose_process_is_gone_goes_back(plan):
     assert run == runs[0] and again.number != trial.number
     queue.end(queue.study, again, run, 'failed', None, 'broken')
     assert queue.take(wanted) == 'wait' and queue.failures == {run: 'broken'}       # not tried twice
+
+
+def finished(made, run, loss, steps=40):
+    """The folder of a run that train.py has ended."""
+    folder = ROOT / run.folder(made.grid)
+    folder.mkdir(parents=True)
+    (folder / 'config.json').write_text(json.dumps({'max_iters': 40}))
+    (folder / 'log.jsonl').write_text(json.dumps({'step': steps, 'val_loss': loss}) + '\n')
+
+
+def test_a_killed_trial_whose_folder_is_done_is_complete(plan):
+    """And one whose folder is not done is FAIL, as before."""
+    made = plan(GRID, '--axes=small')
+    queue, runs = study.Queue(made.grid), first_runs(made.grid)[:2]
+    for trial in [queue.take(lambda loss_of: runs)[1] for _ in runs]:
+        trial.set_user_attr('worker', 'another-1')
+    finished(made, runs[0], 2.5)
+    finished(made, runs[1], 2.75, steps=20)
+    assert queue.take(lambda loss_of: runs)[2] == runs[1]
+    told = queue.study.get_trials()
+    assert told[0].state == queue.states.COMPLETE and told[0].value == 2.5 and told[1].state == queue.states.FAIL
+
+
+def test_a_killed_trial_of_a_rank_search_whose_folder_is_done_is_complete_and_not_trained_again(plan):
+    made = plan(RANKS)
+    queue = study.Queue(made.grid)
+    search = ranks.Search(queue, made, '', 'low rank')
+    _, trial, run, _ = search.take()
+    trial.set_user_attr('worker', 'another-1')
+    finished(made, run, 2.5)
+    assert search.take()[2] != run
+    told = search.study.get_trials()[trial.number]
+    assert told.state == queue.states.COMPLETE and told.value == 2.5 and search.ended()[run] == 2.5
+    assert not any(run == queue.run_of(t) for t in queue.trials(search.study, queue.states.WAITING) if 'run' in t.user_attrs)
+
+
+def test_a_pick_is_kept_to_after_an_interrupted_start(plan):
+    """The first start queued all runs; the second may train its own only, and leaves the rest for a third."""
+    made = plan(GRID, '--axes=small')
+    runs = first_runs(made.grid)
+    queue = study.Queue(made.grid)
+    _, trial, _, _ = queue.take(lambda loss_of: runs)
+    trial.set_user_attr('worker', 'another-1')
+    picked = runs[3:4]
+    _, trial, run, _ = queue.take(lambda loss_of: picked)
+    assert run == picked[0] and trial.user_attrs['worker'] == queue.worker.name
+    queue.end(queue.study, trial, run, 'done', 2.0, '')
+    assert queue.take(lambda loss_of: picked) is None
+    left = [queue.take(lambda loss_of: runs)[2] for _ in runs[1:]]
+    assert {*left} == {*runs} - {*picked} and queue.take(lambda loss_of: runs) == 'wait'
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp('data'))
+
+
+@pytest.mark.parametrize('text, words, place', [
+    ("tasks = {'a': {'dataset': 'tiny'}, 'b': {'dataset': 'missing'}}", ['--data_dir={data}'], 'missing'),
+    ("tasks = {'a': {'dataset': 'tiny'}}", ['--data_dir={data}/nowhere'], 'nowhere'),
+    ("tasks = {'a': {'dataset': 'tiny'}}\nvariants = {'x': {}, 'y': {'init_from': './no_run'}}\naxes = {}\nneeds = {}\n"
+     'exchange = {}\ngrids = {}', ['--data_dir={data}'], 'no_run'),
+    ("tasks = {'a': {}}\nsearch = {'dataset': ['tiny', 'missing']}", ['--data_dir={data}'], 'missing')])
+def test_a_missing_data_set_or_source_is_refused_once_before_the_first_run(data, tmp_path, monkeypatch, text, words, place):
+    words = [word.format(data=data) for word in (*words, '--controls=False')]
+    (tmp_path / 'grid.py').write_text(f'{GRID}{text}\n')
+    monkeypatch.setattr(ablate, 'carry_out_all', lambda plan: pytest.fail('a run began'))
+    with pytest.raises(UserError, match=place):
+        ablate.main_run([str(tmp_path / 'grid.py'), f'--out_dir={tmp_path / "out"}', *TINY, *words])
+    assert not (tmp_path / 'out').exists()
+
+
+def test_data_that_are_there_and_sources_of_the_grid_itself_pass(plan, data, tmp_path):
+    out = tmp_path / 'out'
+    text = GRID.partition('axes')[0] + f"variants = {{'x': {{}}, 'y': {{'init_from': '{out}/x/seed=1337'}}}}"
+    made = plan(text, f'--data_dir={data}', '--dataset=tiny')
+    assert [*made.places()] == [str(data / 'tiny'), f'{out}/x/seed=1337'] and made.check_places() is None
 
 
 def test_a_journal_that_cannot_be_read_is_set_aside(plan, capsys):

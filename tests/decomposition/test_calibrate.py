@@ -1,5 +1,7 @@
 """Calibration, layer-by-layer fitting, pruning and reports: numpy, autograd and whole models are the oracles."""
 import dataclasses
+import io
+import sys
 
 import numpy as np
 import pytest
@@ -330,3 +332,15 @@ def test_pruning_comes_before_the_method():
     pruned = prune(source.sites()[site].weight.detach(), 0.3, 'magnitude')
     expected = type(model.sites()[site]).from_dense(pruned, None, m=8, n=4, terms=3).dense_weight()
     assert torch.equal(model.sites()[site].dense_weight(), expected)
+
+
+@pytest.mark.parametrize('rules, shown', [({}, False), (RULES, True)])
+def test_on_a_terminal_a_bar_appears_only_where_there_is_something_to_decompose(monkeypatch, rules, shown):
+    """Not '0site [00:00, ?site/s]' before a sample."""
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    source, model = random_model(), GPT(dataclasses.replace(CONFIG, linear=rules)).double()
+    monkeypatch.setattr(sys, 'stderr', Terminal())
+    initialise(model, source.config, source.state_dict())
+    assert ('site' in sys.stderr.getvalue()) == shown

@@ -14,7 +14,7 @@ import torch
 import configurator
 import train
 from checkpoints import checkpoint
-from reporting import outlets, runlog
+from reporting import hardware, outlets, records, runlog
 from tests.tiny import ROOT, arguments, make_data
 from training import outdir, restart, startup
 from variants import UserError
@@ -398,3 +398,61 @@ def test_no_manifest_is_read_from_a_pipe_and_missing_data_is_told(tmp_path, caps
     assert checkpoint.load(tmp_path)['step'] == 1
     err = capsys.readouterr().err
     assert err.count('taking the next older checkpoint') == 6 and all(f'ckpt_{step:08d}' in err for step in range(2, 8))
+
+
+# ----------------------------------------------------------------------------------------------------
+# a best.json that cannot be written, another machine, a source
+
+def test_a_best_that_cannot_be_named_is_no_failed_save(data, tmp_path, monkeypatch, capsys):
+    """And a checkpoint that cannot be written still leaves with 4."""
+    monkeypatch.setattr(checkpoint, 'set_best', full)
+    assert run(data, tmp_path / 'a')['step'] == 2
+    err = capsys.readouterr().err
+    assert 'best.json: ' in err and 'was not saved' not in err
+    monkeypatch.setattr(checkpoint, 'save', full)
+    with pytest.raises(SystemExit) as leave:
+        run(data, tmp_path / 'b')
+    assert leave.value.code == 4 and 'step 2 was not saved' in capsys.readouterr().err
+
+
+def elsewhere(out, **changes):
+    """The checkpoint of `out` as a run with other settings would have left it."""
+    state = checkpoint.load(out)
+    state['config'].update(changes)
+    checkpoint.save(out, {**state, 'step': state['step'] + 1})
+
+
+def test_a_checkpoint_of_a_device_that_is_not_here_goes_on_with_ours(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hardware, 'sees_cuda', lambda: False)
+    run(data, tmp_path)
+    elsewhere(tmp_path, device='cuda', compile=True, prefetch=2, dtype='float32')
+    assert "device 'cuda' of the checkpoint must" not in refused(capsys, go_on, tmp_path, '--device=cuda')    # given now
+    config = go_on(tmp_path, '--max_iters=4', '--prefetch=1')['config']
+    assert (config['device'], config['compile'], config['prefetch'], config['dtype']) == ('auto', None, 1, 'float32')
+    assert "the device 'cuda' of the checkpoint is not on this machine: device='auto'" in capsys.readouterr().out
+
+
+def test_a_device_that_is_here_stays_the_checkpoints(data, tmp_path, monkeypatch):
+    """A run with --device=cpu stays on the CPU of a machine with a GPU, and compile=True stays."""
+    run(data, tmp_path)
+    monkeypatch.setattr(hardware, 'sees_cuda', lambda: True)
+    state = checkpoint.load(tmp_path)
+    state['config'].update(compile=True, prefetch=2)
+    config = startup.resumed(configurator.load([f'--out_dir={tmp_path}', '--init_from=resume']), state)
+    assert (config.device, config.compile, config.prefetch) == ('cpu', True, 2) and not [*startup.remarks(config, {
+        **state, 'step': 0})]
+
+
+def test_a_run_from_a_trained_twin_says_what_the_twin_had(data, tmp_path):
+    """In env.json, also after a resume, and below the table; a run from scratch says nothing."""
+    twin, out = tmp_path / 'twin', tmp_path / 'out'
+    had = run(data, twin)
+    run(data, out, f'--init_from={twin}')
+    assert 'from' not in json.loads((twin / 'env.json').read_text())
+    said = json.loads((out / 'env.json').read_text())['from']
+    assert said == {'init_from': str(twin), 'kind': 'nanokron', 'step': 2, 'tokens': had['tokens'], 'flops': had['flops']}
+    assert had['tokens'] == 2 * 128 and had['flops'] > 0
+    go_on(out, '--max_iters=4', '--lr_decay_iters=4')
+    assert json.loads((out / 'env.json').read_text())['from'] == said
+    table = records.table([records.read_run(str(twin)), records.read_run(str(out))])
+    assert table.count('began from') == 1 and f'out began from {twin}, trained with 256 tokens and ' in table
