@@ -181,6 +181,8 @@ def coerce(setting, value):
                         f'{setting.name} must be at least -1e15, got {value!r}')
     if isinstance(value, str) and bounds.text_fault(value):
         raise UserError(f'{setting.name} holds {bounds.text_fault(value)}, got {bounds.shown(value)}')
+    if setting.name == 'record' and value and bounds.name_fault(value):
+        raise UserError(f'record is the name of a folder in records/, got {bounds.shown(value)}: {bounds.name_fault(value)}')
     if setting.name == 'device' and not DEVICE.fullmatch(value):
         raise UserError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', got {bounds.shown(value)}")
     if choices and value not in choices:
