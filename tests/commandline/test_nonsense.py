@@ -190,6 +190,24 @@ def drive(program, tmp_path, examples, random):
     assert len(set(taken)) == 2                         # some are taken, some refused, or the cases tell nothing
 
 
+ODD = [10**9, 10**12, 6, -1, 0, 10**400, 1e-300, 1e300, math.inf, math.nan, None, True, [], [[]], {}, '', '../../esc',
+       'cpu:x', 'auto:3', 'sum(3) + dense', 'lowrank(1000000000)', 'a\nb\x1b', '\0', '\ud800', 'x' * 70_000, b'x', 1j]
+ODD_DICTS = [{key: value} for key in (5, '', '../../esc', 'a', 'h.99', 'n_layer', 0.5, None)
+             for value in ({}, [], [1, 'a/b'], {5: 1}, {'n_layr': 1}, {'linear': {'h.*': [1]}}, 5, 'sum(3) + dense')]
+
+
+@pytest.mark.parametrize('program', PROGRAMS)
+def test_every_setting_with_every_odd_value(program, monkeypatch):
+    """One setting at a time, all of them; without the file, whose opening would take most of the time."""
+    cls, head, case = PROGRAMS[program]
+    text = ''
+    monkeypatch.setattr(configfile, 'text_of', lambda path: text)
+    for name, setting in configurator.settings(cls).items():
+        for value in ODD + (ODD_DICTS if dict in configfile.types_of(setting) else []):
+            text = f'{head}{name} = {literal(value)}\n'
+            attempt(case, 'x.py', [])
+
+
 @pytest.mark.parametrize('program', PROGRAMS)
 def test_no_input_escapes(program, tmp_path):
     drive(program, tmp_path, SHORT, random=False)
