@@ -666,6 +666,7 @@ def copy(tmp_path):
     """The repository's data folder elsewhere, without what was prepared here, and what it imports."""
     leave = shutil.ignore_patterns('*.bin', 'meta.json', '.verified.json', 'input.txt', '__pycache__')
     shutil.copytree(ROOT / 'data', tmp_path / 'repo' / 'data', ignore=leave)
+    shutil.copytree(ROOT / 'commandline', tmp_path / 'repo' / 'commandline', ignore=leave)
     for name in ('variants.py', 'specs.py'):
         shutil.copy(ROOT / name, tmp_path / 'repo')
     return tmp_path / 'repo' / 'data'
