@@ -177,8 +177,8 @@ def coerce(setting, value):
     if low is not None and value is not None and value < low:
         raise UserError(f'{setting.name} must be at least {low}, got {value!r}')
     if number(value) and (value > high or value < -1e15):
-        raise UserError(f'{setting.name} must be at most {high if type(high) is int else format(high, "g")}, got {value!r}' if value > 0 else
-                        f'{setting.name} must be at least -1e15, got {value!r}')
+        most = high if isinstance(high, int) else f'{high:g}'
+        raise UserError(f'{setting.name} must be at {f"most {most}" if value > 0 else "least -1e15"}, got {value!r}')
     if isinstance(value, str) and bounds.text_fault(value):
         raise UserError(f'{setting.name} holds {bounds.text_fault(value)}, got {bounds.shown(value)}')
     if setting.name == 'record' and value and bounds.name_fault(value):
