@@ -59,6 +59,7 @@ def read(arguments):
 def plan_of(grid, passed):
     """The checked plan of a grid, controls included; raises UserError."""
     axes.spread(grid)
+    grids.check_size(grid, len(grid.variants))
     for run in first_runs(grid):                        # without torch, so that most mistakes are reported at once
         configurator.load([grid.base, *grids.settings_of(run, grid, passed)])
     from ablation import ranks

@@ -6,17 +6,21 @@ import ast
 import math
 import operator
 import os
+import re
 import time
 import typing
 
 import variants
+from commandline import bounds
 from variants import UserError, did_you_mean
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
 
+WALKED, WORK = ' walked', 200_000     # key of names that no file can write, and its bound
 PLACES = ('out_dir', 'data_dir', 'init_from', 'source', 'to', 'text', 'baseline', 'base', 'train', 'config', 'weights',
           'data')
+DEVICE = re.compile(r'auto|cpu|mps|cuda(:\d{1,3})?')
 
 
 def number(value):
@@ -31,11 +35,23 @@ def arithmetic(node, names):
             isinstance(node.op, ast.Add) and isinstance(left, str) and isinstance(right, str)):
         raise UserError('arithmetic takes two numbers, and + two strings')
     if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
-        raise UserError(f'{left} ** {right} is too large for a config')
+        raise UserError(f'{bounds.shown(left)} ** {bounds.shown(right)} is too large for a config')
     return OPERATORS[type(node.op)](left, right)
 
 
 def evaluate(node, names):
+    """The value of an expression, in bounds: what is computed from it stays small at every step."""
+    value = computed(node, names)
+    if bounds.fault(value):
+        raise UserError(f'{ast.unparse(node)[:60]!r} has {bounds.fault(value)}')
+    if isinstance(value, (list, dict)):                 # which was walked: the work of a file is bounded too
+        names[WALKED] = names.get(WALKED, 0) + bounds.elements(value)
+        if names[WALKED] > WORK:
+            raise UserError(f'the lists and dicts of the file have more than {WORK} elements')
+    return value
+
+
+def computed(node, names):
     """The value of an expression made of literals, earlier names, arithmetic and str(time.time())."""
     if isinstance(node, ast.Constant):
         return node.value
@@ -65,17 +81,29 @@ def at_home(name, value):
     return os.path.expanduser(value) if name in PLACES and isinstance(value, str) else value
 
 
+def text_of(path):
+    """A config file's text; UserError for one that is too long, which is read by no half, or that is no regular file."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f'{path}: not readable as a config file: a folder, a pipe or a device')
+    with open(path, encoding='utf-8') as file:
+        text = file.read(bounds.FILE_BYTES + 1)
+    if len(text) > bounds.FILE_BYTES:
+        raise UserError(f'{path}: longer than {bounds.FILE_BYTES} bytes, too long for a config file')
+    return text
+
+
 def read_file(path):
     """[(key, value, 'path:line')] of a config file; names that begin with _ are helpers and not keys."""
     try:
-        with open(path, encoding='utf-8') as file:
-            tree = ast.parse(file.read(1 << 20), filename=path)
+        tree = ast.parse(text_of(path), filename=path)
     except FileNotFoundError:
         raise UserError(f'{path}: there is no such config file') from None
     except SyntaxError as error:
         raise UserError(f'{path}:{error.lineno or 1}: not Python syntax: {error.msg}') from None
     except (OSError, UnicodeDecodeError, ValueError, MemoryError, RecursionError) as error:
         raise UserError(f'{path}: not readable as a config file: {error}') from None
+    if any(i == bounds.NODES for i, _ in enumerate(ast.walk(tree))):
+        raise UserError(f'{path}: more than {bounds.NODES} parts of Python syntax, too many for a config file')
     found, names = [], {}
     for statement in tree.body:
         where = f'{path}:{statement.lineno}'
@@ -134,21 +162,30 @@ def types_of(setting):
 def coerce(setting, value):
     """The value in the setting's type (an int becomes a float); raises UserError naming value and remedy."""
     types = types_of(setting)
+    if bounds.fault(value):
+        raise UserError(f'{setting.name} has {bounds.fault(value)}')
     if float in types and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) not in types:
         words = ' or '.join({bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text',
                              dict: 'a dict of rules'}.get(t, 'None') for t in types)
         hint = ' without quotes' if isinstance(value, str) and str not in types else ''
-        raise UserError(f'{setting.name} takes {words}{hint}, got {value!r}')
-    low, choices = setting.metadata['low'], setting.metadata['choices']
+        raise UserError(f'{setting.name} takes {words}{hint}, got {bounds.shown(value)}')
+    low, choices, high = (setting.metadata[name] for name in ('low', 'choices', 'high'))
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f'{setting.name} must be finite, got {value!r}')
     if low is not None and value is not None and value < low:
         raise UserError(f'{setting.name} must be at least {low}, got {value!r}')
-    if number(value) and abs(value) > 1e15:
-        raise UserError(f'{setting.name} is too large: {value!r}')
+    if number(value) and (value > high or value < -1e15):
+        most = high if isinstance(high, int) else f'{high:g}'
+        raise UserError(f'{setting.name} must be at {f"most {most}" if value > 0 else "least -1e15"}, got {value!r}')
+    if isinstance(value, str) and bounds.text_fault(value):
+        raise UserError(f'{setting.name} holds {bounds.text_fault(value)}, got {bounds.shown(value)}')
+    if setting.name == 'record' and value and bounds.name_fault(value):
+        raise UserError(f'record is the name of a folder in records/, got {bounds.shown(value)}: {bounds.name_fault(value)}')
+    if setting.name == 'device' and not DEVICE.fullmatch(value):
+        raise UserError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', got {bounds.shown(value)}")
     if choices and value not in choices:
-        raise UserError(f'{setting.name} must be one of {", ".join(choices)}, got {value!r}'
-                        f'{did_you_mean(value, choices)}')
+        raise UserError(f'{setting.name} must be one of {", ".join(map(str, choices))}, got {bounds.shown(value)}'
+                        f'{did_you_mean(value, map(str, choices))}')
     return value

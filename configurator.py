@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 
 import variants
-from commandline import configs, ends
+from commandline import checks, configs, ends
 from commandline.ends import say_mistake
 from commandline.help import text as help_text
 from configfile import at_home, coerce, read_argument, read_file
@@ -17,9 +17,9 @@ from optimizers import schedules
 from variants import UserError, did_you_mean
 
 
-def key(default, doc, low=None, choices=None):
-    """A dataclass field with its documentation, lowest allowed value and allowed choices."""
-    metadata = {'doc': doc, 'low': low, 'choices': choices}
+def key(default, doc, low=None, choices=None, high=1e15):
+    """A dataclass field with its documentation, lowest and highest allowed value and allowed choices."""
+    metadata = {'doc': doc, 'low': low, 'choices': choices, 'high': high}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -28,11 +28,12 @@ def key(default, doc, low=None, choices=None):
 @dataclass
 class GPTConfig:
     """What the model is: all that a checkpoint needs to rebuild it."""
-    block_size: int = key(1024, 'context length, tokens', low=1)
-    vocab_size: int = key(50304, "rows of the embedding; train.py: the data set's (GPT-2: 50257, padded)", low=1)
-    n_layer: int = key(12, 'number of blocks', low=1)
-    n_head: int = key(12, 'attention heads per block; must divide n_embd', low=1)
-    n_embd: int = key(768, 'hidden size: width of the residual stream', low=1)
+    block_size: int = key(1024, 'context length, tokens', low=1, high=1 << 24)
+    vocab_size: int = key(50304, "rows of the embedding; train.py: the data set's (GPT-2: 50257, padded)", low=1,
+                          high=1 << 28)
+    n_layer: int = key(12, 'number of blocks', low=1, high=2000)
+    n_head: int = key(12, 'attention heads per block; must divide n_embd', low=1, high=1 << 20)
+    n_embd: int = key(768, 'hidden size: width of the residual stream', low=1, high=1 << 20)
     dropout: float = key(0.0, 'probability of zeroing an activation, 0 <= p < 1', low=0)
     bias: bool = key(False, 'biases in linears and norms (GPT-2 has them)')
     tie_weights: bool = key(True, 'the head shares the weight of the token embedding')
@@ -261,16 +262,6 @@ def model_config(config):
 # ----------------------------------------------------------------------------------------------------
 # checking
 
-def check_rules(config, name, table):
-    rules = getattr(config, name)
-    if not all(isinstance(part, str) for pair in variants.as_rules(rules).items() for part in pair):
-        raise UserError(f'{name} takes texts only, {{pattern: spec}}, got {rules!r}')
-    try:
-        variants.check_rules(rules, table)
-    except UserError as error:
-        raise UserError(f'{name}: {error}') from None
-
-
 def check(config):
     """The rules that need several settings at once: yields (key, sentence)."""
     if config.n_embd % config.n_head:
@@ -281,27 +272,18 @@ def check(config):
     if config.rope and config.n_embd // config.n_head % 2:
         yield 'rope', f'rope needs an even head size, got {config.n_embd // config.n_head}'
     if config.ngpt != 'none':
-        yield from check_ngpt(config)
+        yield from checks.check_ngpt(config)
     if config.loss_chunk and config.loss != 'cross_entropy':
         yield 'loss_chunk', f"loss_chunk is for loss='cross_entropy', got {config.loss!r}; set loss_chunk=0"
     if config.dropout >= 1:
         yield 'dropout', f'dropout must be below 1, got {config.dropout}'
     for name, table in (('linear', variants.LINEARS), ('attention', variants.ATTENTIONS), ('mlp', variants.MLPS)):
         try:
-            check_rules(config, name, table)
+            checks.check_rules(config, name, table)
         except UserError as error:
             yield name, str(error)
     if isinstance(config, Config):
         yield from check_run(config)
-
-
-def check_ngpt(config):
-    """nGPT has no norms, no biases and its own scales: what would contradict that."""
-    for name, allowed in (('bias', False), ('qk_norm', 'none'), ('softcap', 0.0), ('zero_init', False)):
-        if getattr(config, name) != allowed:
-            yield name, f'{name}={getattr(config, name)!r} contradicts ngpt, which has its own; set {name}={allowed!r}'
-    if config.n_kv_head not in (None, config.n_head):
-        yield 'n_kv_head', 'ngpt scales queries and keys by one table of n_head rows; leave n_kv_head=None'
 
 
 def check_run(config):
@@ -323,12 +305,12 @@ def check_run(config):
                                   f'{config.finish_dense_at}')
     if config.optimizer == 'muon' and (config.factor_lr != 'none' or config.factor_decay != 'tensors'):
         yield 'optimizer', "factor_lr and factor_decay are AdamW's, and optimizer='muon' takes the factors; drop them"
-    for name in ('batch_schedule', 'block_schedule'):
-        try:
-            schedules.stages(name, getattr(config, name))
-            schedules.block_size(0, config)
-        except UserError as error:
-            yield name, str(error)
+    try:
+        schedules.check(config)
+        for name in ('attention', 'mlp') if config.init_from == 'scratch' else ():      # else n_layer is the source's
+            variants.refuse_idle(name, getattr(config, name), checks.blocks(config))
+    except UserError as error:
+        yield error.key, str(error)
     if config.grow_from > config.n_layer:
         yield 'grow_from', f'grow_from must not exceed n_layer ({config.n_layer}), got {config.grow_from}'
     if config.grow_from and config.grow_from < config.n_layer and not (config.grow_every or config.grow_on_plateau):
@@ -336,7 +318,7 @@ def check_run(config):
     if config.grow_from and config.init_from not in ('scratch', 'resume'):
         yield 'grow_from', f"grow_from grows a model from scratch, and init_from is {config.init_from!r}; drop one of them"
     if config.drop_in != 'none':
-        yield from check_drop_in(config)
+        yield from checks.check_drop_in(config)
     if config.finish_dense_at >= 1:
         yield 'finish_dense_at', f'finish_dense_at must be below 1, got {config.finish_dense_at}'
     if not 0 < config.cooldown <= 1:
@@ -352,29 +334,9 @@ def check_run(config):
     if config.sharded_checkpoints and config.parallel != 'fsdp':
         yield 'sharded_checkpoints', (f"sharded_checkpoints=True needs parallel='fsdp', got {config.parallel!r}; with "
                                       'copies of the model one file holds it all')
-    if config.device.split(':')[0] not in ('auto', 'cpu', 'cuda', 'mps'):
-        yield 'device', f"device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', got {config.device!r}"
     for name in ('out_dir', 'dataset', 'init_from', 'data_dir'):
-        if not getattr(config, name) or '\0' in getattr(config, name):
+        if not getattr(config, name):
             yield name, f'{name} must not be empty'
-
-
-def check_drop_in(config):
-    """What a run that drops structures in cannot do; dropin.begin checks the schedule once the sites are known."""
-    specs = variants.as_rules(config.linear).values()
-    if all(isinstance(spec, str) and spec.strip() == 'dense' for spec in specs):
-        yield 'drop_in', (f"drop_in={config.drop_in!r} puts what linear names in place of dense matrices, and linear names "
-                          "nothing; set it, say --linear='h.*.mlp.*=kron(8, 8)'")
-    if config.grow_from:
-        yield 'drop_in', 'drop_in and grow_from change the same model; take one of them'
-    if config.init_from == 'scratch' and not config.drop_in_from:
-        yield 'drop_in_from', ('drop_in from scratch would decompose random weights; set drop_in_from=STEPS of dense '
-                               'training, or init_from=FOLDER of a dense run')
-    if config.drop_in != 'all' and not config.drop_in_every:
-        yield 'drop_in_every', f'drop_in={config.drop_in!r} needs drop_in_every=STEPS from one replacement to the next'
-    if config.drop_in != 'all' and config.drop_in_freeze > config.drop_in_every:
-        yield 'drop_in_freeze', (f'drop_in_freeze must not exceed drop_in_every ({config.drop_in_every}), got '
-                                 f'{config.drop_in_freeze}')
 
 
 def place(config, name):

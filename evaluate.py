@@ -73,8 +73,6 @@ def check(config):
     if config.window and config.stride > config.window:
         raise UserError(f'stride must not exceed window ({config.window}), or tokens are left out, got {config.stride}',
                         'stride')
-    if config.device.split(':')[0] not in ('auto', 'cpu', 'cuda', 'mps'):
-        raise UserError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', got {config.device!r}", 'device')
 
 
 def named(argument):

@@ -183,10 +183,7 @@ class GPT(nn.Module):
         self.lm_head.tags = {'weight': 'head'}
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
-        idle = variants.idle_rules(config.linear, self.sites())
-        if idle:
-            raise UserError(f'linear: the pattern {idle[0]!r} wins at no site (the first match wins); the sites are '
-                            'h.0.attn.c_q, ...', 'linear')
+        variants.refuse_idle('linear', config.linear, self.sites())
         try:
             self.init_weights()
         except ValueError as error:

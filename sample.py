@@ -52,8 +52,9 @@ def check(config):
     """What can be refused before torch is imported."""
     if not 0 < config.top_p <= 1:
         raise UserError(f'top_p must be above 0 and at most 1, got {config.top_p}', 'top_p')
-    if config.device.split(':')[0] not in ('auto', 'cpu', 'cuda', 'mps'):
-        raise UserError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps', got {config.device!r}", 'device')
+    if 0 < config.temperature < 1e-4:
+        raise UserError(f'temperature must be 0, for the likeliest token, or at least 0.0001, got {config.temperature}',
+                        'temperature')
     if config.init_from == 'resume' and not os.path.exists(config.out_dir):
         raise UserError(f'there is no folder {config.out_dir!r}; train first, or pass --out_dir=FOLDER or '
                         '--init_from=gpt2', 'out_dir')

@@ -13,15 +13,19 @@ import difflib
 import fnmatch
 from dataclasses import dataclass, field
 
+from commandline import bounds
+
 
 class UserError(Exception):
     """A mistake of the user's: one sentence with the setting, the value and the remedy; exit code 2.
+
+    Control characters of the input are written out, and the middle of a long sentence is left out.
 
     key: the setting concerned, where it is known, so that a program can name file and line.
     """
 
     def __init__(self, sentence, key=None):
-        super().__init__(sentence)
+        super().__init__(bounds.one_line(str(sentence)))
         self.key = key
 
 
@@ -33,8 +37,9 @@ class Spec:
     kwargs: dict = field(default_factory=dict)
 
     def __str__(self):
-        if self.name == 'sum' and len(self.args) == 1 and not self.kwargs:
-            return ' + '.join(self.args[0])
+        parts = self.args[0] if self.name == 'sum' and len(self.args) == 1 and not self.kwargs else ()
+        if isinstance(parts, (tuple, list)) and parts and all(isinstance(part, str) for part in parts):
+            return ' + '.join(parts)
         words = [repr(a) for a in self.args] + [f'{k}={v!r}' for k, v in self.kwargs.items()]
         return f'{self.name}({", ".join(words)})' if words else self.name
 
@@ -50,17 +55,28 @@ def parse_spec(text, table=None):
 
     Raises UserError in one sentence. Nothing is executed: the text is read with ast.
     """
+    if len(text) > bounds.SPEC:
+        raise UserError(f'{bounds.shown(text)} is too long for a spec; at most {bounds.SPEC} characters are read')
     try:
         parts = [spec_of(node) for node in summands(ast.parse(text.strip(), mode='eval').body)]
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, AttributeError):
         raise UserError(f'{str(text)[:80]!r} is not a spec; write a name or a name with literal arguments, '
                         "such as 'kron(8, 8, terms=4)', or a sum of such") from None
+    for part in parts:
+        check_numbers(part)
     spec = parts[0] if len(parts) == 1 else Spec('sum', (tuple(map(str, parts)),))
     for part in (spec, *parts) if table is not None else ():
         if part.name not in table:
             known = [name for name in table if name != 'sum']           # which is written with +
             raise UserError(f'{part.name!r} is not one of {", ".join(known)}{did_you_mean(part.name, known)}')
     return spec
+
+
+def check_numbers(spec):
+    """Refuse literals that no size can be: sizes are computed with, and printed."""
+    for value in (*spec.args, *spec.kwargs.values()):
+        if bounds.fault(value) or isinstance(value, (int, float)) and not abs(value) <= bounds.SPEC_NUMBER:
+            raise UserError(f'{spec.name} is given {bounds.shown(value)}; its numbers are at most {bounds.SPEC_NUMBER}')
 
 
 def summands(node):
@@ -88,7 +104,7 @@ def parse_rules(text):
     if text.lstrip().startswith('{'):
         try:
             return ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise UserError(f"{text[:60]!r} is not a dict; write 'h.*.mlp.*=kron(8,8,terms=4); h.0.*=dense'") from None
     for item in text.split(';'):
         pattern, equals, spec = item.partition('=')
@@ -120,3 +136,11 @@ def idle_rules(rules, sites):
     """The patterns that win at none of the sites, in order: an error, since the user meant something by them."""
     winners = {match(rules, site, None)[0] for site in sites}
     return [pattern for pattern in as_rules(rules) if pattern not in winners]
+
+
+def refuse_idle(key, rules, sites):
+    """UserError for a pattern of the table `key` that wins at none of its sites (linear) or blocks (attention, mlp)."""
+    idle = idle_rules(rules, sites)
+    if idle:
+        place, names = ('site', 'sites are h.0.attn.c_q, ...') if key == 'linear' else ('block', 'blocks are h.0, h.1, ...')
+        raise UserError(f'{key}: the pattern {idle[0]!r} wins at no {place} (the first match wins); the {names}', key)

@@ -3,11 +3,24 @@
 The three tables below are the only place to register a variant: a new one is one file and one line here.
 Specs and rules are in specs.py, whose names are re-exported.
 """
+import bisect
 import contextlib
 import importlib
 import inspect
 
-from specs import Spec, UserError, as_rules, did_you_mean, idle_rules, match, parse_rules, parse_spec, spec_of, summands  # noqa: F401
+from specs import (  # noqa: F401
+    Spec,
+    UserError,
+    as_rules,
+    did_you_mean,
+    idle_rules,
+    match,
+    parse_rules,
+    parse_spec,
+    refuse_idle,
+    spec_of,
+    summands,
+)
 
 
 class Table(dict):
@@ -65,6 +78,7 @@ MLPS = Table({
     'kron_moe': 'kron.moe:KronMoE',
 })
 
+NEAR = 2000                             # values below and above a bad one that are tried in search of one that saves
 BASES = {'linear': 'BaseLinear', 'attention': 'BaseAttention', 'mlp': 'BaseMLP'}        # in layers/base.py
 
 
@@ -139,11 +153,14 @@ def saving_size(cls, in_features, out_features, arguments, limit):
         return cls.weight_numel(in_features, out_features, **{**arguments, name: value}) < limit
 
     size = cls.size_argument
-    if size is not None:
-        found = (k for k in range(min(arguments[size] - 1, in_features * out_features), 0, -1) if saves(size, k))
-        return next((f'{size}={k} is the largest that saves some' for k in found), '')
+    if size is not None:                                # parameters grow with it: bisection
+        below = range(1, min(arguments[size] - 1, in_features * out_features) + 1)
+        k = bisect.bisect_left(below, True, key=lambda k: not saves(size, k))
+        return f'{size}={k} is the largest that saves some' if k else ''
     for name in (name for name, value in arguments.items() if type(value) is int):
-        for k in sorted(range(1, max(in_features, out_features) + 1), key=lambda k: abs(k - arguments[name])):
+        middle = min(max(arguments[name], 1), max(in_features, out_features))
+        near = range(max(1, middle - NEAR), min(middle + NEAR, max(in_features, out_features)) + 1)
+        for k in sorted(near, key=lambda k: abs(k - middle)):
             with contextlib.suppress(ValueError):       # it does not divide the sizes, say
                 if saves(name, k):
                     return f'{name}={k} saves some'

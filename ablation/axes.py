@@ -1,8 +1,11 @@
 """Variants from axes: every valid combination of switches that are on or off. Imports no torch."""
 import itertools
+import math
 
+from commandline import bounds
 from variants import UserError, as_rules, did_you_mean
 
+COMBINATIONS = 4096                     # of axes, invalid ones counted
 DENSE = 'dense'                         # the variant with every axis off
 
 
@@ -33,7 +36,12 @@ def valid(on, grid):
 
 def combinations(grid):
     """The valid combinations {axis: bool}; the first axes change last."""
-    found = [dict(zip(grid.axes, values)) for values in itertools.product((False, True), repeat=len(grid.axes))]
+    allowed = grid.grids.get(grid.part, {})
+    choices = [[value for value in (False, True) if value in allowed.get(axis, (False, True))] for axis in grid.axes]
+    if math.prod(map(len, choices)) > COMBINATIONS:
+        raise UserError(f'{len(grid.axes)} axes have {bounds.shown(math.prod(map(len, choices)))} combinations; at most '
+                        f'{COMBINATIONS} are looked at: fix some axes in a part of `grids` and take --axes=NAME', 'axes')
+    found = [dict(zip(grid.axes, values)) for values in itertools.product(*choices)]
     return [on for on in found if valid(on, grid)]
 
 

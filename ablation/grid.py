@@ -1,14 +1,18 @@
 """A grid: its settings, its runs, and each run's arguments for train.py. Imports no torch."""
 import fnmatch
 import itertools
+import math
 import os
 import re
 from dataclasses import dataclass
 
+import configurator
+from commandline import bounds
 from configurator import key
-from variants import UserError
+from variants import UserError, did_you_mean
 
 SEEDS = (1337, 1, 2, 3, 4, 5, 6, 7, 8, 9)
+RUNS = 1024                             # of the search, the other seeds not counted
 
 
 @dataclass
@@ -156,12 +160,68 @@ def run_at(task, variant, name, grid):
 
 
 def check(grid):
-    """Refuse dicts with invalid values, and unknown names."""
+    """Refuse dicts with invalid values, unknown settings, and names that cannot be folders."""
     inner = {'variants': dict, 'axes': dict, 'tasks': dict, 'exchange': dict, 'grids': dict, 'needs': list, 'only': list,
              'search': list, 'ranks': list}
     for name, kind in inner.items():
         for label, value in getattr(grid, name).items():
             if not isinstance(value, kind) or kind is list and not value:
-                raise UserError(f'{name}: {label!r} needs a {kind.__name__}, got {value!r}', name)
+                raise UserError(f'{name}: {bounds.shown(label)} needs a {kind.__name__}, got {bounds.shown(value)}', name)
+            check_name(name, label)
+            if name in ('variants', 'axes', 'tasks'):
+                check_settings(f'{name}: {label!r}', value, grid.ranks, name)
+    if not grid.tasks:
+        raise UserError("tasks is empty, so nothing would run; drop it, or name data sets, {'name': {'dataset': 'name'}}",
+                        'tasks')
+    check_parts(grid)
     if grid.seeds > len(SEEDS):
         raise UserError(f'seeds must be at most {len(SEEDS)}, got {grid.seeds}')
+    check_size(grid, len(grid.variants))
+
+
+def check_name(key, label, what='name'):
+    """Refuse a name that becomes a folder and is none; the only task may be ''."""
+    fault = '' if label == '' and key in ('tasks', 'only') else bounds.name_fault(label)
+    if fault:
+        raise UserError(f'{key}: the {what} {bounds.shown(label)} is {fault}; it becomes the name of a folder', key)
+
+
+def check_settings(where, values, ranks, key):
+    """Refuse {setting: value} with a setting or a value that train.py has not; {rank} in a text is filled later."""
+    known = configurator.settings(configurator.Config)
+    for setting, value in values.items():
+        if setting not in known:
+            raise UserError(f'{where}: there is no setting {bounds.shown(setting)}{did_you_mean(setting, known)}', key)
+        if not any('{' + name + '}' in str(value) for name in ranks):
+            try:
+                configurator.coerce(known[setting], value)
+            except UserError as error:
+                raise UserError(f'{where}: {error}', key) from None
+        if isinstance(value, dict) and not all(isinstance(word, (str, int,
+                                                                 float)) for pair in value.items() for word in pair):
+            raise UserError(f'{where}: {setting} takes a text or a number for each pattern, got {bounds.shown(value)}', key)
+
+
+def check_parts(grid):
+    """Refuse lists and dicts within the dicts of a grid that hold other things than names and plain values."""
+    for name in ('needs', 'only'):
+        for label, names in getattr(grid, name).items():
+            if not all(isinstance(other, str) for other in names):
+                raise UserError(f'{name}: {label!r} takes a list of names, got {bounds.shown(names)}', name)
+    for label, pairs in grid.exchange.items():
+        if not all(isinstance(spec, str) for pair in pairs.items() for spec in pair):
+            raise UserError(f'exchange: {label!r} takes {{spec: spec}}, got {bounds.shown(pairs)}', 'exchange')
+    for label, values in grid.search.items():
+        for value in values:
+            if not isinstance(value, (str, int, float, type(None))):
+                raise UserError(f'search: {label!r} takes plain values, got {bounds.shown(value)}', 'search')
+            check_name('search', f'{label}={value}', 'value')
+            check_settings(f'search: {label!r}', {label: value}, (), 'search')
+
+
+def check_size(grid, variants):
+    """Refuse more runs than anybody reads, by arithmetic: before any of them is listed."""
+    runs = math.prod(map(len, grid.search.values())) * len(grid.tasks) * variants
+    if runs > RUNS:
+        raise UserError(f'{variants} variants on {len(grid.tasks)} tasks with the values of `search` are {runs} runs; a '
+                        f'grid has at most {RUNS}', 'search' if grid.search else 'variants')

@@ -5,6 +5,8 @@ import select
 import sys
 from pathlib import Path
 
+from commandline import bounds
+
 ROOT = Path(__file__).resolve().parents[1]
 CLOSED = 141                            # 128 + SIGPIPE, as a shell counts it
 # package -> the extra of pyproject.toml that brings it
@@ -15,7 +17,7 @@ EXTRAS = {'datasets': 'data', 'wandb': 'log', 'tensorboard': 'log', 'optuna': 's
 def say_mistake(program, error):
     """Print one line for a user's mistake, on rank 0 alone, and leave with exit code 2."""
     if os.environ.get('RANK', '0') == '0':
-        print(f'{program}: {error}'.replace('\n', ' '), file=sys.stderr, flush=True)
+        print(bounds.one_line(f'{program}: {error}'), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

@@ -3,7 +3,8 @@ import json
 from dataclasses import dataclass
 
 import configurator
-from ablation.grid import SEEDS
+from ablation.grid import SEEDS, check_name, check_settings
+from commandline import bounds
 from configfile import number
 from configurator import key
 from variants import UserError, did_you_mean
@@ -78,12 +79,15 @@ def labels(text):
 def settings_of(study, name, label):
     """The Variant of that name at one budget; raises UserError."""
     given = dict(study.variants.get(name, {}))
-    for values in (given, (given.get('at') or {}).get(label, {})):
+    at = given.get('at') or {}
+    if not isinstance(at, dict) or not all(isinstance(values, dict) for values in at.values()):
+        raise UserError(f"variants: {name!r}: at takes {{budget: {{setting: value}}}}, got {bounds.shown(at)}", 'variants')
+    for values in (given, at.get(label, {})):
         for setting in values:
             known = configurator.settings(Variant)
             if setting not in known:
                 raise UserError(f'variants: {name!r}: there is no setting {setting!r}{did_you_mean(setting, known)}')
-    values, known = given | (given.get('at') or {}).get(label, {}), configurator.settings(Variant)
+    values, known = given | at.get(label, {}), configurator.settings(Variant)
     try:
         found = Variant(**{setting: configurator.coerce(known[setting], value) for setting, value in values.items()})
     except UserError as error:
@@ -145,7 +149,9 @@ def check(study):
         raise UserError(f'models={study.models} needs `train`: one `source` is one model', 'models')
     if study.calibration_seeds > len(SEEDS) or study.models > len(SEEDS):
         raise UserError(f'there are {len(SEEDS)} seeds; lower calibration_seeds and models', 'calibration_seeds')
+    check_settings('heal', study.heal, (), 'heal')
     for label, share in study.budgets.items():
+        check_name('budgets', label)
         if not isinstance(label, str) or not number(share) or not 0 <= share < 1:
             raise UserError(f'budgets: {label!r} needs a share from 0 to below 1, got {share!r}', 'budgets')
     a, b = (slice_of(getattr(study, name), name) for name in ('select', 'test'))
@@ -154,12 +160,14 @@ def check(study):
     for name, given in study.variants.items():
         if not isinstance(name, str) or ',' in name or not isinstance(given, dict):
             raise UserError(f'variants: a name without commas needs a dict of settings, got {name!r}: {given!r}', 'variants')
+        check_name('variants', name)
         check_variant(study, name)
 
 
 def check_variant(study, name):
     for label in study.budgets:
         variant = settings_of(study, name, label)
+        check_settings(f'variants: {name!r}: heal_settings', variant.heal_settings, (), 'variants')
         for kind, named in (('budgets', labels(variant.budgets)), ('heal', labels(variant.heal)), ('at', variant.at)):
             for other in named if name != DENSE else ():
                 if other not in study.budgets:

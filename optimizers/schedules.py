@@ -36,7 +36,7 @@ def stages(name, rules):
     """
     try:
         found = sorted((float(fraction), float(share)) for fraction, share in (rules or {0: 1}).items())
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, OverflowError, AttributeError):
         found = []
     if not found or found[0][0] != 0 or not all(0 <= f < 1 and 0 < s <= 1 for f, s in found):
         raise UserError(f'{name} takes {{fraction of the run: share}} such as {{0: 0.25, 0.5: 1}}, the first fraction 0, '
@@ -52,7 +52,19 @@ def share_at(step, config, name):
 
 def block_size(step, config):
     """Tokens per sequence at this step: block_schedule's share of block_size. Rows are split; tokens per step stay."""
-    length = round(config.block_size * share_at(step, config, 'block_schedule'))
+    return length_at(share_at(step, config, 'block_schedule'), config)
+
+
+def check(config):
+    """UserError for a stage of either schedule, however late it comes, that no step could follow."""
+    stages('batch_schedule', config.batch_schedule)
+    for _, share in stages('block_schedule', config.block_schedule):
+        length_at(share, config)
+
+
+def length_at(share, config):
+    """Tokens per sequence at a share of block_size, which they must divide."""
+    length = round(config.block_size * share)
     if length < 1 or config.block_size % length:
         raise UserError(f'block_schedule makes sequences of {length} tokens, which do not divide block_size '
                         f'({config.block_size}); take shares such as 0.5 or 0.25', 'block_schedule')

@@ -15,10 +15,11 @@ ROOT_FILES = {'model.py', 'variants.py', 'specs.py', 'configurator.py', 'configf
 # A row is a wing or a root file. It may import itself, and of the rows above it those that it names; so there is no circle.
 # A program's own parts import what they like but programs.
 MAY_IMPORT = {
-    'specs': '',
+    'commandline.bounds': '',                                           # of every value and every message
+    'specs': 'commandline.bounds',
     'variants': 'specs',
-    'configfile': 'variants',
-    'commandline': 'variants',                                          # help, missing packages: what every program says
+    'configfile': 'variants commandline.bounds',
+    'commandline': 'variants commandline.bounds',                       # help, missing packages: what every program says
     'layers': 'variants',
     'optimizers': 'variants layers',
     'configurator': 'variants configfile commandline optimizers',       # of optimizers, schedules.py, which needs no torch
@@ -32,8 +33,8 @@ MAY_IMPORT = {
     'pretrained': 'variants configurator checkpoints data',             # knows no model
     'decomposition': 'variants configurator layers kron lowrank model data pretrained',
     'growth': 'variants configurator layers kron lowrank model checkpoints reporting data decomposition',
-    'training': ('variants configurator layers kron lowrank attention model checkpoints reporting data pretrained '
-                 'decomposition growth optimizers'),
+    'training': ('variants configurator commandline layers kron lowrank attention model checkpoints reporting data '
+                 'pretrained decomposition growth optimizers'),
 }
 PARTS = ('ablation', 'bench', 'compression')
 UPWARDS = {'model': 'decomposition'}                                    # GPT.from_pretrained, inside the method

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 import configurator
 import variants
+from commandline import checks
 from data import identity
 from data.loader import Loader
 from decomposition import allocate, calibrate, initialise
@@ -102,6 +103,8 @@ def build(config, dataset, state, job):
         adopt(config, source_config)
         choose_sizes(config, job, dataset, source_config, source)
         check_shapes(config)
+        for name in ('attention', 'mlp'):               # once n_layer is known; of a run from scratch by the configurator
+            variants.refuse_idle(name, getattr(config, name), checks.blocks(config))
         model = GPT(changes.model_config(config, changes.begin(config)))
         initialise.initialise(model, source_config, source, progress=job.say, how=decomposition(config, dataset, job))
     else:

@@ -194,10 +194,10 @@ def test_overrides(hf):
     ({'model_type': 'bert'}, "model_type is 'bert'"),
     ({'n_embd': Path}, 'lacks n_embd'),
     ({'n_layer': 3}, 'n_layer is 3, and the file holds 2 blocks'),
-    ({'n_layer': 10 ** 12}, 'the file holds 2 blocks'),
+    ({'n_layer': 10 ** 12}, 'n_layer must be at most 2000'),
     ({'n_head': 3}, 'n_head must divide n_embd'),
     ({'n_head': '4'}, 'n_head takes a whole number'),
-    ({'n_positions': 10 ** 14}, 'wpe.weight is (32, 64)'),
+    ({'n_positions': 10 ** 14}, 'block_size must be at most 16777216'),
     ({'vocab_size': 98}, 'wte.weight is (97, 64)'),
     ({'n_embd': 0}, 'n_embd must be at least 1'),
 ])

@@ -1,0 +1,48 @@
+"""Rules of settings that need several of them at once, a part of configurator.check. Imports no torch."""
+import variants
+from commandline import bounds
+from variants import UserError
+
+
+def check_rules(config, name, table):
+    rules = getattr(config, name)
+    if not all(isinstance(part, str) for pair in variants.as_rules(rules).items() for part in pair):
+        raise UserError(f'{name} takes texts only, {{pattern: spec}}, got {bounds.shown(rules)}')
+    if len(variants.as_rules(rules)) > bounds.RULES:
+        raise UserError(f'{name} takes at most {bounds.RULES} rules, got {len(rules)}')
+    try:
+        variants.check_rules(rules, table)
+    except UserError as error:
+        raise UserError(f'{name}: {error}') from None
+
+
+def check_ngpt(config):
+    """nGPT has no norms, no biases and its own scales: what would contradict that."""
+    for name, allowed in (('bias', False), ('qk_norm', 'none'), ('softcap', 0.0), ('zero_init', False)):
+        if getattr(config, name) != allowed:
+            yield name, f'{name}={getattr(config, name)!r} contradicts ngpt, which has its own; set {name}={allowed!r}'
+    if config.n_kv_head not in (None, config.n_head):
+        yield 'n_kv_head', 'ngpt scales queries and keys by one table of n_head rows; leave n_kv_head=None'
+
+
+def check_drop_in(config):
+    """What a run that drops structures in cannot do; dropin.begin checks the schedule once the sites are known."""
+    specs = variants.as_rules(config.linear).values()
+    if all(isinstance(spec, str) and spec.strip() == 'dense' for spec in specs):
+        yield 'drop_in', (f"drop_in={config.drop_in!r} puts what linear names in place of dense matrices, and linear names "
+                          "nothing; set it, say --linear='h.*.mlp.*=kron(8, 8)'")
+    if config.grow_from:
+        yield 'drop_in', 'drop_in and grow_from change the same model; take one of them'
+    if config.init_from == 'scratch' and not config.drop_in_from:
+        yield 'drop_in_from', ('drop_in from scratch would decompose random weights; set drop_in_from=STEPS of dense '
+                               'training, or init_from=FOLDER of a dense run')
+    if config.drop_in != 'all' and not config.drop_in_every:
+        yield 'drop_in_every', f'drop_in={config.drop_in!r} needs drop_in_every=STEPS from one replacement to the next'
+    if config.drop_in != 'all' and config.drop_in_freeze > config.drop_in_every:
+        yield 'drop_in_freeze', (f'drop_in_freeze must not exceed drop_in_every ({config.drop_in_every}), got '
+                                 f'{config.drop_in_freeze}')
+
+
+def blocks(config):
+    """Names of the blocks, which the patterns of attention and mlp match."""
+    return [f'h.{i}' for i in range(config.n_layer)]
