@@ -38,10 +38,45 @@ class Router(nn.Module):
 def route(logits, top_k):
     """(gates, chosen), both (T, k), from scores (T, E): the k largest, and a softmax over them.
 
-    A stable sort and not topk, so that ties go to the lower expert on every device.
+    A stable sort and not topk, so that ties go to the lower expert on every device. Two operations for a compiler: fused
+    with what follows, inductor (torch 2.11 and 2.13 on a CPU) gives the scores wrong gradients.
     """
+    return route_op(logits, top_k)
+
+
+@torch.library.custom_op('nanokron::route', mutates_args=())
+def route_op(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     scores, order = logits.sort(dim=-1, descending=True, stable=True)
-    return scores[:, :top_k].softmax(-1), order[:, :top_k]
+    return scores[:, :top_k].softmax(-1), order[:, :top_k].contiguous()
+
+
+@torch.library.custom_op('nanokron::unroute', mutates_args=())
+def unroute_op(gradient: torch.Tensor, gates: torch.Tensor, chosen: torch.Tensor, experts: int) -> torch.Tensor:
+    """Gradient of the scores (T, E) from that of the gates (T, k): softmax's, at the chosen experts."""
+    inner = gates * (gradient - (gradient * gates).sum(-1, keepdim=True))
+    return gates.new_zeros(len(gates), experts).scatter(1, chosen, inner)
+
+
+@route_op.register_fake
+def _(logits, top_k):
+    return logits.new_empty(len(logits), top_k), logits.new_empty(len(logits), top_k, dtype=torch.long)
+
+
+@unroute_op.register_fake
+def _(gradient, gates, chosen, experts):
+    return gates.new_empty(len(gates), experts)
+
+
+def keep_route(ctx, inputs, output):
+    ctx.save_for_backward(*output)
+    ctx.experts = inputs[0].shape[1]
+
+
+def route_backward(ctx, gradient, _):
+    return unroute_op(gradient, *ctx.saved_tensors, ctx.experts), None
+
+
+route_op.register_autograd(route_backward, setup_context=keep_route)
 
 
 def balance_loss(logits, load):
