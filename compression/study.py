@@ -49,6 +49,11 @@ class Variant:
     sizes: str = key('uniform', "how the budget is shared: the same fraction everywhere; by the 'spectrum' of outputs; by "
                      "the 'curvature' of the loss; 'given' = as the rules say",
                      choices=('uniform', 'spectrum', 'curvature', 'given'))
+    narrow: str = key('', "what becomes narrower first, as far as the budget asks: 'mlp' = hidden neurons, 'heads' = groups of "
+                      'heads; with commas both')
+    split: float = key(0.0, 'with narrow and linear: budget of the widths over the whole one; 0 = by predicted nats', low=0)
+    mlp: dict | str = key('', "with sizes='given': the MLP of each block, as train.py takes it")
+    attention: dict | str = key('', "with sizes='given': the attention of each block")
     prune_before: str = key('none', 'set weights to zero first', choices=('none', 'magnitude', 'wanda'))
     prune_fraction: float = key(0.0, 'share of the weights that prune_before sets to zero', low=0)
     calibration_tokens: int = key(0, "training tokens; 0 = the study's", low=0)
@@ -173,6 +178,14 @@ def check_variant(study, name):
                 if other not in study.budgets:
                     raise UserError(f'variants: {name!r}: {kind} names {other!r}, which is none of the budgets '
                                     f'{", ".join(study.budgets)}', 'variants')
+        widths = [key for key in ('mlp', 'attention') if getattr(variant, key)]
+        if widths and variant.sizes != 'given':
+            raise UserError(f"variants: {name!r}: {widths[0]} is for sizes='given'; write narrow, by which widths are chosen",
+                            'variants')
+        if variant.narrow and variant.sizes not in ('uniform', 'curvature') or variant.narrow and variant.linear and (
+                variant.sizes != 'curvature'):
+            raise UserError(f"variants: {name!r}: narrow takes sizes='curvature', or 'uniform' without linear, got "
+                            f'{variant.sizes!r}', 'variants')
         if name != DENSE and study.budgets[label] == 0 and variant.sizes != 'given':
             raise UserError(f"variants: {name!r}: the budget {label!r} is 0, by which no sizes can be chosen; take "
                             "sizes='given' and write them", 'variants')

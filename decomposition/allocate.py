@@ -81,21 +81,21 @@ def candidates(config):
     rules = with_sizes(config.linear, 1)
     with torch.device('meta'):
         modules = GPT(dataclasses.replace(configurator.model_config(config), linear=rules)).sites()
-    found = []
-    for name, module in modules.items():
-        spec = parse_spec(module.spec)
-        if not is_sized(spec):
-            continue
-        shape, cls = (module.out_features, module.in_features), LINEARS[spec.name]
-        full = full_size(spec, shape)
-        numel = [cls.weight_numel(*shape[::-1], **arguments_of(sized(spec, size))) for size in range(1, min(full, 3) + 1)]
-        step = numel[1] - numel[0] if full > 1 else numel[0]
-        site = Site(name, spec, shape, numel[0], step, full, numel[2] - numel[1] - step if full > 2 else 0)
-        site.most = max((k for k in range(1, full + 1) if site.numel(k) < site.dense), default=0)
-        found.append(site)
+    found = [site_of(name, parse_spec(module.spec), (module.out_features, module.in_features))
+             for name, module in modules.items() if is_sized(parse_spec(module.spec))]
     if not found:
         raise UserError('rank_budget needs sites with a size to choose: linear names none that is not dense', 'rank_budget')
     return found
+
+
+def site_of(name, spec, shape):
+    """The Site of a structure, whatever its size in the spec, for a matrix of that shape."""
+    cls, full = LINEARS[spec.name], full_size(spec, shape)
+    numel = [cls.weight_numel(*shape[::-1], **arguments_of(sized(spec, size))) for size in range(1, min(full, 3) + 1)]
+    step = numel[1] - numel[0] if full > 1 else numel[0]
+    site = Site(name, spec, shape, numel[0], step, full, numel[2] - numel[1] - step if full > 2 else 0)
+    site.most = max((k for k in range(1, full + 1) if site.numel(k) < site.dense), default=0)
+    return site
 
 
 def full_size(spec, shape):
