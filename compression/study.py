@@ -49,8 +49,7 @@ class Variant:
     sizes: str = key('uniform', "how the budget is shared: the same fraction everywhere; by the 'spectrum' of outputs; by "
                      "the 'curvature' of the loss; 'given' = as the rules say",
                      choices=('uniform', 'spectrum', 'curvature', 'given'))
-    narrow: str = key('', "what becomes narrower first, as far as the budget asks: 'mlp' = hidden neurons, 'heads' = groups of "
-                      'heads; with commas both')
+    narrow: str = key('', "what becomes narrower first: 'mlp' = hidden neurons, 'heads' = groups of heads; with commas both")
     split: float = key(0.0, 'with narrow and linear: budget of the widths over the whole one; 0 = by predicted nats', low=0)
     mlp: dict | str = key('', "with sizes='given': the MLP of each block, as train.py takes it")
     attention: dict | str = key('', "with sizes='given': the attention of each block")
@@ -180,8 +179,7 @@ def check_variant(study, name):
                                     f'{", ".join(study.budgets)}', 'variants')
         widths = [key for key in ('mlp', 'attention') if getattr(variant, key)]
         if widths and variant.sizes != 'given':
-            raise UserError(f"variants: {name!r}: {widths[0]} is for sizes='given'; write narrow, by which widths are chosen",
-                            'variants')
+            raise UserError(f"variants: {name!r}: {widths[0]} is for sizes='given'; narrow chooses widths", 'variants')
         if variant.narrow and variant.sizes not in ('uniform', 'curvature') or variant.narrow and variant.linear and (
                 variant.sizes != 'curvature'):
             raise UserError(f"variants: {name!r}: narrow takes sizes='curvature', or 'uniform' without linear, got "

@@ -1,5 +1,4 @@
 """Widths of MLPs and attention under one budget, alone or together with the sizes of structures on what stays."""
-import dataclasses
 import fnmatch
 
 import torch
@@ -29,7 +28,8 @@ def parts_of(dense, narrowing, pattern):
                 if not part.source.units:
                     raise UserError(f'{part.name}: {type(part.source).__name__} has no units that can be removed', 'narrow')
                 if not all(fnmatch.fnmatchcase(site, pattern) for site in matrices(part)):
-                    raise UserError(f'narrow changes {part.site}, which sites={pattern!r} does not count; widen sites', 'narrow')
+                    raise UserError(f'narrow changes {part.site}, which sites={pattern!r} does not count; widen sites',
+                                    'narrow')
                 found.append(part)
     return found
 
@@ -144,7 +144,8 @@ def sized(part, order, kept, variant, seen):
 
 def menu_of(site, spec, weight, stats, inputs, outputs):
     """The menus.Menu of one narrowed matrix: dense, or the structure at each size, by the curvature of the loss."""
-    dense = menus.Menu(site, [None], torch.tensor([weight.numel()], dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    number = torch.tensor([weight.numel()], dtype=torch.float64)
+    dense = menus.Menu(site, [None], number, torch.zeros_like(number))
     if not allocate.is_sized(spec):
         return dense
     here = allocate.site_of(site, spec, tuple(weight.shape))
@@ -175,13 +176,14 @@ def rules(config, widths, sizes, variant):
                  for part, k in widths.items() if part.endswith(kind)}
         if specs:
             alike = len(specs) == config.n_layer and len(set(specs.values())) == 1
-            found[key] = next(iter(specs.values())) if alike else specs | variants.as_rules(getattr(config, key))
-            found[key] = found[key] if alike else used(found[key], config.n_layer)
+            found[key] = next(iter(specs.values())) if alike else in_front(
+                specs, variants.as_rules(getattr(config, key)), config.n_layer)
     return found
 
 
-def used(found, n_layer):
-    """The rules without patterns that win at no block, which a GPT refuses."""
+def in_front(specs, rules, n_layer):
+    """The rules behind those of `specs`, without patterns that win at no block, which a GPT refuses."""
+    found = {**specs, **{pattern: spec for pattern, spec in rules.items() if pattern not in specs}}
     idle = variants.idle_rules(found, [f'h.{i}' for i in range(n_layer)])
     return {pattern: spec for pattern, spec in found.items() if pattern not in idle}
 
@@ -192,7 +194,7 @@ def with_width(config, key, block, argument, width):
     default = 'gelu' if key == 'mlp' else 'causal'
     spec = parse_spec(match(getattr(config, key), block, default)[1], table)
     given = variants.check_arguments(key, table[spec.name], block, spec, config, block)
-    plain = variants.check_arguments(key, table[spec.name], block, dataclasses.replace(spec, args=(), kwargs={}), config, block)
+    plain = variants.check_arguments(key, table[spec.name], block, Spec(spec.name), config, block)
     kept = {name: value for name, value in given.items() if value != plain[name] and name != argument} | {argument: width}
     first = next(iter(plain))
     return str(Spec(spec.name, (kept.pop(first),) if first in kept else (), kept))
