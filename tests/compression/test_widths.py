@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from compression import sizes, study, widths
-from decomposition import calibrate
+from decomposition import calibrate, narrow
 from decomposition.initialise import initialise
 from decomposition.sites import Decomposition
 from model import GPT, GPTConfig
@@ -60,10 +60,35 @@ def test_a_budget_is_filled_and_never_exceeded(model, share, settings):
 def test_heads_and_neurons_share_one_budget(model):
     rules = forms(model, 0.6, ALL, narrow='mlp, heads')
     assert 0.5 < share_of(model, rules, ALL) <= 0.6
-    assert 'kv_heads' in str(rules['attention']) and 'swiglu(' in str(rules['mlp'])
-    assert "approximate='tanh'" in str(rules['mlp'])
+    assert 'swiglu(' in str(rules['mlp']) and "approximate='tanh'" in str(rules['mlp'])
     alone = forms(model, 0.9, ALL, narrow='heads')
     assert alone['mlp'] == model.config.mlp and share_of(model, alone, ALL) <= 0.9
+    assert 'kv_heads=1' in str(alone['attention'])
+
+
+@pytest.mark.parametrize('settings', [
+    {'narrow': 'values'}, {'narrow': 'heads, values, mlp'}, {'narrow': 'mlp', 'linear': {ALL: 'lowrank'}},
+    {'narrow': 'values', 'linear': {'h.*.c_q': 'dense', ALL: 'lowrank'}}])
+def test_values_and_structures_elsewhere_pay_too(model, settings):
+    """The rest of the model is part of the budget, and a matrix outside the narrow parts takes a size of its own."""
+    share = 0.93 if settings == {'narrow': 'values'} else 0.7
+    rules = forms(model, share, ALL, **settings)
+    assert share - 0.08 < share_of(model, rules, ALL) <= share
+    if 'linear' in settings:
+        assert any('attn' in site and spec.startswith('lowrank') for site, spec in rules['linear'].items())
+    elif share > 0.9:
+        assert 'v_head_dim=' in str(rules['attention'])
+
+
+def test_predicted_nats_of_smaller_values_are_those_of_the_least_squares_fit(model):
+    name, data = 'h.0.attn.c_proj', text()
+    stats = next(calibrate.passes(model, [name], data, True))[name]
+    part = widths.parts_of(model, 'values', ALL)[0]
+    order, nats = narrow.order_of(part, stats, 'neurons')
+    found = narrow.value_nats(part, stats, order, [(2, 1), (2, 2), (2, 3), (2, 4)])
+    assert list(found) == [(2, 1), (2, 2), (2, 3)]
+    losses = [*found.values(), nats[2].item()]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 1e-9 < losses[-2]
 
 
 def test_equal_blocks_get_one_rule(model):
@@ -105,7 +130,7 @@ def test_the_split_is_the_better_of_those_tried(model):
 
 
 @pytest.mark.parametrize('settings, pattern, words', [
-    ({'narrow': 'neurons'}, MLP, 'narrow takes mlp and heads'),
+    ({'narrow': 'neurons'}, MLP, 'narrow takes mlp, heads, values'),
     ({'narrow': 'heads'}, MLP, 'widen sites'),
     ({'decompose': 'neurons_best'}, MLP, "no method 'neurons_best'"),
 ])
