@@ -14,11 +14,11 @@ import evaluate
 from ablation import runner
 from ablation.grid import SEEDS, argument
 from checkpoints import checkpoint
-from compression import sizes, widths
+from compression import sizes
 from compression.calibration import Calibration
 from compression.study import DENSE, heal_settings, settings_of, slice_of
 from data import identity
-from decomposition import calibrate, units
+from decomposition import calibrate, widths
 from decomposition.initialise import build, initialise, read_folder, read_source
 from decomposition.sites import Decomposition, runnable
 from model import GPT
@@ -105,7 +105,7 @@ def compressed(source, trial):
     model = empty(config)
     rows = initialise(model, source.config, source.state, how=Decomposition(
         variant.decompose, seen.text, variant.prune_before, variant.prune_fraction, device=source.device,
-        passes=seen.passes, orders={key: found[0] for key, found in seen.gains.items() if key[1] in units.METHODS}))
+        passes=seen.passes, orders=widths.orders(seen.gains)))
     return model.to(source.device), rows, config.linear, seen.cpu_s - before
 
 
@@ -113,7 +113,7 @@ def rules_of(source, trial, variant, stats, known):
     """{setting of the model: rules} that fill the trial's budget."""
     share, pattern = source.study.budgets[trial.budget], source.study.sites
     if variant.narrow:
-        return widths.forms(source.config, source.dense, variant, share, pattern, stats, known)
+        return widths.forms(source.config, source.dense, variant, share, source.sites, stats, known)
     given = {key: getattr(variant, key) for key in ('mlp', 'attention') if getattr(variant, key)}
     return given | {'linear': sizes.fitted(dataclasses.replace(source.config, **given), variant, share, pattern, lambda site:
                                            source.sites[site].dense_weight(), stats, known)}
