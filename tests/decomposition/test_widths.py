@@ -4,12 +4,16 @@ import dataclasses
 import pytest
 import torch
 
+import configurator
+import train
+from checkpoints import checkpoint
 from compression import sizes, study
 from decomposition import calibrate, narrow, widths
 from decomposition.initialise import initialise
 from decomposition.sites import Decomposition
 from model import GPT, GPTConfig
 from specs import UserError
+from tests.tiny import arguments, make_data
 
 CONFIG = GPTConfig(n_layer=3, n_head=4, n_embd=16, block_size=16, vocab_size=31, bias=False, n_kv_head=2, rope=True,
                    norm='rmsnorm', mlp={'h.1': 'swiglu(48)', 'h.*': 'gelu(hidden=64, approximate=\'tanh\')'})
@@ -145,3 +149,43 @@ def test_other_attention_has_no_units():
     latent = GPT(dataclasses.replace(CONFIG, attention='mla(kv_lora_rank=4, qk_rope_head_dim=2)', n_kv_head=None))
     with pytest.raises(UserError, match='has no units'):
         widths.parts_of(latent, 'heads')
+
+
+# ---------------------------------------------------------------------------------------------------
+# in a run
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp('data'))
+
+
+def run(data, out, *more):
+    train.main(configurator.load(arguments(data, out, '--linear={}', '--log_interval=1', *more)))
+    return checkpoint.load(str(out))
+
+
+def test_a_run_starts_from_a_narrower_model_and_resumes(data, tmp_path, capsys):
+    run(data, tmp_path / 'dense')
+    common = [f'--init_from={tmp_path / "dense"}', '--narrow=mlp, heads', '--rank_budget=0.6', '--decompose=neurons',
+              '--rank_allocation=curvature', '--calibration_tokens=1024']
+    whole = run(data, tmp_path / 'whole', *common)
+    assert 'gelu(' in str(whole['config']['mlp']) and whole['step'] == 12
+    assert 'parameters in the whole model' in capsys.readouterr().out
+    run(data, tmp_path / 'cut', *common, '--max_iters=6', '--lr_decay_iters=12')
+    again = run(data, tmp_path / 'cut', *common[1:], '--init_from=resume')
+    assert again['config']['mlp'] == whole['config']['mlp']
+    assert all(torch.equal(again['model'][name], t) for name, t in whole['model'].items())
+    capsys.readouterr()
+    train.main(configurator.load(arguments(data, tmp_path / 'none', '--linear={}', *common, '--dry_run=True')))
+    numbers = sum(t.numel() for n, t in whole['model'].items() if n != 'lm_head.weight')
+    assert f'{numbers:,} in all' in capsys.readouterr().out
+    by_hand = run(data, tmp_path / 'hand', common[0], '--mlp=gelu(64)', '--decompose=neurons_norm', common[-1])
+    assert by_hand['model']['transformer.h.1.mlp.c_fc.weight'].shape == (64, 32)
+
+
+def test_settings_of_a_run_that_mean_nothing_are_refused(data, tmp_path):
+    for more, words in ((['--narrow=neurons'], 'narrow takes mlp, heads and values'), (['--narrow=mlp'], 'set rank_budget'),
+                        (['--narrow=mlp', '--rank_budget=0.5', '--init_from=x', '--rank_allocation=spectrum'], 'curvature'),
+                        (['--rank_budget=0.5', '--rank_allocation=curvature'], 'scratch')):
+        with pytest.raises(UserError, match=words):
+            configurator.load(arguments(data, tmp_path, *more))
