@@ -226,16 +226,16 @@ def load_state_by_name(optimizer, model, state):
             continue                                    # frozen now
         part, group = trained[id(p)]
         if entries and not ENTRIES[type(part)] <= entries.keys():
-            raise ValueError(f'optimizer state of {name!r} without {", ".join(sorted(ENTRIES[type(part)] - entries.keys()))}')
+            raise ValueError(f'optimizer state of {name!r}: {sorted(ENTRIES[type(part)] - entries.keys())} missing')
         on_device = group.get('fused') or group.get('capturable')
         steps = {key: value.to(p.device) if on_device else value for key, value in entries.items() if key == 'step'}
         part.state[p] = {key: steps[key] if key == 'step' else like(p, value) for key, value in entries.items()}
 
 
 def like(p, value):
-    """A tensor of a checkpoint placed as the parameter is: on its device, and sharded alike; ValueError if its shape differs.
+    """A tensor of a checkpoint placed as the parameter is: on its device, and sharded alike.
 
-    Kernels of optimizers do not look at shapes: they would write past the end.
+    Raises ValueError for another shape: kernels of optimizers do not look at it, and would write past the end.
     """
     if value.shape != p.shape:
         raise ValueError(f'optimizer state or an average of shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}')

@@ -11,7 +11,7 @@ class Cases:
 
     @contextlib.contextmanager
     def __call__(self, number=1):
-        """`with count():` around a case, or around `number` of them that end together; an exception leaves them unsurvived."""
+        """`with count():` around a case, or `number` of them that end together; after an exception none has survived."""
         self.add(number, 0)
         yield
         self.add(0, number)

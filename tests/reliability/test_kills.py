@@ -1,4 +1,4 @@
-"""R1 and R14 over what makes a resume hard: structures, growth, drop-in and dense finish, under AdamW and Muon; R18 after it."""
+"""SIGKILLs over structures, growth, drop-in, dense finish, under AdamW and Muon (R1), of ranks (R14); what is left (R18)."""
 import os
 import random
 import signal
@@ -126,7 +126,7 @@ def kill_rank(process, rank):
     (0, 0, []), (1, 17, ['--optimizer=muon']), (0, 11, ['--grow_from=1', '--grow_every=10']), (0, 'save', [])],
     ids=['first step', 'mid-run', 'growth', 'save'])
 def test_r14_either_rank_is_killed_and_the_job_ends_in_the_same_bits(data, tmp_path, rank, step, more):
-    """torchrun starts both again. One rank alone with the same global batch has the same bits where two ranks do."""
+    """torchrun starts both again, from the last checkpoint if there is one."""
     whole = finish(torchrun(data, tmp_path / 'whole', *more))
     assert whole.returncode == 0, whole.stderr[-2000:]
     process = torchrun(data, tmp_path / 'killed', *more)

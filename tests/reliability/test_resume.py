@@ -1,4 +1,4 @@
-"""Resume in this process: over structures and optimizers (R5), from damage (R6), with parts missing (R4), after signals (R11)."""
+"""Resume in one process: over structures and optimizers (R5), from damage (R6), without a part (R4), after signals (R11)."""
 import itertools
 import os
 import random
