@@ -25,8 +25,8 @@ run of
 
     python -m tests.reliability
 """
-BOTTOM = """Controls are tests of the tests: a writer without care, a reader without a check or a run with another seed must be
-found out. nanoGPT: its commit 3adf61e, each figure measured once; an empty cell was not measured."""
+BOTTOM = """Controls are tests of the tests: a writer without care, a reader without a check or a run with another seed
+must be found out. nanoGPT: its commit 3adf61e, each figure measured once; an empty cell was not measured."""
 HEAD = ('| | what is tried | what counts as survived | tried | survived | controls | nanoGPT |', '|---' * 7 + '|')
 
 
