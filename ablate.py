@@ -175,8 +175,15 @@ def main_run(arguments):
 
 def report(folder, part=''):
     """(grid, found runs, text, names of the files) of the finished runs in a grid's folder; writes the files there."""
+    from ablation import results
+    from reporting.written import understood
+    with understood(folder):
+        return report_of(results.read_grid(folder, part), folder)
+
+
+def report_of(grid, folder):
+    """report() of a grid that has been read."""
     from ablation import page, plots, results, tables
-    grid = results.read_grid(folder, part)
     found, failed, pruned = results.find_runs(grid), results.unfinished(grid, 'failed'), results.unfinished(grid, 'pruned')
     if not found:
         raise UserError(f'{folder}: no run has finished yet')

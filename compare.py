@@ -84,6 +84,13 @@ def publish(folders, config):
         raise SystemExit(1)
 
 
+def report(act, folders, config):
+    """act(folders, config); what does not fit in the files of the folders is a UserError."""
+    from reporting.written import understood
+    with understood(', '.join(folders)):
+        act(folders, config)
+
+
 PARTS = {'recovery': (recover, RecoveryConfig), 'tables': (publish, TablesConfig)}
 
 
@@ -96,7 +103,7 @@ def main():
     sys.argv[1:] = [a for a in sys.argv[1:] if a.startswith('-')]
     config = configurator.run_program(name, settings, 'RUN [RUN ...] [--key=value ...]')
     try:
-        act(folders, config)
+        report(act, folders, config)
     except UserError as error:
         configurator.say_mistake(name, error)
 

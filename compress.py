@@ -276,14 +276,16 @@ def main_run(arguments):
 
 def report(folder):
     """(study, text) of the results in a study's folder; writes report.md and the plot there."""
-    import json
+    from reporting.written import read_settings, understood
+    study = read_settings(os.path.join(folder, 'study.json'), Study, 'name the out_dir of a study')
+    with understood(folder):
+        check(study)
+        return report_of(study, folder)
 
+
+def report_of(study, folder):
+    """report() of a study that has been read."""
     from compression import tables
-    try:
-        with open(os.path.join(folder, 'study.json'), encoding='utf-8') as file:
-            study = Study(**json.load(file))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f'{folder}: {error}; name the out_dir of a study') from None
     study.out_dir, found = folder, results(folder)
     known = {trial_key(study, trial) for trial in trials(study)}
     lines = [pair for key, pair in found.items() if key in known]
@@ -301,9 +303,10 @@ def write_record(study, text, options):
     """records/<date>_NAME with the table, the plot, the study, the results and the machine."""
     from reporting import records
     from reporting.runlog import read_log
+    from reporting.written import read_json
     folder = os.path.join(ROOT, 'records', f'{datetime.date.today()}_{options.record}')
     run = {'folder': os.path.basename(os.path.normpath(study.out_dir)), 'config': configurator.as_dict(study),
-           'env': records.read_json(os.path.join(study.out_dir, 'env.json')),
+           'env': read_json(os.path.join(study.out_dir, 'env.json')),
            'lines': read_log(os.path.join(study.out_dir, RESULTS))}
     title, shown = options.title or study.title or options.record, f'{text}\n\n![parameters and perplexity]({PLOT})'
     records.write_record(folder, title, options.note or study.note, [run], shown, records.commands([run]))

@@ -249,8 +249,10 @@ def assemble(config, model, dataset, state, job, ways):
     fast, net = parallel.wrap(model, config, job)
     progress = {'step': 0, 'tokens': 0, 'flops': 0, 'seconds': 0.0, 'best_val_loss': math.inf, 'best_step': None,
                 'evaluated': None}
-    run = Run(config, job, dataset, loaders, model, fast, net, optimizer, precision.scaler(config, job),
-              optim.Average(model, config.ema_decay, state and state['average']), optim.Outliers(config.skip_zscore),
+    with contents.taken_from(config.out_dir):
+        average = optim.Average(model, config.ema_decay, state and state['average'])
+    run = Run(config, job, dataset, loaders, model, fast, net, optimizer, precision.scaler(config, job), average,
+              optim.Outliers(config.skip_zscore),
               schedules.Rounds(config, accumulation, job.world_size), progress,
               copy.deepcopy(state['built']) if state else changes.begin(config), flops)
     if state:

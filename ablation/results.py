@@ -1,24 +1,24 @@
 """The finished runs in a grid's folder, as rows: losses over seeds, parameters, training FLOPs, wall-clock time."""
-import json
 import os
 import statistics
 
 import configurator
 from ablation import axes, cost
 from ablation.effects import effects, pareto
-from ablation.grid import SEEDS, Grid, Run, by_variant, first_runs, placeholders, run_at
+from ablation.grid import SEEDS, Grid, Run, by_variant, check, first_runs, placeholders, run_at
 from ablation.runner import evaluations, outcome, state_of
 from reporting import records
+from reporting.written import read_settings
 from variants import UserError
 
 
 def read_grid(folder, part=''):
     """The grid of a folder; part: only that one of its `grids` and the controls."""
+    grid = read_settings(os.path.join(folder, 'grid.json'), Grid, 'name the out_dir of a grid')
     try:
-        with open(os.path.join(folder, 'grid.json'), encoding='utf-8') as file:
-            grid = Grid(**json.load(file))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f'{folder}: {error}; name the out_dir of a grid') from None
+        check(grid)
+    except UserError as error:
+        raise UserError(f'{folder}/grid.json: {error}') from None
     grid.out_dir = folder
     if part:
         whole, grid.part = set(axes.switches(grid)), part
@@ -86,7 +86,8 @@ def best_of(searched):
 def config_of(run):
     """The Config that a run was trained with."""
     known = configurator.settings(configurator.Config)
-    return configurator.Config(**{name: value for name, value in run['config'].items() if name in known})
+    return configurator.Config(**{name: configurator.coerce(known[name], value) for name, value in run['config'].items()
+                                  if name in known})
 
 
 def wall(run):

@@ -1,6 +1,5 @@
 """One run of a grid in a separate process: start, watch, prune, stop; the outcome is written to its folder."""
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 from checkpoints.durable import Lock
 from reporting import masking
 from reporting.runlog import read_log, write_json
+from reporting.written import read_json
 from variants import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -30,18 +30,19 @@ def evaluations(folder):
 def outcome(folder):
     """Content of a run's outcome.json: {'state': 'done', 'failed', 'pruned' or 'stopped', 'words', 'seconds'}, or {}."""
     try:
-        with open(os.path.join(folder, 'outcome.json'), encoding='utf-8') as file:
-            return json.load(file)
-    except (OSError, ValueError):
+        found = read_json(os.path.join(folder, 'outcome.json'))
+    except UserError:
         return {}
+    return found if type(found.get('seconds', 0.0)) in (int, float) and isinstance(found.get('words', ''), str) else {}
 
 
 def state_of(folder):
     """('done' or 'pruned', its last validation loss), ('started', None) or ('new', None)."""
     try:
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
-            steps = json.load(file)['max_iters']
-    except (OSError, ValueError, KeyError):
+        steps = read_json(os.path.join(folder, 'config.json')).get('max_iters')
+    except UserError:
+        steps = None
+    if type(steps) is not int:
         return 'new', None
     found = evaluations(folder)
     if found and found[-1]['step'] >= steps:

@@ -94,7 +94,7 @@ def gaps(study, found, text):
                          dense.get(x['zero']['source'])]
                 if all(three) and (not healed or all(line['healed'] for line in three)):
                     b, own, d = (losses([line], text, healed)[0] for line in three)
-                    closed.append((b - own) / (b - d))
+                    closed += [(b - own) / (b - d)] if b != d else []       # no gap, no share of it
             pair.append(closed)
         rows.append((name, label, *pair))
     return rows

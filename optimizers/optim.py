@@ -211,6 +211,9 @@ def state_by_name(optimizer, model, gather=whole):
     return {names[id(p)]: {key: gather(value) for key, value in entries.items()} for p, entries in optimizer.state.items()}
 
 
+ENTRIES = {torch.optim.AdamW: {'step', 'exp_avg', 'exp_avg_sq'}, Muon: {'step', 'momentum'}}       # a parameter has at least
+
+
 def load_state_by_name(optimizer, model, state):
     """Restore a state_by_name, dtypes kept. A parameter without state starts afresh; an unknown name is an error."""
     parameters, parts = dict(model.named_parameters()), getattr(optimizer, 'parts', [optimizer])
@@ -222,12 +225,20 @@ def load_state_by_name(optimizer, model, state):
         if id(p) not in trained:
             continue                                    # frozen now
         part, group = trained[id(p)]
+        if entries and not ENTRIES[type(part)] <= entries.keys():
+            raise ValueError(f'optimizer state of {name!r}: {sorted(ENTRIES[type(part)] - entries.keys())} missing')
         on_device = group.get('fused') or group.get('capturable')
-        part.state[p] = {key: like(p, value) if key != 'step' or on_device else value for key, value in entries.items()}
+        steps = {key: value.to(p.device) if on_device else value for key, value in entries.items() if key == 'step'}
+        part.state[p] = {key: steps[key] if key == 'step' else like(p, value) for key, value in entries.items()}
 
 
 def like(p, value):
-    """A tensor of a checkpoint placed as the parameter is: on its device, and sharded alike."""
+    """A tensor of a checkpoint placed as the parameter is: on its device, and sharded alike.
+
+    Raises ValueError for another shape: kernels of optimizers do not look at it, and would write past the end.
+    """
+    if value.shape != p.shape:
+        raise ValueError(f'optimizer state or an average of shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}')
     if hasattr(p, 'placements') and value.shape == p.shape:
         return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
     return value.to(p.device)

@@ -5,18 +5,11 @@ import statistics
 
 from reporting import masking
 from reporting.runlog import read_log, write_json
+from reporting.written import read_json
 from variants import UserError
 
 LINES = 8000                            # of a record's log: a few megabytes
 APART = ('seed', 'out_dir', 'init_from', 'device', 'debug', 'wandb_run_name')    # may differ within a row
-
-
-def read_json(path):
-    try:
-        with open(path, encoding='utf-8') as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path}: {error}; name folders that train.py wrote') from None
 
 
 def read_run(folder):

@@ -21,10 +21,14 @@ def write_json(path, value):
     write_whole(Path(path), json.dumps(value, indent=1).encode(), DISK)
 
 
+NUMBERS = 'step', 'loss', 'train_loss', 'val_loss', 'tokens', 'flops', 'ms', 'tokens_per_s'     # in a line that has them
+
+
 def read_log(path, bad=None):
     """The lines of a log.jsonl as dicts; a last line that a kill cut short is left out.
 
-    bad: a list that gets the other lines that are no JSON objects, as bytes. What is no regular file has no lines.
+    bad: a list that gets the other lines that are no JSON objects with numbers where a run writes numbers, as bytes. What
+    is no regular file has no lines.
     """
     lines, texts = [], []
     if os.path.isfile(path):
@@ -35,7 +39,7 @@ def read_log(path, bad=None):
             value = json.loads(text)
         except (ValueError, RecursionError):
             value = None
-        if isinstance(value, dict):
+        if isinstance(value, dict) and all(type(value.get(name, 0)) in (int, float) for name in NUMBERS):
             lines.append(value)
         elif text and number < len(texts) and bad is not None:
             bad.append(text)

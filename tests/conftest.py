@@ -48,6 +48,15 @@ def heed_interrupts():
 
 
 @pytest.fixture
+def count(request):
+    """`with count():` around each case of a test that has many; see tests/reliability/counters.py."""
+    from tests.reliability.counters import Cases
+    cases = Cases()
+    request.node.user_properties.append(('cases', cases.numbers))
+    return cases
+
+
+@pytest.fixture
 def run_program():
     """run_program('train.py', 'config/x.py', '--max_iters=5') -> CompletedProcess with stdout and stderr as text.
 

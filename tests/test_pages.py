@@ -27,7 +27,7 @@ NOT_RUN = {
     r'^torchrun|train_gpt|gpt2_kron': 'needs GPUs, and hours',
     r'^pip|^git|smollm2|SmolLM2|\.gguf|fit_table|bench\.py fit|=gpt2': 'needs a download',
     r'enwik8|fineweb|openwebtext': 'needs a download',
-    r'^bash test\.sh|^pytest': 'runs the tests, of which this is one',
+    r'^bash test\.sh|^pytest|tests\.reliability': 'runs the tests, of which this is one',
     r'out/small|--to=exported$': 'needs the pretrained model of a command before it',
     r'ablate\.py report|compress\.py report|recovery out/(growth|finish)': 'needs a finished study, which takes hours',
     r'bench\.py (precision|step)': 'takes minutes to hours at the sizes that it measures',

@@ -34,7 +34,8 @@ def resumed(config, state):
     for name, value in state['config'].items():
         if name in ('init_from', 'out_dir', 'dry_run', 'eval_only', 'debug') or name not in configurator.as_dict(config):
             continue
-        if name in model_keys and name not in (*FREE, 'vocab_size') and name in config.sources:
+        fixed = name in model_keys and name not in (*FREE, 'vocab_size') or name == 'optimizer'     # whose state is kept
+        if fixed and name in config.sources:
             if name == 'linear' and state['config'].get('rank_budget') and allocate.agrees(config.linear, value):
                 config.linear = value                   # the given rules, with their chosen sizes
             if getattr(config, name) != value:

@@ -2,9 +2,10 @@
 
 Each either loads into settings that mean something, or raises UserError in one short line, within two seconds of CPU time.
 """
-import collections
+import importlib
 import json
 import math
+import runpy
 import time
 
 import pytest
@@ -24,10 +25,10 @@ from ablation import grid as grids
 from commandline import bounds
 from configurator import Config
 from optimizers import schedules
+from tests.tiny import ROOT
 from variants import UserError
 
-SHORT, LONG, SECONDS = 60, 2500, 2      # cases per program, in 8 programs: 480 and 20,000
-COUNTS = collections.Counter()          # 'tried', 'refused', 'taken'
+SHORT, LONG, SECONDS = 60, 2000, 2      # cases per program, and a tenth of them per part of bench.py: 20,000 and more
 
 INTS = st.sampled_from([0, 1, -1, 2, 3, 5, 6, 12, 64, 768, 1024, 10**6, 10**9, 10**12, 10**15, 10**18, 2**63, -10**9,
                         10**400])
@@ -154,14 +155,34 @@ PROGRAMS = {
     'export': (export.ExportConfig, '', loads(export.ExportConfig)),
     'compare': (compare.CompareConfig, '', loads(compare.CompareConfig)),
     'recovery': (compare.RecoveryConfig, '', loads(compare.RecoveryConfig)),
+    'tables': (compare.TablesConfig, '', loads(compare.TablesConfig)),
     'ablate': (grids.Grid, GRID, grid_case),
     'compress': (compress.Study, STUDY, study_case),
 }
 
+BENCH = runpy.run_path(str(ROOT / 'bench.py'), run_name='bench.py')         # whose name bench/ takes on import
+CONFIG = f"config = {str(ROOT / 'config/kron_mlp.py')!r}\n"
+
+
+def bench_case(part, module):
+    def case(path, arguments):
+        name, words = BENCH['read_arguments']([part, path, *arguments])
+        config = configurator.load(words, module.Settings)
+        BENCH['check_output'](config.json)
+        module.check(config, name)
+        plain(config)
+    return case
+
+
+for _part, _name in BENCH['PARTS'].items():
+    _module = importlib.import_module(_name)
+    PROGRAMS[f'bench {_part}'] = (_module.Settings, CONFIG if _part in ('step', 'sample', 'scaling', 'ranks') else '',
+                                  bench_case(_part, _module))
+NEVER = 'bench fit', 'bench recipe', 'bench parent'         # refused without a file or a clone of nanoGPT, which is not here
+
 
 def attempt(case, path, arguments):
     """Whether the input was taken; a traceback, a long or torn line, or a slow answer fails."""
-    COUNTS['tried'] += 1
     began = time.process_time()
     try:
         case(path, arguments)
@@ -170,12 +191,12 @@ def attempt(case, path, arguments):
         assert 0 < len(str(error)) <= bounds.MESSAGE and str(error).isprintable()
         taken = False
     assert time.process_time() - began < SECONDS
-    COUNTS['taken' if taken else 'refused'] += 1
     return taken
 
 
-def drive(program, tmp_path, examples, random):
+def drive(program, tmp_path, examples, random, count):
     cls, head, case = PROGRAMS[program]
+    examples = examples // 10 if program.startswith('bench') else examples
     path, fields, taken = tmp_path / 'x.py', configurator.settings(cls), []
 
     @settings(max_examples=examples, deadline=None, database=None, derandomize=not random,
@@ -184,10 +205,11 @@ def drive(program, tmp_path, examples, random):
     def one(found):
         text, arguments = found
         path.write_text(head + text, encoding='utf-8', errors='surrogatepass')
-        taken.append(attempt(case, str(path), [a for a in arguments if not a.startswith(('--help', '--='))]))
+        with count():
+            taken.append(attempt(case, str(path), [a for a in arguments if not a.startswith(('--help', '--='))]))
 
     one()
-    assert len(set(taken)) == 2                         # some are taken, some refused, or the cases tell nothing
+    assert len(set(taken)) == 2 or program in NEVER or examples < SHORT     # else the cases tell nothing
 
 
 ODD = [10**9, 10**12, 6, -1, 0, 10**400, 1e-300, 1e300, math.inf, math.nan, None, True, [], [[]], {}, '', '../../esc',
@@ -197,23 +219,24 @@ ODD_DICTS = [{key: value} for key in (5, '', '../../esc', 'a', 'h.99', 'n_layer'
 
 
 @pytest.mark.parametrize('program', PROGRAMS)
-def test_every_setting_with_every_odd_value(program, monkeypatch):
+def test_every_setting_with_every_odd_value(program, monkeypatch, count):
     """One setting at a time, all of them; without the file, whose opening would take most of the time."""
     cls, head, case = PROGRAMS[program]
-    text = ''
-    monkeypatch.setattr(configfile, 'text_of', lambda path: text)
+    text, read = '', configfile.text_of
+    monkeypatch.setattr(configfile, 'text_of', lambda path: text if path == 'x.py' else read(path))
     for name, setting in configurator.settings(cls).items():
         for value in ODD + (ODD_DICTS if dict in configfile.types_of(setting) else []):
             text = f'{head}{name} = {literal(value)}\n'
-            attempt(case, 'x.py', [])
+            with count():
+                attempt(case, 'x.py', [])
 
 
 @pytest.mark.parametrize('program', PROGRAMS)
-def test_no_input_escapes(program, tmp_path):
-    drive(program, tmp_path, SHORT, random=False)
+def test_no_input_escapes(program, tmp_path, count):
+    drive(program, tmp_path, SHORT, False, count)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('program', PROGRAMS)
-def test_none_of_20_000_inputs_escapes(program, tmp_path):
-    drive(program, tmp_path, LONG, random=True)
+def test_none_of_20_000_inputs_escapes(program, tmp_path, count):
+    drive(program, tmp_path, LONG, True, count)

@@ -279,6 +279,7 @@ LINES = ''.join(f'\n = Title {k} = \n\n Text {k} begins . \n = = Part = = \n\n a
 
 def write(path, texts=TEXTS):
     """A file of documents of the kind that its name says; returns its path."""
+    os.environ.setdefault('DATASETS_VERBOSITY', 'critical')     # as documents.py does before its first import
     import datasets
     import pyarrow
     import pyarrow.parquet

@@ -284,7 +284,7 @@ def goes_on(folder):
 
 @pytest.mark.parametrize('half', [False, True], ids=['between', 'inside writes'])
 @pytest.mark.parametrize('name', SCENES)
-def test_r2_killed_after_every_operation(tmp_path, capfd, name, half):
+def test_r2_killed_after_every_operation(tmp_path, capfd, count, name, half):
     counting = Counting()
     SCENES[name][2](setting(tmp_path / 'whole', name), counting)
     total, seen = len(counting.done), []
@@ -293,25 +293,27 @@ def test_r2_killed_after_every_operation(tmp_path, capfd, name, half):
         if half and 'write' != (counting.done + [None])[k]:
             continue
         folder = setting(tmp_path / str(k), name)
-        status = in_child(SCENES[name][2], folder, Killed(k + half, half))
-        assert status == signal.SIGKILL
-        seen.append(newest_state(folder, name))
-        goes_on(folder)
+        with count():
+            status = in_child(SCENES[name][2], folder, Killed(k + half, half))
+            assert status == signal.SIGKILL
+            seen.append(newest_state(folder, name))
+            goes_on(folder)
     assert seen == sorted(seen, reverse=True) and seen[0] == 'old' and (half or seen[-1] == 'new')
     assert len(seen) == (counting.done.count('write') if half else total + 1)
     assert capfd.readouterr().err == ''                 # nothing looked damaged on the way
 
 
-def test_r2_a_damaged_step_is_saved_again(tmp_path, capfd):
+def test_r2_a_damaged_step_is_saved_again(tmp_path, capfd, count):
     """What was damaged before the save must not count after a kill in its midst."""
     seen, k, status = [], 0, signal.SIGKILL
     while status == signal.SIGKILL:
         folder = filled(tmp_path / str(k), 10, 20)
         path = folder / 'ckpt_00000020.pt'
         path.write_bytes(path.read_bytes().replace(state(20)['rng'].numpy().tobytes(), bytes(64)))
-        status = in_child(save, folder, state(20, flavour=1), 3, Killed(k))
-        got = load(folder)
-        assert is_state(got, 10) or is_state(got, 20, flavour=1)
+        with count():
+            status = in_child(save, folder, state(20, flavour=1), 3, Killed(k))
+            got = load(folder)
+            assert is_state(got, 10) or is_state(got, 20, flavour=1)
         seen.append(got['step'])
         k += 1
     assert status == 0 and seen == sorted(seen) and set(seen) == {10, 20} and k >= 11
@@ -359,8 +361,9 @@ def after_power_cuts(folder, name, syncs=True):
 
 
 @pytest.mark.parametrize('name', SCENES)
-def test_r3_writes_that_were_not_synced_are_lost(tmp_path, capfd, name):
+def test_r3_writes_that_were_not_synced_are_lost(tmp_path, capfd, count, name):
     found = after_power_cuts(tmp_path, name)
+    count.add(len(found), sum(word in ('old', 'new') for word in found))
     assert set(found) == {'old', 'new'} and len(found) >= 6, (len(found), set(found))
     assert 'damaged' not in capfd.readouterr().err
 
@@ -396,7 +399,7 @@ def two(tmp_path_factory):
 
 
 @pytest.mark.parametrize('kind', DAMAGE)
-def test_r6_a_damaged_newest_checkpoint_is_passed_over(two, capsys, kind):
+def test_r6_a_damaged_newest_checkpoint_is_passed_over(two, capsys, count, kind):
     path, draw, caught = two / 'ckpt_00000020.pt', random.Random(kind), 0
     whole = path.read_bytes()
     try:
@@ -404,10 +407,11 @@ def test_r6_a_damaged_newest_checkpoint_is_passed_over(two, capsys, kind):
             damaged = DAMAGE[kind](whole, draw)
             assert damaged != whole
             path.write_bytes(damaged)
-            assert newest(two).name == 'ckpt_00000010.pt'
-            assert is_state(load(two), 10, size=224)
-            warning = capsys.readouterr().err
-            assert warning.count('\n') == 1 and 'ckpt_00000020.pt is damaged' in warning
+            with count():
+                assert newest(two).name == 'ckpt_00000010.pt'
+                assert is_state(load(two), 10, size=224)
+                warning = capsys.readouterr().err
+                assert warning.count('\n') == 1 and 'ckpt_00000020.pt is damaged' in warning
             caught += 1
     finally:
         path.write_bytes(whole)
@@ -426,7 +430,7 @@ def test_r6_torch_alone_would_let_it_pass(two, tmp_path):
     assert silent >= 10
 
 
-def test_r6_a_damaged_manifest_never_gives_wrong_values(two, capsys):
+def test_r6_a_damaged_manifest_never_gives_wrong_values(two, capsys, count):
     path, draw = two / 'ckpt_00000020.json', random.Random(1)
     whole = path.read_bytes()
     kinds = [flip] * 60 + [cut] * 20 + [lambda data, draw: b'', lambda data, draw: bytes(len(data)),
@@ -434,23 +438,25 @@ def test_r6_a_damaged_manifest_never_gives_wrong_values(two, capsys):
     try:
         for kind in kinds:
             path.write_bytes(kind(whole, draw))
-            got = load(two)
-            warning = capsys.readouterr().err
-            assert is_state(got, got['step'], size=224) and warning.count('\n') == (got['step'] == 10)
+            with count():
+                got = load(two)
+                warning = capsys.readouterr().err
+                assert is_state(got, got['step'], size=224) and warning.count('\n') == (got['step'] == 10)
     finally:
         path.write_bytes(whole)
 
 
 @pytest.mark.parametrize('kind', DAMAGE)
-def test_r6_the_only_checkpoint_is_damaged(tmp_path, capsys, kind):
+def test_r6_the_only_checkpoint_is_damaged(tmp_path, capsys, count, kind):
     filled(tmp_path, 20, size=64)
     path, draw = tmp_path / 'ckpt_00000020.pt', random.Random(kind)
     whole = path.read_bytes()
     for _ in range(10):
         path.write_bytes(DAMAGE[kind](whole, draw))
-        line = refused(load, tmp_path)
-        assert 'no usable checkpoint: ckpt_00000020.pt is damaged' in line and str(tmp_path) in line
-        assert 'is damaged' in refused(load, path) and 'is damaged' in refused(load, path, allow_unverified=True)
+        with count():
+            line = refused(load, tmp_path)
+            assert 'no usable checkpoint: ckpt_00000020.pt is damaged' in line and str(tmp_path) in line
+            assert 'is damaged' in refused(load, path) and 'is damaged' in refused(load, path, allow_unverified=True)
     assert capsys.readouterr().err == ''                # the one line is the error's
 
 
@@ -502,13 +508,15 @@ def attacked(folder, data, **keywords):
 
 
 @pytest.mark.parametrize('name', HOSTILE)
-def test_r7_hostile_files_are_refused(tmp_path, capfd, name):
+def test_r7_hostile_files_are_refused(tmp_path, capfd, count, name):
     canary, path = tmp_path / 'canary', tmp_path / 'out' / 'ckpt_00000001.pt'
     path.parent.mkdir()
     path.write_bytes(HOSTILE[name](canary))
-    attacked(path, name, allow_unverified=True)
+    with count():
+        attacked(path, name, allow_unverified=True)
     agree(path)
-    attacked(path.parent, name)
+    with count():
+        attacked(path.parent, name)
     assert not canary.exists() and sorted(os.listdir(tmp_path)) == ['out']
     assert sorted(os.listdir(path.parent)) == ['ckpt_00000001.json', 'ckpt_00000001.pt']
     assert capfd.readouterr().err == ''
@@ -565,25 +573,32 @@ def test_a_single_file_without_manifest_needs_leave(tmp_path):
 # ----------------------------------------------------------------------------------------------------
 # R12: disks that are full or may not be written
 
+def filled_up(folder, name, k, capfd):
+    """Whether a scene whose k-th operation finds the disk full failed; what is there afterwards is sound either way."""
+    failed = False
+    try:
+        SCENES[name][2](folder, Full(k))
+        found = newest_state(folder, name)                          # only the pruning failed
+        assert found == 'new' or name == 'back to an older step'
+        assert 'older checkpoints could not be removed: [Errno 28]' in capfd.readouterr().err
+    except OSError as error:
+        assert error.errno == errno.ENOSPC and 'No space left on device' in str(error)
+        assert 'MiB; the checkpoints before it are intact' in str(error) or name == 'save of the best'
+        assert {int(path.stem[5:]) for path in folder.glob('ckpt_*.pt')} == set(steps(folder))
+        assert not leftovers(folder) or k == 1 or name == 'save of the best'
+        newest_state(folder, name)
+        failed = True
+    goes_on(folder)
+    return failed
+
+
 @pytest.mark.parametrize('name', SCENES)
-def test_r12_the_disk_fills_up_at_every_operation(tmp_path, capfd, name):
+def test_r12_the_disk_fills_up_at_every_operation(tmp_path, capfd, count, name):
     counting, failed = Counting(), 0
     SCENES[name][2](setting(tmp_path / 'whole', name), counting)
     for k in range(1, len(counting.done) + 1):
-        folder = setting(tmp_path / str(k), name)
-        try:
-            SCENES[name][2](folder, Full(k))
-            found = newest_state(folder, name)                          # only the pruning failed
-            assert found == 'new' or name == 'back to an older step'
-            assert 'older checkpoints could not be removed: [Errno 28]' in capfd.readouterr().err
-        except OSError as error:
-            assert error.errno == errno.ENOSPC and 'No space left on device' in str(error)
-            assert 'MiB; the checkpoints before it are intact' in str(error) or name == 'save of the best'
-            assert {int(path.stem[5:]) for path in folder.glob('ckpt_*.pt')} == set(steps(folder))
-            assert not leftovers(folder) or k == 1 or name == 'save of the best'
-            newest_state(folder, name)
-            failed += 1
-        goes_on(folder)
+        with count():
+            failed += filled_up(setting(tmp_path / str(k), name), name, k, capfd)
     assert failed >= 5 and capfd.readouterr().err == ''
 
 
@@ -775,7 +790,7 @@ def test_set_aside_replaces_nothing_that_an_interrupted_one_left(tmp_path):
     assert whole(tmp_path / 'previous') == {'log.jsonl': b'another log'}
 
 
-def test_set_aside_killed_after_every_operation(tmp_path):
+def test_set_aside_killed_after_every_operation(tmp_path, count):
     counting = Counting()
     run_folder(tmp_path / 'whole')
     set_aside(tmp_path / 'whole', counting)
@@ -783,13 +798,14 @@ def test_set_aside_killed_after_every_operation(tmp_path):
     for k in range(len(counting.done) + 1):
         folder = tmp_path / str(k)
         contents = run_folder(folder)
-        assert in_child(set_aside, folder, Killed(k)) == signal.SIGKILL
-        now = everything(folder)
-        assert all(now[name] == data for name, data in contents.items())        # nothing is lost
-        if len(steps(folder)):
-            assert is_state(load(folder), 20)           # caught half-way, the run can be resumed
-        set_aside(folder)
-        assert whole(folder / 'previous.1') == contents
+        with count():
+            assert in_child(set_aside, folder, Killed(k)) == signal.SIGKILL
+            now = everything(folder)
+            assert all(now[name] == data for name, data in contents.items())    # nothing is lost
+            if len(steps(folder)):
+                assert is_state(load(folder), 20)       # caught half-way, the run can be resumed
+            set_aside(folder)
+            assert whole(folder / 'previous.1') == contents
         assert (folder / 'previous' / 'log.jsonl').read_text() == 'old log' and steps(folder / 'previous') == [5]
         assert sorted(os.listdir(folder)) == ['notes.txt', 'previous', 'previous.1']
 

@@ -317,7 +317,8 @@ def test_resume_checks_what_is_given_against_the_checkpoint(copy):
 
 @pytest.mark.parametrize('given, words', [('--warmup_iters=500', 'warmup_iters must not exceed lr_decay_iters (4)'),
                                           ('--min_lr=0.5', 'min_lr must not exceed learning_rate (0.01)'),
-                                          ('--finish_dense_at=1.5', 'must be below 1')])
+                                          ('--finish_dense_at=1.5', 'must be below 1'),
+                                          ('--optimizer=muon', "optimizer is 'adamw' in the checkpoint")])
 def test_resume_refuses_what_a_fresh_start_refuses(copy, capsys, given, words):
     before = checkpoint.load(copy)['step']
     said = refused(capsys, go_on, copy, given, '--max_iters=9')
@@ -358,6 +359,11 @@ def test_a_block_size_above_the_source_is_refused(tmp_path):
 # ----------------------------------------------------------------------------------------------------
 # checkpoints whose manifest fits and whose contents do not, and what lies in the place of their files
 
+def first(state):
+    """(name, entries) of the first parameter's optimizer state."""
+    return next(iter(state['optimizer'].items()))
+
+
 ODD = {'n_layer': lambda s: s['config'].update(n_layer=10 ** 12), 'n_embd': lambda s: s['config'].update(n_embd=10 ** 12),
        'a text': lambda s: s['config'].update(n_head='two'), 'a list': lambda s: s['config'].update(linear=[1]),
        'vocab_size': lambda s: s['config'].update(vocab_size=5), 'no config': lambda s: s.pop('config'),
@@ -366,6 +372,10 @@ ODD = {'n_layer': lambda s: s['config'].update(n_layer=10 ** 12), 'n_embd': lamb
        'another shape': lambda s: s['model'].update({'lm_head.weight': torch.ones(3)}),
        'one missing': lambda s: s['model'].popitem(), 'optimizer': lambda s: s.update(optimizer=5),
        'its entries': lambda s: s['optimizer'].update({next(iter(s['optimizer'])): 7}),
+       'another shape of them': lambda s: first(s)[1].update(exp_avg=torch.zeros(2, 2)),
+       'one of them missing': lambda s: first(s)[1].pop('exp_avg_sq'),
+       'a text among them': lambda s: first(s)[1].update(exp_avg='x'),
+       'another average': lambda s: s.update(average={name: torch.ones(1) for name in s['model']}),
        'scaler': lambda s: s.update(scaler=None),
        'tokens': lambda s: s.update(tokens='many'), 'built': lambda s: s.update(built={'layers': 2}),
        'drop': lambda s: s['built'].pop('model'),
@@ -379,7 +389,7 @@ def test_odd_contents_are_one_line(case, copy, capsys):
     ODD[case](state)
     subprocess.run(f'rm {copy}/ckpt_*', shell=True, check=True)
     checkpoint.save(copy, state)
-    said = refused(capsys, go_on, copy, '--max_iters=6')
+    said = refused(capsys, go_on, copy, '--max_iters=6', '--ema_decay=0.5')
     assert str(copy) in said, said
 
 

@@ -221,7 +221,7 @@ def save_all(folder, *steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('case', ['next', 'again', 'after a file'])
-def test_a_save_of_a_folder_killed_after_any_operation_leaves_the_old_or_the_new(tmp_path, case):
+def test_a_save_of_a_folder_killed_after_any_operation_leaves_the_old_or_the_new(tmp_path, count, case):
     first = tmp_path / 'first'
     assert in_child(save_all, first, 1, 2, 3) == 0
     if case == 'after a file':
@@ -230,13 +230,14 @@ def test_a_save_of_a_folder_killed_after_any_operation_leaves_the_old_or_the_new
     step, k, seen = 4 if case == 'next' else 3, 0, set()
     while True:
         k, folder = k + 1, shutil.copytree(first, tmp_path / str(k + 1))
-        status = in_child(save, folder, step, 1, Killed(k))
-        state = checkpoint.load(folder)
-        assert (state['step'], state['flavour']) in ((3, 0), (step, 1))
-        seen.add((state['step'], state['flavour']))
-        if status == 0 or k % 5 == 0:                       # and the next save works
-            assert in_child(save, folder, 5, 1, Hasty()) == 0 and checkpoint.load(folder)['step'] == 5
-            assert not [p for p in folder.iterdir() if p.suffix == '.tmp']
+        with count():
+            status = in_child(save, folder, step, 1, Killed(k))
+            state = checkpoint.load(folder)
+            assert (state['step'], state['flavour']) in ((3, 0), (step, 1))
+            seen.add((state['step'], state['flavour']))
+            if status == 0 or k % 5 == 0:                   # and the next save works
+                assert in_child(save, folder, 5, 1, Hasty()) == 0 and checkpoint.load(folder)['step'] == 5
+                assert not [p for p in folder.iterdir() if p.suffix == '.tmp']
         if status == 0:
             break
     assert k > 6 and len(seen) == 2

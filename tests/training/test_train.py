@@ -289,12 +289,14 @@ def test_r10_a_single_bad_step_is_skipped(data, tmp_path, monkeypatch):
     assert state['step'] == 12 and all(t.isfinite().all() for t in state['model'].values())
 
 
-@pytest.mark.parametrize('where', ['forward', 'save'])
+@pytest.mark.parametrize('where', ['forward', 'backward', 'save'])
 def test_r13_out_of_memory_is_one_line_and_leaves_4(data, tmp_path, monkeypatch, capsys, where):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError('CUDA out of memory')
     if where == 'forward':
         monkeypatch.setattr(train, 'train_step', full)
+    elif where == 'backward':
+        monkeypatch.setattr(torch.Tensor, 'backward', full)
     else:
         monkeypatch.setattr(optim, 'state_by_name', full)
     run(data, tmp_path, code=4)
