@@ -6,8 +6,8 @@ Mistral without a window and Qwen2 (biases on queries, keys, values) are Llamas 
     h.3.attn.c_q (c_k, c_v)   model.layers.3.self_attn.q_proj (k_proj, v_proj)  blk.3.attn_q (attn_k, attn_v)
     h.3.mlp.c_gate, c_fc      model.layers.3.mlp.gate_proj, up_proj             blk.3.ffn_gate, ffn_up
 
-RoPE rotates pairs of rows of a head. Hugging Face pairs row j with row j + D/2 (D the head size), GGUF and we pair 2j with
-2j + 1: `pairs` reorders the rows of queries and keys, bit by bit, and `halves` reverses it.
+RoPE rotates pairs of rows of a head. Hugging Face pairs row j with row j + D/2 (D the head size), as GGUF does for qwen2;
+GGUF's llama and we pair 2j with 2j + 1: `pairs` reorders the rows of queries and keys, bit by bit, and `halves` reverses it.
 """
 import re
 
@@ -110,28 +110,21 @@ def rope_settings(raw, where):
 def from_hub(tensors, config, where):
     """A state dict in our names of Hugging Face's tensors, which are removed from `tensors`; only q and k are copied."""
     return renamed(((name, tensors.pop(name)) for name in list(tensors) if not name.endswith('rotary_emb.inv_freq')),
-                   config, HUB)
+                   config, HUB, True)
 
 
-def from_gguf(pairs, config, where):
-    """A state dict in our names of (name, array) pairs, one array at a time."""
-    return renamed(((name, torch.from_numpy(array)) for name, array in refused_rope(pairs, where)), config, GGUF)
+def from_gguf(pairs, config, kind):
+    """A state dict in our names of (name, array) pairs, one array at a time. kind: 'llama' or 'qwen2'."""
+    return renamed(((name, torch.from_numpy(array)) for name, array in pairs), config, GGUF, kind == 'qwen2')
 
 
-def refused_rope(pairs, where):
-    for name, array in pairs:
-        if name.startswith('rope_freqs'):
-            raise UserError(f'{where}: {name}: its rotary positions are scaled, and only plain ones are read', 'init_from')
-        yield name, array
-
-
-def renamed(pairs, config, column):
-    """{our name: tensor}; an unknown name is kept, so that check_state refuses it."""
+def renamed(pairs, config, column, halves):
+    """{our name: tensor}; halves: rows of q and k lie as Hugging Face's. An unknown name is kept: check_state refuses it."""
     ours = {}
     for name, tensor in pairs:
         owner, _, kind = name.rpartition('.')
         known = our_name(owner, column)
-        if column == HUB and known and known.endswith(('.c_q', '.c_k')):
+        if halves and known and known.endswith(('.c_q', '.c_k')):
             tensor = pairs_of(tensor, config.n_head if known.endswith('q') else config.n_kv_head or config.n_head)
         ours[f'{known}.{kind}' if known else name] = tensor
     return ours

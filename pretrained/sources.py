@@ -168,12 +168,13 @@ def tokens_of(folder, names, kind):
 
 
 def read_gguf(path):
-    """A GGUF file of the architecture llama, in float32, with its tokenizer where that is byte pairs."""
+    """A GGUF file of the architecture llama or qwen2, in float32, with its tokenizer where that is byte pairs."""
     reader = gguf_file.open_file(path)
-    config = checked_config(llama.settings(gguf_file.settings(reader, path), path), path)
+    raw = gguf_file.settings(reader, path)
+    config = checked_config(llama.settings(raw, path), path)
     text = gguf_file.tokenizer(reader, path)
     data = text and hub_tokenizer.describe(text, os.path.basename(path))
-    state = llama.from_gguf(gguf_file.tensors(reader, path), config, path)
+    state = llama.from_gguf(gguf_file.tensors(reader, path), config, raw['model_type'])
     return config, state, {'kind': 'gguf', 'step': None, 'data': data}
 
 

@@ -1,9 +1,11 @@
 """Llama and GGUF: transformers is the oracle for logits, text and tokens; what does not fit is refused in one line."""
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,12 +121,12 @@ LLAMA3 = {'rope_type': 'llama3', 'rope_theta': 50.0, 'factor': 8.0, 'low_freq_fa
           'original_max_position_embeddings': 16}
 
 
-def relatives(name):
+def relatives(name, **more):
     """A random model of transformers of another name, whose shapes are SMALL's."""
     import transformers
     torch.manual_seed(0)
     changes = {'Qwen2': {}, 'Mistral': {'sliding_window': None}, 'Llama': {'rope_parameters': LLAMA3}}[name]
-    config = getattr(transformers, f'{name}Config')(**{**SMALL, **changes})
+    config = getattr(transformers, f'{name}Config')(**{**SMALL, **changes, **more})
     model = getattr(transformers, f'{name}ForCausalLM')(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -349,10 +351,10 @@ def test_what_is_no_llama_keeps_our_layout(changes, words, tmp_path, run):
 # GGUF
 
 def write_gguf(path, model, kind='F32', fields=None, tensors=None, tokens=None):
-    """A GGUF of a transformers' Llama, by llama.cpp's order of rows; fields, tensors: changes (None leaves one out)."""
+    """A GGUF of a transformers' Llama or Qwen2, as llama.cpp lays it; fields, tensors: changes (None leaves one out)."""
     import gguf
     kinds, c = gguf.GGMLQuantizationType, model.config
-    writer = gguf.GGUFWriter(path, 'llama')
+    writer = gguf.GGUFWriter(path, c.model_type)
     values = {'block_count': c.num_hidden_layers, 'context_length': c.max_position_embeddings,
               'embedding_length': c.hidden_size, 'feed_forward_length': c.intermediate_size,
               'attention.head_count': c.num_attention_heads, 'attention.head_count_kv': c.num_key_value_heads,
@@ -362,7 +364,7 @@ def write_gguf(path, model, kind='F32', fields=None, tensors=None, tokens=None):
         if value is not None:
             add = writer.add_float32 if isinstance(value, float) else writer.add_string if isinstance(value, str) else (
                 writer.add_uint32)
-            add(name if name.startswith('general.') else f'llama.{name}', value)
+            add(name if name.startswith('general.') else f'{c.model_type}.{name}', value)
     for name, value in (tokens or {}).items():
         add = writer.add_string if isinstance(value, str) else writer.add_bool if isinstance(value, bool) else (
             writer.add_uint32 if isinstance(value, int) else writer.add_array)
@@ -381,7 +383,7 @@ def write_gguf(path, model, kind='F32', fields=None, tensors=None, tokens=None):
 
 
 def gguf_state(model):
-    """llama.cpp's names; rows of q and k as its converter lays them: (H, 2, D/2) -> (H, D/2, 2)."""
+    """llama.cpp's names; rows of a Llama's q and k as its converter lays them: (H, 2, D/2) -> (H, D/2, 2)."""
     names = {'embed_tokens': 'token_embd', 'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k',
              'self_attn.v_proj': 'attn_v', 'self_attn.o_proj': 'attn_output', 'mlp.gate_proj': 'ffn_gate',
              'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down', 'input_layernorm': 'attn_norm',
@@ -392,7 +394,7 @@ def gguf_state(model):
             continue
         c = model.config
         count = {'q_proj': c.num_attention_heads, 'k_proj': c.num_key_value_heads}.get(name.split('.')[-2])
-        if count:
+        if count and c.model_type == 'llama':
             tensor = tensor.view(count, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
         name = name.replace('model.layers', 'blk').replace('model.norm', 'output_norm').removeprefix('model.')
         for theirs, short in names.items():
@@ -411,6 +413,49 @@ def test_gguf_logits_equal_transformers(kind, tmp_path):
     theirs.save_pretrained(tmp_path / 'a')
     assert model.config == GPT.from_pretrained(str(tmp_path / 'a')).config
     assert initialise.read_source(path)[2] == {'kind': 'gguf', 'step': None, 'data': None}
+
+
+def divisors(stretch, base, size):
+    """rope_freqs of a GGUF as llama.cpp's converter writes them: by wavelengths, with three cases."""
+    found = []
+    for i in range(0, size, 2):
+        wave = 2 * math.pi * base ** (i / size)
+        short, long = (stretch['original_max_position_embeddings'] / stretch[f'{end}_freq_factor'] for end in ('high', 'low'))
+        share = (stretch['original_max_position_embeddings'] / wave - stretch['low_freq_factor']) / (
+            stretch['high_freq_factor'] - stretch['low_freq_factor'])
+        found.append(1.0 if wave < short else stretch['factor'] if wave > long else (
+            1 / ((1 - share) / stretch['factor'] + share)))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize('name, changes', [('Qwen2', {}), ('Qwen2', {'num_key_value_heads': 4, 'tie_word_embeddings': True}),
+                                           ('Llama', {})])
+def test_relatives_as_gguf_equal_transformers(name, changes, tmp_path):
+    """Qwen2's biases and its order of rows, Llama 3.1's positions: the model of the folder, with its logits."""
+    pytest.importorskip('gguf')
+    theirs = relatives(name, **changes)
+    heads = theirs.config.num_key_value_heads
+    tensors = {'rope_freqs.weight': divisors(LLAMA3, 50.0, 8)} if name == 'Llama' else {}
+    path = write_gguf(tmp_path / 'm.gguf', theirs, tensors=tensors,
+                      fields={'attention.head_count_kv': None if heads == 4 else heads})       # unsaid: one per head
+    theirs.save_pretrained(tmp_path / 'a')
+    ours = GPT.from_pretrained(path)
+    assert ours.config == GPT.from_pretrained(str(tmp_path / 'a')).config
+    assert distance(logits_of(ours), logits_of(theirs)) < 1e-5
+    wrong = dataclasses.replace(ours.config, attention='causal(qkv_bias=True)' if name == 'Qwen2' else 'causal')
+    swapped = {n: llama.halves_of(t, 4) if n.endswith('c_q.weight') and name == 'Qwen2' else t
+               for n, t in ours.state_dict().items()}
+    assert distance(logits_of(initialise.build(wrong, wrong, swapped)), logits_of(theirs)) > 1e-4      # negative control
+
+
+@pytest.mark.parametrize('factor, base, size', [(8.0, 5e5, 128), (32.0, 5e5, 64), (1.0, 5e5, 64)])
+def test_the_published_positions_are_recognised(factor, base, size):
+    """Of Llama 3.1, 3.2 and one that is not stretched."""
+    stretch = {**LLAMA3, 'factor': factor, 'original_max_position_embeddings': 8192}
+    reader = SimpleNamespace(tensors=[SimpleNamespace(name='rope_freqs.weight', data=divisors(stretch, base, size).numpy())])
+    raw = {'hidden_size': 4 * size, 'num_attention_heads': 4, 'rope_theta': base}
+    found = gguf_file.rope_scaling(reader, raw, 'x')
+    assert found is None if factor == 1 else found == {n: v for n, v in stretch.items() if n != 'rope_theta'}
 
 
 @pytest.mark.parametrize('kind, tolerance', [('F16', 1e-2), ('BF16', 5e-2), ('Q8_0', 5e-2), ('Q4_1', 0.5)])
@@ -435,7 +480,9 @@ def test_gguf_quantised(kind, tolerance, tmp_path):
     ({'logit_scale': 2.0}, {}, 'logit_scale is 2.0, which is not read'),
     ({'block_count': None}, {}, 'lacks llama.block_count'),
     ({'block_count': 3}, {}, 'the file holds 2 blocks'),
-    ({}, {'rope_freqs.weight': torch.ones(4)}, 'scaled'),
+    ({}, {'rope_freqs.weight': torch.tensor([1.0, 1.5, 7.0, 8.0])}, "not Llama 3.1's rotary positions"),
+    ({}, {'rope_freqs.weight': torch.tensor([1.0, 8.0])}, "not Llama 3.1's rotary positions"),
+    ({}, {'rope_freqs.weight': torch.tensor([0.0, 1.0, float('nan'), 8.0])}, "not Llama 3.1's rotary positions"),
     ({}, {'token_embd.weight': None}, 'lacks token_embd.weight'),
     ({}, {'blk.1.ffn_up.weight': None}, 'lacks transformer.h.1.mlp.c_fc.weight'),
     ({}, {'blk.1.attn_q_norm.weight': torch.ones(8)}, 'holds unknown blk.1.attn_q_norm.weight'),
@@ -449,8 +496,8 @@ def test_other_architectures_and_damage_are_refused(hf, tmp_path, monkeypatch):
     gguf = pytest.importorskip('gguf')
     path = write_gguf(tmp_path / 'm.gguf', hf[0])
     whole = Path(path).read_bytes()
-    (tmp_path / 'q.gguf').write_bytes(whole.replace(b'\x05\0\0\0\0\0\0\0llama', b'\x05\0\0\0\0\0\0\0qwen2', 1))
-    assert "architecture is 'qwen2'" in refusal(initialise.read_source, str(tmp_path / 'q.gguf'))
+    (tmp_path / 'q.gguf').write_bytes(whole.replace(b'\x05\0\0\0\0\0\0\0llama', b'\x05\0\0\0\0\0\0\0qwen3', 1))
+    assert "architecture is 'qwen3', and only llama and qwen2" in refusal(initialise.read_source, str(tmp_path / 'q.gguf'))
     for content in (b'', b'GGUF', b'GGUF' + b'\xff' * 99, b'x' * 999, whole[:300], whole[:-2000]):
         (tmp_path / 'd.gguf').write_bytes(content)
         line = refusal(initialise.read_source, str(tmp_path / 'd.gguf'))
