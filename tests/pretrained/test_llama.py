@@ -594,6 +594,34 @@ def test_gguf_holds_the_same_tokenizer(library, hf, tmp_path):
     assert 'not read' in refusal(hub_tokenizer.read, other) and initialise.read_source(other)[2]['data'] is None
 
 
+@pytest.mark.parametrize('pre', ['qwen2', 'llama-bpe'])
+def test_gguf_of_qwen2_and_llama_3_cut_texts_as_transformers(pre, tmp_path):
+    """transformers' own Qwen2Tokenizer, and its converter's pattern for Llama 3, with the begin that llama.cpp adds."""
+    pytest.importorskip('gguf')
+    import inspect
+
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    cut = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(inspect.signature(TikTokenConverter).parameters['pattern'].default), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made = Tokenizer(models.BPE(ignore_merges=True))
+    made.pre_tokenizer, made.decoder = cut, decoders.ByteLevel()
+    made.train_from_iterator([TEXT, '1984 123 12 \n\n '] * 9, trainers.BpeTrainer(
+        vocab_size=330, special_tokens=['<|endoftext|>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe = json.loads(made.to_str())['model']
+    words, merges = sorted(bpe['vocab'], key=bpe['vocab'].get), [tuple(pair) for pair in bpe['merges'][:-1]]
+    made.model = models.BPE(bpe['vocab'], merges, ignore_merges=True)                   # the last word has no merge
+    tokens = {'model': 'gpt2', 'pre': pre, 'tokens': words, 'token_type': [3] + [1] * (len(words) - 1), 'bos_token_id': 0,
+              'merges': [' '.join(pair) for pair in merges]}
+    ours = ours_of(write_gguf(tmp_path / 'm.gguf', transformers_llama(vocab_size=len(words)), tokens=tokens))
+    for text in (TEXT, "x's  12345\r\n\r\n \t y'LL 1234", 'cafe\u0301 \u00e9<|endoftext|>', '(a) !\n?', words[-1]):
+        wanted = Qwen2Tokenizer(bpe['vocab'], merges).encode(text) if pre == 'qwen2' else [0, *made.encode(text).ids]
+        assert ours.encode(text) == wanted
+    assert (len(ours.encode_ordinary('123')) == 3) == (pre == 'qwen2')                  # negative control: one by one
+
+
 def test_tokenizers_that_cannot_be_read(tmp_path, monkeypatch, folder):
     path = tmp_path / 'tokenizer.json'
     for text in ('{', '[]', '{"model": {"vocab": {"a": "b"}}}', '{"model": {"vocab": {}}}'):
