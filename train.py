@@ -224,7 +224,7 @@ def train(config, job, found=None):
     try:
         model = build(config, dataset, state, job)
         choose_plans(config, job)
-        ways = outlets.Outlets(config, job.main)        # what asks for a login does so before anything moves
+        ways = outlets.Outlets(config, job.main, bool(state))       # what asks for a login does so before anything moves
         if lock and not state:
             restart.set_aside(config)
         run = assemble(config, model, dataset, state, job, ways)

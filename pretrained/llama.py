@@ -161,7 +161,9 @@ def difference(model):
             return f'{name}={getattr(config, name)!r}'
         if name not in FREE and getattr(config, name) != getattr(GPTConfig(), name):
             return f'{name}={getattr(config, name)!r}'
-    odd, blocks = odd_block(config, 'swiglu'), model.transformer.h
+    odd, blocks = odd_block(config, 'swiglu', ('qkv_bias', 'rope_llama3')), model.transformer.h
+    if odd is None and len({(block.attn.stretch, block.attn.c_q.bias is None) for block in blocks}) > 1:
+        odd = 'attention'
     if odd is None and any(block.mlp.c_fc.out_features != blocks[0].mlp.c_fc.out_features for block in blocks):
         odd = 'mlp'
     return odd and f'{odd}={getattr(config, odd)!r}'
@@ -169,7 +171,7 @@ def difference(model):
 
 @torch.no_grad()
 def from_ours(model, vocab_size=None):
-    """(config.json, state dict) of Hugging Face's LlamaForCausalLM with the same function.
+    """(config.json, state dict) of Hugging Face's LlamaForCausalLM or Qwen2ForCausalLM with the same function.
 
     vocab_size: rows of the vocabulary to keep, without padding; None keeps all. Structured linears become their
     dense_weight(). Raises ValueError for a model with a `difference`.
@@ -195,14 +197,18 @@ def from_ours(model, vocab_size=None):
 
 def config_json(model, vocab_size):
     """Hugging Face's config.json of a model of ours that is a Llama; the caller sets its eos by the tokenizer."""
-    config = model.config
+    config, attn = model.config, model.transformer.h[0].attn
+    qwen2 = attn.c_q.bias is not None and not config.bias           # biases on queries, keys and values only
+    stretch = {'rope_type': 'llama3', **dict(zip(STRETCH, attn.stretch))} if attn.stretch else None
     return {
-        'architectures': ['LlamaForCausalLM'], 'model_type': 'llama',
+        'architectures': [f'{"Qwen2" if qwen2 else "Llama"}ForCausalLM'], 'model_type': 'qwen2' if qwen2 else 'llama',
         **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()}, 'vocab_size': vocab_size,
         **{theirs: getattr(config, ours) for ours, (theirs, _) in DEFAULTS.items()}, 'mlp_bias': config.bias,
+        **({'use_sliding_window': False} if qwen2 else {}),
         'num_key_value_heads': config.n_kv_head or config.n_head, 'head_dim': config.n_embd // config.n_head,
         'intermediate_size': model.transformer.h[0].mlp.c_fc.out_features, 'hidden_act': 'silu',
-        'rope_theta': config.rope_base, 'rope_parameters': {'rope_type': 'default', 'rope_theta': config.rope_base},
+        'rope_theta': config.rope_base, **({'rope_scaling': stretch} if stretch else {}),          # of transformers 4 and 5
+        'rope_parameters': {**(stretch or {'rope_type': 'default'}), 'rope_theta': config.rope_base},
         'attention_dropout': config.dropout, 'initializer_range': 0.02, 'bos_token_id': None, 'eos_token_id': None,
         'dtype': str(next(model.parameters()).dtype).removeprefix('torch.'),
     }

@@ -311,6 +311,32 @@ def test_there_and_back_bit_by_bit(kind, tmp_path, run):
     assert torch.equal(logits_of(in_transformers(tmp_path / 'b')), logits_of(theirs))
 
 
+@pytest.mark.parametrize('name, kind', [('Qwen2', 'qwen2'), ('Mistral', 'llama'), ('Llama', 'llama')])
+def test_relatives_there_and_back_bit_by_bit(name, kind, tmp_path, run):
+    """Read by transformers as it was; its own config of the positions too."""
+    theirs = relatives(name)
+    theirs.save_pretrained(tmp_path / 'a')
+    code, out, err = run(export, f'--out_dir={tmp_path}/a', f'--to={tmp_path}/b')
+    assert code == 0 and err == '' and f'dense {kind.title()} for transformers' in out
+    first, second = (load_file(tmp_path / folder / 'model.safetensors') for folder in 'ab')
+    assert first.keys() == second.keys() and all(torch.equal(t, second[name]) for name, t in first.items())
+    again = in_transformers(tmp_path / 'b')
+    assert again.config.model_type == kind and torch.equal(logits_of(again), logits_of(theirs))
+    assert again.config.rope_parameters == theirs.config.rope_parameters
+    raw = json.loads((tmp_path / 'b/config.json').read_text())
+    assert raw.get('rope_scaling') == (None if name != 'Llama' else {k: v for k, v in LLAMA3.items() if k != 'rope_theta'})
+    assert GPT.from_pretrained(str(tmp_path / 'b')).config == GPT.from_pretrained(str(tmp_path / 'a')).config
+
+
+@pytest.mark.parametrize('attention', ['causal(qkv_bias=True)', {'h.0': 'causal(qkv_bias=True)',
+                                                                 'h.1': 'causal(softcap=0.0, qkv_bias=True)'},
+                                       'causal(qkv_bias=True, rope_llama3=(8.0, 1.0, 4.0, 16))'])
+def test_transformers_computes_the_same_as_a_run_with_biases_on_queries_keys_and_values(attention, tmp_path, run):
+    model = save(tmp_path / 'run', attention=attention, linear=KRON)
+    assert 'dense Qwen2 for' in run(export, f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new')[1]
+    assert distance(logits_of(in_transformers(tmp_path / 'new')), logits_of(model)) < 1e-5
+
+
 def save(folder, step=1, data=None, **changes):
     """A checkpoint of ours with random weights, gains and biases."""
     torch.manual_seed(step)
@@ -335,6 +361,8 @@ def test_transformers_computes_the_same(changes, tmp_path, run):
 @pytest.mark.parametrize('changes, words', [
     ({'qk_norm': 'standard'}, 'qk_norm='), ({'softcap': 5.0}, 'softcap='),
     ({'attention': 'causal(gate=True)'}, 'attention='), ({'attention': 'causal(softcap=9.0)'}, 'attention='),
+    ({'attention': {'h.0': 'causal(qkv_bias=True)', 'h.1': 'causal'}}, 'attention='),
+    ({'attention': {'h.0': 'causal(rope_llama3=(8.0, 1.0, 4.0, 16))', 'h.1': 'causal'}}, 'attention='),
     ({'mlp': 'gelu'}, 'mlp='), ({'norm': 'layernorm'}, 'norm='),
     ({'mlp': {'h.0': 'swiglu(48)', 'h.1': 'swiglu(64)'}}, 'mlp=')])
 def test_what_is_no_llama_keeps_our_layout(changes, words, tmp_path, run):
