@@ -3,10 +3,10 @@
     python export.py --out_dir=out/kron_mlp --to=exported
     AutoModelForCausalLM.from_pretrained('exported')    # in Python, with transformers
 
-A GPT-2 or a Llama block (RMSNorm, RoPE, SwiGLU; Qwen2 too) goes to transformers' layout, with structured linears multiplied out to
-dense matrices and without the padding of the vocabulary; any other model is written in our own layout, which sample.py
-and train.py --init_from read. The tokenizer goes along as tokenizer.json. Exit codes: 0 done; 2 a mistake, said
-in one line; 4 the folder could not be written.
+A GPT-2 or a Llama block (RMSNorm, RoPE, SwiGLU; Qwen2's too) goes to transformers' layout, with structured linears
+multiplied out to dense matrices and without the padding of the vocabulary; any other model is written in our own layout,
+which sample.py and train.py --init_from read. The tokenizer goes along as tokenizer.json. Exit codes: 0 done; 2 a mistake,
+said in one line; 4 the folder could not be written.
 """
 import json
 import os

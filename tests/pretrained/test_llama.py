@@ -448,9 +448,9 @@ def divisors(stretch, base, size):
     found = []
     for i in range(0, size, 2):
         wave = 2 * math.pi * base ** (i / size)
-        short, long = (stretch['original_max_position_embeddings'] / stretch[f'{end}_freq_factor'] for end in ('high', 'low'))
-        share = (stretch['original_max_position_embeddings'] / wave - stretch['low_freq_factor']) / (
-            stretch['high_freq_factor'] - stretch['low_freq_factor'])
+        context, low, high = (stretch[name] for name in ('original_max_position_embeddings', 'low_freq_factor',
+                                                         'high_freq_factor'))
+        short, long, share = context / high, context / low, (context / wave - low) / (high - low)
         found.append(1.0 if wave < short else stretch['factor'] if wave > long else (
             1 / ((1 - share) / stretch['factor'] + share)))
     return torch.tensor(found)
