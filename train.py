@@ -43,6 +43,7 @@ if __name__ == '__main__':                              # before torch: its impo
     # waiting CPU threads sleep instead of spinning: 6 times faster on 2 busy cores, no slower on idle ones
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -249,8 +250,10 @@ def assemble(config, model, dataset, state, job, ways):
     fast, net = parallel.wrap(model, config, job)
     progress = {'step': 0, 'tokens': 0, 'flops': 0, 'seconds': 0.0, 'best_val_loss': math.inf, 'best_step': None,
                 'evaluated': None}
+    with contents.taken_from(config.out_dir) if state else contextlib.nullcontext():
+        average = optim.Average(model, config.ema_decay, state and state['average'])
     run = Run(config, job, dataset, loaders, model, fast, net, optimizer, precision.scaler(config, job),
-              optim.Average(model, config.ema_decay, state and state['average']), optim.Outliers(config.skip_zscore),
+              average, optim.Outliers(config.skip_zscore),
               schedules.Rounds(config, accumulation, job.world_size), progress,
               copy.deepcopy(state['built']) if state else changes.begin(config), flops)
     if state:

@@ -11,6 +11,7 @@ from variants import UserError
 
 DECAYED = ('matrix', 'factor', 'embedding', 'head')     # vectors (norms, biases, scales) are not
 MUON = ('matrix', 'factor')                             # what Muon takes; the rest is AdamW's
+MOMENTS = {torch.optim.AdamW: {'step', 'exp_avg', 'exp_avg_sq'}, Muon: {'step', 'momentum'}}       # of each parameter
 
 
 def whole(tensor):
@@ -222,6 +223,10 @@ def load_state_by_name(optimizer, model, state):
         if id(p) not in trained:
             continue                                    # frozen now
         part, group = trained[id(p)]
+        if entries.keys() != MOMENTS[type(part)]:
+            raise UserError(f"optimizer: the checkpoint's state of {name} ({', '.join(sorted(map(str, entries)))[:60]}) is not "
+                            f"{type(part).__name__}'s; a run keeps its optimizer, and another begins by --init_from=FOLDER",
+                            'optimizer')
         on_device = group.get('fused') or group.get('capturable')
         part.state[p] = {key: like(p, value) if key != 'step' or on_device else value for key, value in entries.items()}
 
