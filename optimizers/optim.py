@@ -224,8 +224,8 @@ def load_state_by_name(optimizer, model, state):
             continue                                    # frozen now
         part, group = trained[id(p)]
         if entries.keys() != MOMENTS[type(part)]:
-            raise UserError(f"optimizer: the checkpoint's state of {name} ({', '.join(sorted(map(str, entries)))[:60]}) is not "
-                            f"{type(part).__name__}'s; a run keeps its optimizer, and another begins by --init_from=FOLDER",
+            raise UserError(f"optimizer: the checkpoint's state of {name} ({', '.join(sorted(map(str, entries)))[:60]}) is "
+                            f"not {type(part).__name__}'s; a run keeps its optimizer, another takes init_from=FOLDER",
                             'optimizer')
         on_device = group.get('fused') or group.get('capturable')
         part.state[p] = {key: like(p, value) if key != 'step' or on_device else value for key, value in entries.items()}

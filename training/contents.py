@@ -85,7 +85,8 @@ def is_drop(drop, built):
         return done == 0 and not drop.get('frozen')
     known = all(isinstance(unit, list) and unit and all(isinstance(s, str) and s in drop['specs'] for s in unit)
                 for unit in order)
-    return known and len(order) == drop['units'] >= done and (not drop['frozen'] or done > 0 and built['changed'] is not None)
+    thaws = not drop['frozen'] or done > 0 and built['changed'] is not None
+    return known and thaws and len(order) == drop['units'] >= done
 
 
 def check_settings(cls, given, folder):
