@@ -151,7 +151,8 @@ MOMENT = 'optimizer', 'transformer.wte.weight', 'exp_avg'
     (('data',), 5, READERS), (('data',), {}, READERS),
     (('data',), {'tokenizer': 'hub', 'json': '{"model": {"vocab": {"a": 0}, "merges": 5}}'}, READERS),
     (('built',), 5, PROGRAMS), (('built',), torch.ones(3), PROGRAMS), (('built', 'model'), {'n_layer': 10**12}, PROGRAMS),
-    (('built', 'layers'), 5, ['resume']), (('average',), torch.ones(3), PROGRAMS),
+    (('built', 'model'), {'n_layer': 2, 'n_embd': 2**20}, PROGRAMS), (('built', 'layers'), 5, ['resume']),
+    (('average',), torch.ones(3), PROGRAMS),
     (('average', 'transformer.wte.weight'), MISSING, ['resume']), (('tokens',), 'many', ['resume', *READERS]),
     (MOMENT, torch.ones(3), ['resume']), (MOMENT, MISSING, ['resume']),             # a kernel wrote past the tensor's end
     (('optimizer', 'transformer.wte.weight', 'step'), torch.ones(3), ['resume'])])
