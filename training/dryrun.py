@@ -1,4 +1,5 @@
 """The dry run: sites, parameters, FLOPs and memory, printed without building the model."""
+import glob
 import os
 
 from data import identity
@@ -21,7 +22,7 @@ def dry_run(config, job, found=None):
         choose_sizes(config, job)
     elif config.init_from != 'resume':                  # whose settings are merged already
         source_config, source, info = source_of(config)
-        if os.path.isdir(folder):                       # a dry run needs no data, and compares those that are there
+        if glob.glob(os.path.join(glob.escape(folder), '*train*.bin')):   # data are not needed, but compared
             dataset = open_dataset(folder, job.say)
             identity.check(info['data'], source_config.vocab_size, dataset.tokenizer, folder, config.init_from, job.say)
         adopt(config, source_config)
