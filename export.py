@@ -3,10 +3,10 @@
     python export.py --out_dir=out/kron_mlp --to=exported
     AutoModelForCausalLM.from_pretrained('exported')    # in Python, with transformers
 
-A GPT-2 or a Llama block (RMSNorm, RoPE, SwiGLU) goes to transformers' layout, with structured linears multiplied out to
-dense matrices and without the padding of the vocabulary; any other model is written in our own layout, which sample.py
-and train.py --init_from read. The tokenizer goes along as tokenizer.json. Exit codes: 0 done; 2 a mistake, said
-in one line; 4 the folder could not be written.
+A GPT-2 or a Llama block (RMSNorm, RoPE, SwiGLU; Qwen2's too) goes to transformers' layout, with structured linears
+multiplied out to dense matrices and without the padding of the vocabulary; any other model is written in our own layout,
+which sample.py and train.py --init_from read. The tokenizer goes along as tokenizer.json. Exit codes: 0 done; 2 a mistake,
+said in one line; 4 the folder could not be written.
 """
 import json
 import os
@@ -58,6 +58,7 @@ def contents(source):
     raw, tensors = layout.from_ours(model, vocab_size)
     dropped = config.vocab_size - vocab_size
     padding = f', {dropped} padding rows of the vocabulary dropped' if dropped else ''
+    name = 'Qwen2' if raw['model_type'] == 'qwen2' else name
     return raw, tensors, f'dense {name} for transformers{padding}'
 
 

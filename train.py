@@ -43,6 +43,7 @@ if __name__ == '__main__':                              # before torch: its impo
     # waiting CPU threads sleep instead of spinning: 6 times faster on 2 busy cores, no slower on idle ones
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -224,7 +225,7 @@ def train(config, job, found=None):
     try:
         model = build(config, dataset, state, job)
         choose_plans(config, job)
-        ways = outlets.Outlets(config, job.main)        # what asks for a login does so before anything moves
+        ways = outlets.Outlets(config, job.main, bool(state))       # what asks for a login does so before anything moves
         if lock and not state:
             restart.set_aside(config)
         run = assemble(config, model, dataset, state, job, ways)

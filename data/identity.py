@@ -59,6 +59,21 @@ def essence(text):
     return hashlib.sha256(kept.encode()).hexdigest()
 
 
+def refuse_odd(described, where):
+    """Raise UserError for a description, of a checkpoint, that describes no tokens; None is none."""
+    if described is None:
+        return
+    try:
+        tokenizer.load(described)
+        if described['tokenizer'] == 'hub':
+            essence(described['json'])
+    except UserError as error:
+        raise UserError(f'{where}: {error}', 'init_from') from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f'{where}: its tokenizer.json is none ({type(error).__name__}: {str(error)[:80]})',
+                        'init_from') from None
+
+
 def cuts(value):
     """A pre_tokenizer without what moves offsets only."""
     if isinstance(value, dict):

@@ -12,8 +12,8 @@ import os
 import re
 import statistics
 
-from reporting.records import grouped, spread
-from reporting.runlog import read_log, write_json
+from reporting.records import grouped, read_lines, spread
+from reporting.runlog import write_json
 from variants import UserError
 
 COLUMNS = ('step', 'replaced', 'parameters', 'weight error', 'output error', 'alone', 'loss before', 'after', 'spike',
@@ -26,11 +26,11 @@ def read(folder):
     A change: step, replaced, sites, parameters [before, after], rows, alone, before, after, end, curve [[steps, loss]],
     spike, back_after: the first measured number of steps at which the loss was back, or None.
     """
-    lines = read_log(os.path.join(folder, 'log.jsonl'))
+    lines = read_lines(folder)
     drops = [line for line in lines if 'drop_in' in line]
-    if not drops or drops[0]['probe_before'] is None:
-        raise UserError(f'{folder}: log.jsonl holds no measured replacement; train with drop_in and drop_in_report=STEPS')
     probes = [[line['step'], line['probe_loss']] for line in lines if 'probe_loss' in line]
+    if not drops or any(line.get('probe_before') is None for line in drops) or len(drops) == 1 and not probes:
+        raise UserError(f'{folder}: log.jsonl holds no measured replacement; train with drop_in and drop_in_report=STEPS')
     damage = next((line['damage'] for line in drops if 'damage' in line), {})
     ends = [[line['step'], line['probe_before']] for line in drops[1:]] + probes[-1:]
     changes = [change(line, end, probes, damage) for line, end in zip(drops, ends)]
@@ -190,7 +190,7 @@ def flops_to(evals, target):
 
 def switch_spike(lines):
     """Nats by which the loss on the fixed batches rose in the steps after the dense finish; None where none was measured."""
-    at = next((line for line in lines if 'dense' in line.get('change', '') and line['probe_before'] is not None), None)
+    at = next((line for line in lines if 'dense' in line.get('change', '') and line.get('probe_before') is not None), None)
     if at is None:
         return None
     after = [line['probe_loss'] for line in lines if 'probe_loss' in line and line['step'] >= at['step']]
@@ -205,6 +205,9 @@ def savings(runs, baseline):
     old = next((run['folder'] for run in runs if 'flops' not in run['evals'][-1]), None)
     if old:
         raise UserError(f'{old}: its evaluations have no training FLOPs; train it again')
+    odd = next((run['folder'] for run in runs if type(run['config'].get('seed')) is not int), None)
+    if odd:
+        raise UserError(f'{odd}: config.json has no seed, which runs are matched by')
     dense.sort(key=lambda run: -run['evals'][-1]['val_loss'])           # the best of each seed counts
     final = {run['config']['seed']: run['evals'][-1]['val_loss'] for run in dense}
     cost = {run['config']['seed']: run['evals'][-1]['flops'] for run in dense}

@@ -11,6 +11,7 @@ from variants import UserError
 
 DECAYED = ('matrix', 'factor', 'embedding', 'head')     # vectors (norms, biases, scales) are not
 MUON = ('matrix', 'factor')                             # what Muon takes; the rest is AdamW's
+MOMENTS = {torch.optim.AdamW: {'step', 'exp_avg', 'exp_avg_sq'}, Muon: {'step', 'momentum'}}       # of each, at least
 
 
 def whole(tensor):
@@ -211,9 +212,6 @@ def state_by_name(optimizer, model, gather=whole):
     return {names[id(p)]: {key: gather(value) for key, value in entries.items()} for p, entries in optimizer.state.items()}
 
 
-ENTRIES = {torch.optim.AdamW: {'step', 'exp_avg', 'exp_avg_sq'}, Muon: {'step', 'momentum'}}       # a parameter has at least
-
-
 def load_state_by_name(optimizer, model, state):
     """Restore a state_by_name, dtypes kept. A parameter without state starts afresh; an unknown name is an error."""
     parameters, parts = dict(model.named_parameters()), getattr(optimizer, 'parts', [optimizer])
@@ -225,8 +223,10 @@ def load_state_by_name(optimizer, model, state):
         if id(p) not in trained:
             continue                                    # frozen now
         part, group = trained[id(p)]
-        if entries and not ENTRIES[type(part)] <= entries.keys():
-            raise ValueError(f'optimizer state of {name!r}: {sorted(ENTRIES[type(part)] - entries.keys())} missing')
+        if not MOMENTS[type(part)] <= entries.keys():
+            raise UserError(f"optimizer: the checkpoint's state of {name} ({', '.join(sorted(map(str, entries)))[:60]}) is "
+                            f"not {type(part).__name__}'s; a run keeps its optimizer, another takes init_from=FOLDER",
+                            'optimizer')
         on_device = group.get('fused') or group.get('capturable')
         steps = {key: value.to(p.device) if on_device else value for key, value in entries.items() if key == 'step'}
         part.state[p] = {key: steps[key] if key == 'step' else like(p, value) for key, value in entries.items()}

@@ -93,11 +93,15 @@ def difference(model):
     return odd and f'{odd}={getattr(config, odd)!r}'
 
 
-def odd_block(config, mlp):
-    """'attention' where a block's spec is more than plain causal attention, 'mlp' where it names another mlp, or None."""
+def odd_block(config, mlp, free=()):
+    """'attention' where a block's spec is more than plain causal attention, 'mlp' where it names another mlp, or None.
+
+    free: names of arguments of causal that may have any value.
+    """
     for site in (f'h.{i}' for i in range(config.n_layer)):
         spec = parse_spec(match(config.attention, site, 'causal')[1])
-        if spec.name != 'causal' or any((*spec.args, *spec.kwargs.values())):          # a gate, a soft cap
+        bound = [value for name, value in spec.kwargs.items() if name not in free]
+        if spec.name != 'causal' or any((*spec.args, *bound)):              # a gate, a soft cap
             return 'attention'
         if parse_spec(match(config.mlp, site, 'gelu')[1]).name != mlp:
             return 'mlp'

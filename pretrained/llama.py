@@ -6,8 +6,8 @@ Mistral without a window and Qwen2 (biases on queries, keys, values) are Llamas 
     h.3.attn.c_q (c_k, c_v)   model.layers.3.self_attn.q_proj (k_proj, v_proj)  blk.3.attn_q (attn_k, attn_v)
     h.3.mlp.c_gate, c_fc      model.layers.3.mlp.gate_proj, up_proj             blk.3.ffn_gate, ffn_up
 
-RoPE rotates pairs of rows of a head. Hugging Face pairs row j with row j + D/2 (D the head size), GGUF and we pair 2j with
-2j + 1: `pairs` reorders the rows of queries and keys, bit by bit, and `halves` reverses it.
+RoPE rotates pairs of rows of a head. Hugging Face pairs row j with row j + D/2 (D the head size), as GGUF does for qwen2;
+GGUF's llama and we pair 2j with 2j + 1: `pairs` reorders the rows of queries and keys, bit by bit, and `halves` reverses it.
 """
 import re
 
@@ -110,28 +110,21 @@ def rope_settings(raw, where):
 def from_hub(tensors, config, where):
     """A state dict in our names of Hugging Face's tensors, which are removed from `tensors`; only q and k are copied."""
     return renamed(((name, tensors.pop(name)) for name in list(tensors) if not name.endswith('rotary_emb.inv_freq')),
-                   config, HUB)
+                   config, HUB, True)
 
 
-def from_gguf(pairs, config, where):
-    """A state dict in our names of (name, array) pairs, one array at a time."""
-    return renamed(((name, torch.from_numpy(array)) for name, array in refused_rope(pairs, where)), config, GGUF)
+def from_gguf(pairs, config, kind):
+    """A state dict in our names of (name, array) pairs, one array at a time. kind: 'llama' or 'qwen2'."""
+    return renamed(((name, torch.from_numpy(array)) for name, array in pairs), config, GGUF, kind == 'qwen2')
 
 
-def refused_rope(pairs, where):
-    for name, array in pairs:
-        if name.startswith('rope_freqs'):
-            raise UserError(f'{where}: {name}: its rotary positions are scaled, and only plain ones are read', 'init_from')
-        yield name, array
-
-
-def renamed(pairs, config, column):
-    """{our name: tensor}; an unknown name is kept, so that check_state refuses it."""
+def renamed(pairs, config, column, halves):
+    """{our name: tensor}; halves: rows of q and k lie as Hugging Face's. An unknown name is kept: check_state refuses it."""
     ours = {}
     for name, tensor in pairs:
         owner, _, kind = name.rpartition('.')
         known = our_name(owner, column)
-        if column == HUB and known and known.endswith(('.c_q', '.c_k')):
+        if halves and known and known.endswith(('.c_q', '.c_k')):
             tensor = pairs_of(tensor, config.n_head if known.endswith('q') else config.n_kv_head or config.n_head)
         ours[f'{known}.{kind}' if known else name] = tensor
     return ours
@@ -168,7 +161,9 @@ def difference(model):
             return f'{name}={getattr(config, name)!r}'
         if name not in FREE and getattr(config, name) != getattr(GPTConfig(), name):
             return f'{name}={getattr(config, name)!r}'
-    odd, blocks = odd_block(config, 'swiglu'), model.transformer.h
+    odd, blocks = odd_block(config, 'swiglu', ('qkv_bias', 'rope_llama3')), model.transformer.h
+    if odd is None and len({(block.attn.stretch, block.attn.c_q.bias is None) for block in blocks}) > 1:
+        odd = 'attention'
     if odd is None and any(block.mlp.c_fc.out_features != blocks[0].mlp.c_fc.out_features for block in blocks):
         odd = 'mlp'
     return odd and f'{odd}={getattr(config, odd)!r}'
@@ -176,7 +171,7 @@ def difference(model):
 
 @torch.no_grad()
 def from_ours(model, vocab_size=None):
-    """(config.json, state dict) of Hugging Face's LlamaForCausalLM with the same function.
+    """(config.json, state dict) of Hugging Face's LlamaForCausalLM or Qwen2ForCausalLM with the same function.
 
     vocab_size: rows of the vocabulary to keep, without padding; None keeps all. Structured linears become their
     dense_weight(). Raises ValueError for a model with a `difference`.
@@ -202,14 +197,18 @@ def from_ours(model, vocab_size=None):
 
 def config_json(model, vocab_size):
     """Hugging Face's config.json of a model of ours that is a Llama; the caller sets its eos by the tokenizer."""
-    config = model.config
+    config, attn = model.config, model.transformer.h[0].attn
+    qwen2 = attn.c_q.bias is not None and not config.bias           # biases on queries, keys and values only
+    stretch = {'rope_type': 'llama3', **dict(zip(STRETCH, attn.stretch))} if attn.stretch else None
     return {
-        'architectures': ['LlamaForCausalLM'], 'model_type': 'llama',
+        'architectures': [f'{"Qwen2" if qwen2 else "Llama"}ForCausalLM'], 'model_type': 'qwen2' if qwen2 else 'llama',
         **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()}, 'vocab_size': vocab_size,
         **{theirs: getattr(config, ours) for ours, (theirs, _) in DEFAULTS.items()}, 'mlp_bias': config.bias,
+        **({'use_sliding_window': False} if qwen2 else {}),
         'num_key_value_heads': config.n_kv_head or config.n_head, 'head_dim': config.n_embd // config.n_head,
         'intermediate_size': model.transformer.h[0].mlp.c_fc.out_features, 'hidden_act': 'silu',
-        'rope_theta': config.rope_base, 'rope_parameters': {'rope_type': 'default', 'rope_theta': config.rope_base},
+        'rope_theta': config.rope_base, **({'rope_scaling': stretch} if stretch else {}),          # of transformers 4 and 5
+        'rope_parameters': {**(stretch or {'rope_type': 'default'}), 'rope_theta': config.rope_base},
         'attention_dropout': config.dropout, 'initializer_range': 0.02, 'bos_token_id': None, 'eos_token_id': None,
         'dtype': str(next(model.parameters()).dtype).removeprefix('torch.'),
     }

@@ -101,13 +101,26 @@ def read_ours(folder, which):
     from checkpoints import checkpoint
     saved = checkpoint.load(folder, which)
     settings, state = parts(saved, 'config', folder)
-    settings = {**settings, **(saved.get('built') or {}).get('model', {})}          # at its stage of growth
+    built = {} if saved.get('built') is None else saved['built']                     # an older checkpoint's
+    stage = built.get('model', {}) if isinstance(built, dict) else built
+    if not isinstance(stage, dict):
+        raise UserError(f'{folder}: its stage of growth is a {type(stage).__name__}, which no run writes', 'init_from')
+    settings = {**settings, **stage}
     config = checked_config(configurator.as_dict(configurator.model_config(settings)), folder)
-    if saved.get('average'):                            # of a run with ema_decay: the averaged weights
+    if not isinstance(saved.get('average'), (dict, type(None))) or saved.get('average'):      # the averaged weights
         state.update(parts({**saved, 'model': saved['average']}, 'config', folder)[1])
         if config.tie_weights:
             state['lm_head.weight'] = state['transformer.wte.weight']
-    return config, state, {'kind': 'nanokron', **{key: saved.get(key) for key in ('step', 'data', 'tokens', 'flops')}}
+    return config, state, {'kind': 'nanokron', **facts(saved, ('step', 'tokens', 'flops'), folder)}
+
+
+def facts(saved, names, where):
+    """{'data': the tokenizer's meta or None, and the numbers of those names or None}; raises UserError for others."""
+    for name in names:
+        if type(saved.get(name)) not in (int, float, type(None)):
+            raise UserError(f'{where}: {name} is a {type(saved[name]).__name__}, and a number is due', 'init_from')
+    identity.refuse_odd(saved.get('data'), where)
+    return {name: saved.get(name) for name in (*names, 'data')}
 
 
 def read_nanogpt(path):
@@ -124,7 +137,8 @@ def read_nanogpt(path):
     wte, head = state.get('transformer.wte.weight'), state.get('lm_head.weight')
     tied = wte is None or head is None or torch.equal(wte, head)
     config = checked_config({'bias': True, **settings, 'tie_weights': tied}, path)
-    return config, state, {'kind': 'nanogpt', 'step': saved.get('iter_num'), 'data': None}
+    step = saved.get('iter_num')
+    return config, state, {'kind': 'nanogpt', 'step': step if type(step) is int else None, 'data': None}
 
 
 def parts(saved, key, where):
@@ -144,8 +158,8 @@ def read_safetensors(folder, names, only=None):
     if kind == 'nanokron':
         if not isinstance(raw.get('config'), dict):
             raise UserError(f"{folder}: config.json lacks the model's config", 'init_from')
-        info = {'kind': kind, 'step': raw.get('step'), 'data': raw.get('data')}
-        return checked_config(raw['config'], folder), read_tensors(folder, names, only), info
+        return checked_config(raw['config'], folder), read_tensors(folder, names, only), {
+            'kind': kind, **facts(raw, ('step',), folder)}
     if kind not in LAYOUTS:
         raise UserError(f'{folder}: model_type is {kind[:60]!r}, and only {", ".join(LAYOUTS)} are read', 'init_from')
     config = checked_config(LAYOUTS[kind].settings(raw, folder), folder)
@@ -168,12 +182,13 @@ def tokens_of(folder, names, kind):
 
 
 def read_gguf(path):
-    """A GGUF file of the architecture llama, in float32, with its tokenizer where that is byte pairs."""
+    """A GGUF file of the architecture llama or qwen2, in float32, with its tokenizer where that is byte pairs."""
     reader = gguf_file.open_file(path)
-    config = checked_config(llama.settings(gguf_file.settings(reader, path), path), path)
+    raw = gguf_file.settings(reader, path)
+    config = checked_config(llama.settings(raw, path), path)
     text = gguf_file.tokenizer(reader, path)
     data = text and hub_tokenizer.describe(text, os.path.basename(path))
-    state = llama.from_gguf(gguf_file.tensors(reader, path), config, path)
+    state = llama.from_gguf(gguf_file.tensors(reader, path), config, raw['model_type'])
     return config, state, {'kind': 'gguf', 'step': None, 'data': data}
 
 

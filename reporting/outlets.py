@@ -8,12 +8,17 @@ import configurator
 
 
 class Outlets:
-    """wandb and tensorboard where asked for, and attempt() for all that a run writes beside its checkpoints."""
+    """wandb and tensorboard where asked for, and attempt() for all that a run writes beside its checkpoints.
 
-    def __init__(self, config, main):
+    again: the run in out_dir goes on, and so does its run of wandb, whose id is in env.json.
+    """
+
+    def __init__(self, config, main, again=False):
         self.warned, self.wandb, self.board = set(), None, None
+        self.wandb_id = noted(os.path.join(config.out_dir, 'env.json'), 'wandb') if again else None
         if main and not config.eval_only:
-            self.wandb = config.wandb_log and self.attempt('wandb_log', open_wandb, config)
+            self.wandb = config.wandb_log and self.attempt('wandb_log', open_wandb, config, self.wandb_id)
+            self.wandb_id = getattr(self.wandb, 'id', self.wandb_id)
             self.board = config.tensorboard_log and self.attempt('tensorboard_log', open_board, config)
 
     def attempt(self, what, action, *arguments):
@@ -49,12 +54,23 @@ class Outlets:
         self.wandb = self.board = None
 
 
-def open_wandb(config):
+def noted(path, name):
+    """What an env.json says of the run under a name; None where it says nothing."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return json.load(file).get(name)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def open_wandb(config, run_id):
+    """run_id: of the run to go on with; None begins a new one."""
     try:
         import wandb
     except ImportError:
         raise RuntimeError('wandb is not installed (pip install wandb)') from None
-    return wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=configurator.as_dict(config))
+    return wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=configurator.as_dict(config),
+                      id=run_id, resume='allow')
 
 
 def open_board(config):

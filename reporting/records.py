@@ -2,25 +2,65 @@
 import json
 import os
 import statistics
+import sys
 
 from reporting import masking
 from reporting.runlog import read_log, write_json
 from reporting.written import read_json
 from variants import UserError
 
+COUNTED = 'step', 'tokens', 'flops', 'loss', 'train_loss', 'val_loss', 'tokens_per_s', 'probe_loss'
 LINES = 8000                            # of a record's log: a few megabytes
 APART = ('seed', 'out_dir', 'init_from', 'device', 'debug', 'wandb_run_name')    # may differ within a row
 
 
+def is_number(value):
+    return type(value) in (int, float)
+
+
+def sound(line):
+    """Whether a line of a log has what reports count with: numbers, and of a replacement all its parts."""
+    probes = line.get('probe_before'), line.get('probe_after')
+    if not all(is_number(line[name]) for name in COUNTED if name in line) or not isinstance(line.get('change', ''), str):
+        return False
+    if 'step' not in line or probes != (None, None) and not all(map(is_number, probes)):
+        return False
+    return 'drop_in' not in line or is_drop(line)
+
+
+def is_drop(line):
+    """Whether a line of a replacement has all its parts."""
+    rows, sizes, damage = line.get('rows'), line.get('parameters'), line.get('damage', {})
+    if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows) and isinstance(sizes, list)
+            and len(sizes) == 2 and isinstance(damage, dict) and isinstance(line['drop_in'], str)
+            and 'sites' in line):
+        return False
+    errors = [value for row in rows for name, value in row.items() if 'error' in name]
+    return all(map(is_number, [*errors, *sizes, *damage.values()]))
+
+
+def read_lines(folder):
+    """The lines of a run's log.jsonl that are sound; others are counted in a warning."""
+    path = os.path.join(folder, 'log.jsonl')
+    lines = read_log(path)
+    kept = [line for line in lines if sound(line)]
+    if len(kept) < len(lines):
+        print(f'{path}: {len(lines) - len(kept)} damaged lines are left out', file=sys.stderr, flush=True)
+    return kept
+
+
 def read_run(folder):
     """{'name', 'config', 'env', 'steps', 'evals'} of one run's folder."""
-    lines = read_log(os.path.join(folder, 'log.jsonl'))
+    lines = read_lines(folder)
     evals = [line for line in lines if 'val_loss' in line]
     if not evals:
         raise UserError(f'{folder}: log.jsonl has no evaluation yet')
-    return {'folder': folder, 'config': read_json(os.path.join(folder, 'config.json')),
-            'env': read_json(os.path.join(folder, 'env.json')), 'lines': lines, 'evals': evals,
-            'steps': [line for line in lines if 'loss' in line]}
+    config, env = (read_json(os.path.join(folder, f'{name}.json')) for name in ('config', 'env'))
+    if not isinstance(config, dict) or not isinstance(env, dict) or not all(
+            is_number(env.get(name, 0)) for name in ('parameters', 'flops_per_token')):
+        raise UserError(f'{folder}: config.json or env.json holds what no run writes; name folders that train.py wrote')
+    return {'folder': folder, 'config': config, 'env': env, 'lines': lines, 'evals': evals,
+            'steps': [line for line in lines if 'loss' in line and 'tokens_per_s' in line]}
 
 
 def grouped(runs):
@@ -70,9 +110,10 @@ def origin(run):
     if not isinstance(source, dict):
         return ''
     had = [f'{source[key]:,.{digits}} {key}'.replace('flops', 'FLOPs') for key, digits in (('tokens', '0f'), ('flops', '4g'))
-           if source.get(key)]
+           if is_number(source.get(key)) and source[key]]
     name, words = os.path.basename(os.path.normpath(run['folder'])), ' and '.join(had) or 'an unknown number of tokens'
-    return f'\n{name} began from {source.get("init_from")}, trained with {words} before, which its own figures leave out.'
+    return (f'\n{name} began from {str(source.get("init_from"))[:200]}, trained with {words} before, which its own figures '
+            'leave out.')
 
 
 def commands(runs):

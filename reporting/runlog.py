@@ -13,7 +13,7 @@ from tqdm import tqdm
 import configurator
 from checkpoints.durable import DISK, write_whole
 from reporting import hardware
-from reporting.outlets import Lines, Outlets
+from reporting.outlets import Lines, Outlets, noted
 
 
 def write_json(path, value):
@@ -44,15 +44,6 @@ def read_log(path, bad=None):
         elif text and number < len(texts) and bad is not None:
             bad.append(text)
     return lines
-
-
-def source_of(path):
-    """What an env.json says of the weights that its run began from; None where it says nothing."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            return json.load(file).get('from')
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def rewind(path, step, evaluated):
@@ -120,8 +111,8 @@ class RunLog:
         attempt('config.json', write_json, os.path.join(folder, 'config.json'), configurator.as_dict(config))
         facts = {'parameters': model.num_params(), 'flops_per_token': self.flops}
         place = os.path.join(folder, 'env.json')
-        source = self.job.source or source_of(place)
-        facts |= {'from': source} if source else {}
+        notes = {'from': self.job.source or noted(place, 'from'), 'wandb': self.outlets.wandb_id}
+        facts |= {name: value for name, value in notes.items() if value}
         attempt('env.json', lambda: write_json(place, hardware.environment(self.job.device) | facts))
         path = os.path.join(folder, 'log.jsonl')
         attempt('log.jsonl', rewind, path, self.progress['step'], self.progress['evaluated'])

@@ -1,8 +1,11 @@
 """The dry run: sites, parameters, FLOPs and memory, printed without building the model."""
+import glob
 import os
 
+from data import identity
 from data.loader import open_dataset
 from decomposition import initialise
+from pretrained import gpt2
 from training.startup import adopt, check_shapes, choose_sizes, padded
 from variants import UserError
 
@@ -18,8 +21,10 @@ def dry_run(config, job, found=None):
     if config.init_from == 'scratch':
         choose_sizes(config, job)
     elif config.init_from != 'resume':                  # whose settings are merged already
-        source_config, source, _ = initialise.read_source(config.init_from) if config.rank_budget else (
-            initialise.source_config(config.init_from), None, None)
+        source_config, source, info = source_of(config)
+        if glob.glob(os.path.join(glob.escape(folder), '*train*.bin')):   # data are not needed, but compared
+            dataset = open_dataset(folder, job.say)
+            identity.check(info['data'], source_config.vocab_size, dataset.tokenizer, folder, config.init_from, job.say)
         adopt(config, source_config)
         calibrated = config.rank_budget and config.rank_allocation != 'uniform'
         choose_sizes(config, job, open_dataset(folder, job.say) if calibrated else None, source_config, source)
@@ -38,6 +43,13 @@ def dry_run(config, job, found=None):
     job.say(f'FLOPs per token: {model.flops_per_token():,} forward, {3 * model.flops_per_token():,} training')
     job.say(f'memory: about {memory_estimate(model, config, job.dtype.itemsize) / 2**30:.2f} GiB per device (weights, '
             'gradients, AdamW, activations, logits)')
+
+
+def source_of(config):
+    """initialise.read_source of init_from; GPT-2's published sizes are known without a download."""
+    if config.init_from in gpt2.PUBLISHED and not os.path.isdir(config.init_from) and not config.rank_budget:
+        return gpt2.published(config.init_from), None, {'data': None}
+    return initialise.read_source(config.init_from)
 
 
 def fit_memory(config, model, job):

@@ -46,6 +46,9 @@ def resumed(config, state):
     settle(config)
     for name, sentence in configurator.check(config):
         raise UserError(sentence, name)
+    with contents.taken_from(config.out_dir):           # before memory is taken for it
+        built = changes.model_config(config, state.get('built') or changes.begin(config))
+        initialise.check_state(built, state['model'], config.out_dir)
     return config
 
 

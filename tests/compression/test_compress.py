@@ -103,7 +103,7 @@ def test_two_sided_svd_is_the_best_of_its_rank(shape):
     U, V = two_sided_svd(W, 4, C, H)
     best = cost_of(W - U @ V, C, H)
     assert torch.allclose(U.t() @ U, V @ V.t(), atol=1e-10)                             # balanced
-    roots = allocate.root(with_ridge(H, ridge=GRADIENT_RIDGE)), allocate.root(with_ridge(C))  # Eckart and Young, another root
+    roots = allocate.root(with_ridge(H, ridge=GRADIENT_RIDGE)), allocate.root(with_ridge(C))  # Eckart and Young
     tail = torch.linalg.svdvals(roots[0] @ W @ roots[1])[4:].square().sum().item() / 2
     assert abs(best - tail) <= 1e-10 * tail
     for other in (whitened_svd(W, 4, C), two_sided_svd(W, 4, C, torch.eye(out))):

@@ -1,9 +1,11 @@
 """Llama and GGUF: transformers is the oracle for logits, text and tokens; what does not fit is refused in one line."""
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,12 +121,12 @@ LLAMA3 = {'rope_type': 'llama3', 'rope_theta': 50.0, 'factor': 8.0, 'low_freq_fa
           'original_max_position_embeddings': 16}
 
 
-def relatives(name):
+def relatives(name, **more):
     """A random model of transformers of another name, whose shapes are SMALL's."""
     import transformers
     torch.manual_seed(0)
     changes = {'Qwen2': {}, 'Mistral': {'sliding_window': None}, 'Llama': {'rope_parameters': LLAMA3}}[name]
-    config = getattr(transformers, f'{name}Config')(**{**SMALL, **changes})
+    config = getattr(transformers, f'{name}Config')(**{**SMALL, **changes, **more})
     model = getattr(transformers, f'{name}ForCausalLM')(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -309,6 +311,32 @@ def test_there_and_back_bit_by_bit(kind, tmp_path, run):
     assert torch.equal(logits_of(in_transformers(tmp_path / 'b')), logits_of(theirs))
 
 
+@pytest.mark.parametrize('name, kind', [('Qwen2', 'qwen2'), ('Mistral', 'llama'), ('Llama', 'llama')])
+def test_relatives_there_and_back_bit_by_bit(name, kind, tmp_path, run):
+    """Read by transformers as it was; its own config of the positions too."""
+    theirs = relatives(name)
+    theirs.save_pretrained(tmp_path / 'a')
+    code, out, err = run(export, f'--out_dir={tmp_path}/a', f'--to={tmp_path}/b')
+    assert code == 0 and err == '' and f'dense {kind.title()} for transformers' in out
+    first, second = (load_file(tmp_path / folder / 'model.safetensors') for folder in 'ab')
+    assert first.keys() == second.keys() and all(torch.equal(t, second[name]) for name, t in first.items())
+    again = in_transformers(tmp_path / 'b')
+    assert again.config.model_type == kind and torch.equal(logits_of(again), logits_of(theirs))
+    assert again.config.rope_parameters == theirs.config.rope_parameters
+    raw = json.loads((tmp_path / 'b/config.json').read_text())
+    assert raw.get('rope_scaling') == (None if name != 'Llama' else {k: v for k, v in LLAMA3.items() if k != 'rope_theta'})
+    assert GPT.from_pretrained(str(tmp_path / 'b')).config == GPT.from_pretrained(str(tmp_path / 'a')).config
+
+
+@pytest.mark.parametrize('attention', ['causal(qkv_bias=True)', {'h.0': 'causal(qkv_bias=True)',
+                                                                 'h.1': 'causal(softcap=0.0, qkv_bias=True)'},
+                                       'causal(qkv_bias=True, rope_llama3=(8.0, 1.0, 4.0, 16))'])
+def test_transformers_computes_the_same_as_a_run_with_biases_on_queries_keys_and_values(attention, tmp_path, run):
+    model = save(tmp_path / 'run', attention=attention, linear=KRON)
+    assert 'dense Qwen2 for' in run(export, f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new')[1]
+    assert distance(logits_of(in_transformers(tmp_path / 'new')), logits_of(model)) < 1e-5
+
+
 def save(folder, step=1, data=None, **changes):
     """A checkpoint of ours with random weights, gains and biases."""
     torch.manual_seed(step)
@@ -333,6 +361,8 @@ def test_transformers_computes_the_same(changes, tmp_path, run):
 @pytest.mark.parametrize('changes, words', [
     ({'qk_norm': 'standard'}, 'qk_norm='), ({'softcap': 5.0}, 'softcap='),
     ({'attention': 'causal(gate=True)'}, 'attention='), ({'attention': 'causal(softcap=9.0)'}, 'attention='),
+    ({'attention': {'h.0': 'causal(qkv_bias=True)', 'h.1': 'causal'}}, 'attention='),
+    ({'attention': {'h.0': 'causal(rope_llama3=(8.0, 1.0, 4.0, 16))', 'h.1': 'causal'}}, 'attention='),
     ({'mlp': 'gelu'}, 'mlp='), ({'norm': 'layernorm'}, 'norm='),
     ({'mlp': {'h.0': 'swiglu(48)', 'h.1': 'swiglu(64)'}}, 'mlp=')])
 def test_what_is_no_llama_keeps_our_layout(changes, words, tmp_path, run):
@@ -349,10 +379,10 @@ def test_what_is_no_llama_keeps_our_layout(changes, words, tmp_path, run):
 # GGUF
 
 def write_gguf(path, model, kind='F32', fields=None, tensors=None, tokens=None):
-    """A GGUF of a transformers' Llama, by llama.cpp's order of rows; fields, tensors: changes (None leaves one out)."""
+    """A GGUF of a transformers' Llama or Qwen2, as llama.cpp lays it; fields, tensors: changes (None leaves one out)."""
     import gguf
     kinds, c = gguf.GGMLQuantizationType, model.config
-    writer = gguf.GGUFWriter(path, 'llama')
+    writer = gguf.GGUFWriter(path, c.model_type)
     values = {'block_count': c.num_hidden_layers, 'context_length': c.max_position_embeddings,
               'embedding_length': c.hidden_size, 'feed_forward_length': c.intermediate_size,
               'attention.head_count': c.num_attention_heads, 'attention.head_count_kv': c.num_key_value_heads,
@@ -362,7 +392,7 @@ def write_gguf(path, model, kind='F32', fields=None, tensors=None, tokens=None):
         if value is not None:
             add = writer.add_float32 if isinstance(value, float) else writer.add_string if isinstance(value, str) else (
                 writer.add_uint32)
-            add(name if name.startswith('general.') else f'llama.{name}', value)
+            add(name if name.startswith('general.') else f'{c.model_type}.{name}', value)
     for name, value in (tokens or {}).items():
         add = writer.add_string if isinstance(value, str) else writer.add_bool if isinstance(value, bool) else (
             writer.add_uint32 if isinstance(value, int) else writer.add_array)
@@ -381,7 +411,7 @@ def write_gguf(path, model, kind='F32', fields=None, tensors=None, tokens=None):
 
 
 def gguf_state(model):
-    """llama.cpp's names; rows of q and k as its converter lays them: (H, 2, D/2) -> (H, D/2, 2)."""
+    """llama.cpp's names; rows of a Llama's q and k as its converter lays them: (H, 2, D/2) -> (H, D/2, 2)."""
     names = {'embed_tokens': 'token_embd', 'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k',
              'self_attn.v_proj': 'attn_v', 'self_attn.o_proj': 'attn_output', 'mlp.gate_proj': 'ffn_gate',
              'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down', 'input_layernorm': 'attn_norm',
@@ -392,7 +422,7 @@ def gguf_state(model):
             continue
         c = model.config
         count = {'q_proj': c.num_attention_heads, 'k_proj': c.num_key_value_heads}.get(name.split('.')[-2])
-        if count:
+        if count and c.model_type == 'llama':
             tensor = tensor.view(count, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
         name = name.replace('model.layers', 'blk').replace('model.norm', 'output_norm').removeprefix('model.')
         for theirs, short in names.items():
@@ -411,6 +441,49 @@ def test_gguf_logits_equal_transformers(kind, tmp_path):
     theirs.save_pretrained(tmp_path / 'a')
     assert model.config == GPT.from_pretrained(str(tmp_path / 'a')).config
     assert initialise.read_source(path)[2] == {'kind': 'gguf', 'step': None, 'data': None}
+
+
+def divisors(stretch, base, size):
+    """rope_freqs of a GGUF as llama.cpp's converter writes them: by wavelengths, with three cases."""
+    found = []
+    for i in range(0, size, 2):
+        wave = 2 * math.pi * base ** (i / size)
+        context, low, high = (stretch[name] for name in ('original_max_position_embeddings', 'low_freq_factor',
+                                                         'high_freq_factor'))
+        short, long, share = context / high, context / low, (context / wave - low) / (high - low)
+        found.append(1.0 if wave < short else stretch['factor'] if wave > long else (
+            1 / ((1 - share) / stretch['factor'] + share)))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize('name, changes', [('Qwen2', {}), ('Qwen2', {'num_key_value_heads': 4, 'tie_word_embeddings': True}),
+                                           ('Llama', {})])
+def test_relatives_as_gguf_equal_transformers(name, changes, tmp_path):
+    """Qwen2's biases and its order of rows, Llama 3.1's positions: the model of the folder, with its logits."""
+    pytest.importorskip('gguf')
+    theirs = relatives(name, **changes)
+    heads = theirs.config.num_key_value_heads
+    tensors = {'rope_freqs.weight': divisors(LLAMA3, 50.0, 8)} if name == 'Llama' else {}
+    path = write_gguf(tmp_path / 'm.gguf', theirs, tensors=tensors,
+                      fields={'attention.head_count_kv': None if heads == 4 else heads})       # unsaid: one per head
+    theirs.save_pretrained(tmp_path / 'a')
+    ours = GPT.from_pretrained(path)
+    assert ours.config == GPT.from_pretrained(str(tmp_path / 'a')).config
+    assert distance(logits_of(ours), logits_of(theirs)) < 1e-5
+    wrong = dataclasses.replace(ours.config, attention='causal(qkv_bias=True)' if name == 'Qwen2' else 'causal')
+    swapped = {n: llama.halves_of(t, 4) if n.endswith('c_q.weight') and name == 'Qwen2' else t
+               for n, t in ours.state_dict().items()}
+    assert distance(logits_of(initialise.build(wrong, wrong, swapped)), logits_of(theirs)) > 1e-4      # negative control
+
+
+@pytest.mark.parametrize('factor, base, size', [(8.0, 5e5, 128), (32.0, 5e5, 64), (1.0, 5e5, 64)])
+def test_the_published_positions_are_recognised(factor, base, size):
+    """Of Llama 3.1, 3.2 and one that is not stretched."""
+    stretch = {**LLAMA3, 'factor': factor, 'original_max_position_embeddings': 8192}
+    reader = SimpleNamespace(tensors=[SimpleNamespace(name='rope_freqs.weight', data=divisors(stretch, base, size).numpy())])
+    raw = {'hidden_size': 4 * size, 'num_attention_heads': 4, 'rope_theta': base}
+    found = gguf_file.rope_scaling(reader, raw, 'x')
+    assert found is None if factor == 1 else found == {n: v for n, v in stretch.items() if n != 'rope_theta'}
 
 
 @pytest.mark.parametrize('kind, tolerance', [('F16', 1e-2), ('BF16', 5e-2), ('Q8_0', 5e-2), ('Q4_1', 0.5)])
@@ -435,7 +508,9 @@ def test_gguf_quantised(kind, tolerance, tmp_path):
     ({'logit_scale': 2.0}, {}, 'logit_scale is 2.0, which is not read'),
     ({'block_count': None}, {}, 'lacks llama.block_count'),
     ({'block_count': 3}, {}, 'the file holds 2 blocks'),
-    ({}, {'rope_freqs.weight': torch.ones(4)}, 'scaled'),
+    ({}, {'rope_freqs.weight': torch.tensor([1.0, 1.5, 7.0, 8.0])}, "not Llama 3.1's rotary positions"),
+    ({}, {'rope_freqs.weight': torch.tensor([1.0, 8.0])}, "not Llama 3.1's rotary positions"),
+    ({}, {'rope_freqs.weight': torch.tensor([0.0, 1.0, float('nan'), 8.0])}, "not Llama 3.1's rotary positions"),
     ({}, {'token_embd.weight': None}, 'lacks token_embd.weight'),
     ({}, {'blk.1.ffn_up.weight': None}, 'lacks transformer.h.1.mlp.c_fc.weight'),
     ({}, {'blk.1.attn_q_norm.weight': torch.ones(8)}, 'holds unknown blk.1.attn_q_norm.weight'),
@@ -449,8 +524,8 @@ def test_other_architectures_and_damage_are_refused(hf, tmp_path, monkeypatch):
     gguf = pytest.importorskip('gguf')
     path = write_gguf(tmp_path / 'm.gguf', hf[0])
     whole = Path(path).read_bytes()
-    (tmp_path / 'q.gguf').write_bytes(whole.replace(b'\x05\0\0\0\0\0\0\0llama', b'\x05\0\0\0\0\0\0\0qwen2', 1))
-    assert "architecture is 'qwen2'" in refusal(initialise.read_source, str(tmp_path / 'q.gguf'))
+    (tmp_path / 'q.gguf').write_bytes(whole.replace(b'\x05\0\0\0\0\0\0\0llama', b'\x05\0\0\0\0\0\0\0qwen3', 1))
+    assert "architecture is 'qwen3', and only llama and qwen2" in refusal(initialise.read_source, str(tmp_path / 'q.gguf'))
     for content in (b'', b'GGUF', b'GGUF' + b'\xff' * 99, b'x' * 999, whole[:300], whole[:-2000]):
         (tmp_path / 'd.gguf').write_bytes(content)
         line = refusal(initialise.read_source, str(tmp_path / 'd.gguf'))
@@ -545,6 +620,34 @@ def test_gguf_holds_the_same_tokenizer(library, hf, tmp_path):
     assert plain.encode('a  1') != ours.encode('a  1')          # negative control: the cut matters
     other = write_gguf(tmp_path / 'o.gguf', model, tokens={**tokens, 'pre': 'other'})
     assert 'not read' in refusal(hub_tokenizer.read, other) and initialise.read_source(other)[2]['data'] is None
+
+
+@pytest.mark.parametrize('pre', ['qwen2', 'llama-bpe'])
+def test_gguf_of_qwen2_and_llama_3_cut_texts_as_transformers(pre, tmp_path):
+    """transformers' own Qwen2Tokenizer, and its converter's pattern for Llama 3, with the begin that llama.cpp adds."""
+    pytest.importorskip('gguf')
+    import inspect
+
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    cut = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(inspect.signature(TikTokenConverter).parameters['pattern'].default), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made = Tokenizer(models.BPE(ignore_merges=True))
+    made.pre_tokenizer, made.decoder = cut, decoders.ByteLevel()
+    made.train_from_iterator([TEXT, '1984 123 12 \n\n '] * 9, trainers.BpeTrainer(
+        vocab_size=330, special_tokens=['<|endoftext|>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe = json.loads(made.to_str())['model']
+    words, merges = sorted(bpe['vocab'], key=bpe['vocab'].get), [tuple(pair) for pair in bpe['merges'][:-1]]
+    made.model = models.BPE(bpe['vocab'], merges, ignore_merges=True)                   # the last word has no merge
+    tokens = {'model': 'gpt2', 'pre': pre, 'tokens': words, 'token_type': [3] + [1] * (len(words) - 1), 'bos_token_id': 0,
+              'merges': [' '.join(pair) for pair in merges]}
+    ours = ours_of(write_gguf(tmp_path / 'm.gguf', transformers_llama(vocab_size=len(words)), tokens=tokens))
+    for text in (TEXT, "x's  12345\r\n\r\n \t y'LL 1234", 'cafe\u0301 \u00e9<|endoftext|>', '(a) !\n?', words[-1]):
+        wanted = Qwen2Tokenizer(bpe['vocab'], merges).encode(text) if pre == 'qwen2' else [0, *made.encode(text).ids]
+        assert ours.encode(text) == wanted
+    assert (len(ours.encode_ordinary('123')) == 3) == (pre == 'qwen2')                  # negative control: one by one
 
 
 def test_tokenizers_that_cannot_be_read(tmp_path, monkeypatch, folder):

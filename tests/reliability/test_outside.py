@@ -239,6 +239,32 @@ def test_wandb_that_fails_later_gets_no_more(data, tmp_path, capsys, monkeypatch
     assert len(calls) == 1 and capsys.readouterr().err.count('wandb_log: ') == 1
 
 
+def test_a_resumed_run_goes_on_as_the_same_run_of_wandb(data, tmp_path, monkeypatch, capsys):
+    """Also after a resume without it and one on which it failed; a fresh run in the folder is another one."""
+    asked, lines, names = [], [], iter('abc')
+
+    def init(**keywords):
+        asked.append(keywords)
+        module = wandb(None, lambda line, step: lines.append((module.id, step)))
+        module.id = keywords['id'] or next(names)
+        return module
+    monkeypatch.setitem(sys.modules, 'wandb', wandb(init))
+    run(data, tmp_path, '--wandb_log=True', '--wandb_project=p', '--wandb_run_name=n')
+    go_on(tmp_path, '--max_iters=3', '--wandb_log=False')
+    monkeypatch.setitem(sys.modules, 'wandb', wandb(full))
+    go_on(tmp_path, '--max_iters=4', '--wandb_log=True')
+    monkeypatch.setitem(sys.modules, 'wandb', wandb(init))
+    go_on(tmp_path, '--max_iters=5')
+    run(data, tmp_path, '--wandb_log=True')
+    assert [(k['id'], k['resume']) for k in asked] == [(None, 'allow'), ('a', 'allow'), (None, 'allow')]
+    assert [(k['project'], k['name']) for k in asked] == [('p', 'n'), ('p', 'n'), ('owt', 'gpt2')]
+    assert {step for name, step in lines if name == 'a'} == {0, 1, 2, 4, 5} and lines[-1][0] == 'b'
+    assert json.loads((tmp_path / 'previous' / 'env.json').read_text())['wandb'] == 'a'
+    (tmp_path / 'env.json').write_text('[' * 99999)
+    go_on(tmp_path, '--max_iters=3')                    # nothing says which: a new one
+    assert asked[-1]['id'] is None
+
+
 # ----------------------------------------------------------------------------------------------------
 # streams that go away
 
