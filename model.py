@@ -223,19 +223,19 @@ class GPT(nn.Module):
                     zero_(module)
 
     @torch.no_grad()
-    def normalise_weights(self):
+    def normalise_weights(self, prefix=''):
         """nGPT, after every optimizer step: unit length along the axis of the residual stream; nothing without ngpt.
 
         Rows (the input axis) of embedding, head and every site; columns of c_proj, whose output is added to the stream.
-        Frozen tensors are not changed.
+        Frozen tensors are not changed. prefix: of the sites alone that begin with it, as 'h.3.'.
         """
         if self.config.ngpt == 'none':
             return
-        for module in (self.transformer.wte, self.lm_head):
+        for module in () if prefix else (self.transformer.wte, self.lm_head):
             if module.weight.requires_grad:
                 module.weight.copy_(unit(module.weight))
         for site, module in self.sites().items():
-            if all(p.requires_grad for p in module.parameters()):
+            if site.startswith(prefix) and all(p.requires_grad for p in module.parameters()):
                 module.normalise_(0 if site.endswith('.c_proj') else 1)
 
     def add_block(self, linear=None, attention=None, mlp=None, compile=False):
