@@ -1,6 +1,8 @@
 """The start of a run: from a checkpoint's settings, from another model's sizes and weights, or from scratch."""
 import contextlib
 import dataclasses
+import fnmatch
+import os
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from commandline import checks
 from data import identity
 from data.loader import Loader
 from decomposition import allocate, calibrate, initialise
+from decomposition.refine import Refinement, refine
 from decomposition.sites import Decomposition, runnable, structure
 from growth import changes
 from kron import plan, timing
@@ -107,6 +110,7 @@ def build(config, dataset, state, job):
             variants.refuse_idle(name, getattr(config, name), checks.blocks(config))
         model = GPT(changes.model_config(config, changes.begin(config)))
         initialise.initialise(model, source_config, source, progress=job.say, how=decomposition(config, dataset, job))
+        refined(model, source_config, source, config, dataset, job)
     else:
         built = changes.begin(config) if state is None else state['built']
         with contents.taken_from(config.out_dir) if state else contextlib.nullcontext():
@@ -117,7 +121,37 @@ def build(config, dataset, state, job):
         raise UserError(f'{dataset.folder} has {dataset.vocab_size} tokens, the model {config.vocab_size}', 'dataset')
     if job.half_weights:
         precision.halve(model, job.dtype)
+    keep_trainable(model, config.trainable)             # refuses a pattern that names nothing
     return model.to(job.device)
+
+
+def refined(model, source_config, source, config, dataset, job):
+    """Refine a decomposed model block by block, in place, where config.refine says so; every rank gets the first one's.
+
+    Finished blocks are in out_dir/refine: the same command goes on behind them, until the run has a checkpoint.
+    """
+    if not config.refine:
+        return
+    text = calibrate.batches(dataset, config.calibration_tokens, config.block_size, config.seed)
+    how = Refinement(config.refine, config.refine_learning_rate, config.refine_parameters, config.refine_error, config.seed)
+    refine(runnable(source_config, source, job.device), model.to(job.device), text, how,
+           os.path.join(config.out_dir, 'refine'), job.say, job.main and not config.eval_only)
+    model.cpu()
+    for tensor in model.state_dict().values() if job.world_size > 1 else ():
+        dist.broadcast(tensor, 0, group=job.control)
+
+
+def keep_trainable(model, patterns):
+    """No gradients for parameters that none of the patterns names, as 'h.*.mlp.*, ln_f.*'; '' names all."""
+    wanted = [pattern.strip() for pattern in patterns.split(',') if pattern.strip()]
+    names = {name.removeprefix('transformer.'): p for name, p in model.named_parameters()}
+    for pattern in wanted:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f'trainable: {pattern!r} matches no parameter, such as {next(reversed(names))}; --dry_run=True '
+                            'lists the matrices', 'trainable')
+    for name, p in names.items() if wanted else ():
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted):
+            p.requires_grad_(False)
 
 
 def choose_plans(config, job, say=None):
