@@ -51,11 +51,15 @@ class Variant:
                      choices=('uniform', 'spectrum', 'curvature', 'given'))
     prune_before: str = key('none', 'set weights to zero first', choices=('none', 'magnitude', 'wanda'))
     prune_fraction: float = key(0.0, 'share of the weights that prune_before sets to zero', low=0)
+    refine: int = key(0, 'steps in which each block learns to meet the dense one, as train.py takes them; 0 = off', low=0)
+    refine_learning_rate: float = key(0.02, "their peak learning rate, as a share of a weight's rms", low=0)
+    refine_parameters: str = key('mlp', 'what learns', choices=('mlp', 'block'))
+    refine_error: str = key('curvature', 'how errors are weighed', choices=('mse', 'curvature'))
     calibration_tokens: int = key(0, "training tokens; 0 = the study's", low=0)
     calibration_seeds: int = key(0, "calibrations; 0 = the study's", low=0)
     budgets: str = key('', 'labels of the budgets, with commas; default all')
     heal: str = key('', 'labels of the budgets after which a healing run follows, with commas')
-    heal_settings: dict = key({}, "settings of its healing runs besides the study's")
+    heal_settings: dict = key({}, "settings of its healing runs besides the study's; distill='dense' = by its source")
     at: dict = key({}, '{label of a budget: {setting: value}}: what differs there')
 
 
@@ -101,6 +105,7 @@ def signature(study, trial):
     """The settings that a result depends on, as text: a trial whose settings have changed runs again."""
     values = configurator.as_dict(settings_of(study, trial.variant, trial.budget))
     apart = ('budgets', 'heal', 'heal_settings', 'at', 'calibration_seeds')
+    apart += tuple(name for name in values if name.startswith('refine') and not values['refine'])   # as in older results
     values = {name: value for name, value in values.items() if name not in apart}
     shared = {name: getattr(study, name) for name in ('source', 'train', 'dataset', 'block_size', 'sites', 'select', 'test')}
     return json.dumps([values, study.budgets.get(trial.budget), shared], sort_keys=True)
