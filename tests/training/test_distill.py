@@ -9,7 +9,8 @@ import torch
 import train
 from checkpoints import checkpoint
 from decomposition import initialise
-from tests.tiny import make_data
+from tests.reliability.ranks import trained
+from tests.tiny import arguments, make_data
 from tests.training.test_train import log, no_signal, run, same  # noqa: F401 - the fixture is used by every test
 from variants import UserError
 
@@ -137,6 +138,31 @@ def test_a_teacher_of_other_tokens_is_refused(dense, tmp_path, capsys):
     json.dump(meta, open(other / 'tiny' / 'meta.json', 'w'))
     run(other, tmp_path / 'run', *PLAIN, f'--distill={dense}', code=2)
     assert 'mean other things than those of' in text(capsys)
+
+
+@pytest.mark.parametrize('more', [[], ['--distill_top_k=3'], ['--parallel=fsdp'], ['--weights=bfloat16']], ids=str)
+@pytest.mark.slow
+def test_two_ranks_learn_as_one_does(data, dense, tmp_path, more):
+    given = arguments(data, tmp_path / 'two', *from_dense(dense, KRON, '--refine=10', '--calibration_tokens=2048',
+                                                          '--distill=init_from', '--backend=gloo', *more))
+    trained(2, tmp_path / 'two', *given)
+    one = run(data, tmp_path / 'one', *from_dense(dense, KRON, '--refine=10', '--calibration_tokens=2048',
+                                                  '--distill=init_from', *[a for a in more if 'parallel' not in a]))
+    two, near = checkpoint.load(tmp_path / 'two'), 1e-2 if 'bfloat16' in str(more) else 1e-5
+    assert max((t.double() - two['model'][n].double()).abs().max().item() for n, t in one['model'].items()) < near
+    for key in ('kl', 'loss'):
+        losses = [[v for _, v in log(tmp_path / name, key)] for name in ('one', 'two')]
+        assert losses[0] == pytest.approx(losses[1], abs=near)
+
+
+@pytest.mark.parametrize('more', [[], ['--distill_top_k=3', '--loss_chunk=16']], ids=str)
+@pytest.mark.slow
+def test_a_compiled_run_learns_alike(data, dense, tmp_path, more):
+    given = from_dense(dense, KRON, '--distill=init_from', '--max_iters=4', *more)
+    run(data, tmp_path / 'a', *given)
+    run(data, tmp_path / 'b', *given, '--compile=True')
+    for key in ('kl', 'loss', 'grad_norm'):
+        assert [v for _, v in log(tmp_path / 'b', key)] == pytest.approx([v for _, v in log(tmp_path / 'a', key)], rel=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------
