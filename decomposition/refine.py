@@ -232,7 +232,7 @@ def roots(dense, batches, place=None):
         if place:
             place.keep_curvature(found)
     like = next(dense.parameters())
-    made = [with_ridge(H, ridge=GRADIENT_RIDGE) for H in found]
+    made = [with_ridge(H.cpu(), ridge=GRADIENT_RIDGE) for H in found]
     return [torch.linalg.cholesky(H / H.diagonal().mean()).to(like) for H in made]
 
 
