@@ -250,7 +250,7 @@ def assemble(config, model, dataset, state, job, ways, teacher=None):
                for split in ('train', 'val')}
     if state:
         changes.freeze(model, config, state['built'])
-    startup.keep_trainable(model, config.trainable)
+    changes.keep_trainable(model, config.trainable)
     flops = changes.training_flops(model)
     use_plans(model, config, job)
     model = parallel.shard(model, config, job)

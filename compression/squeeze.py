@@ -18,7 +18,7 @@ from compression import sizes
 from compression.calibration import Calibration
 from compression.study import DENSE, heal_settings, settings_of, slice_of
 from data import identity
-from decomposition import calibrate
+from decomposition import calibrate, widths
 from decomposition.initialise import build, initialise, read_folder, read_source
 from decomposition.refine import Refinement, refine
 from decomposition.sites import Decomposition, runnable
@@ -81,7 +81,8 @@ def carry_out(source, trial):
         model, rows, rules, calibrating = source.dense, [], {}, 0.0
     else:
         model, rows, rules, calibrating = compressed(source, trial)
-    used, dense, total = sizes.cost(model.config, study.sites)
+    used, _, total = sizes.cost(model.config, study.sites)
+    dense = sum(module.in_features * module.out_features for module in source.sites.values())
     middle = time.process_time()
     losses = perplexities(model, source)
     shutil.rmtree(refined_folder(study, trial), ignore_errors=True)
@@ -102,24 +103,32 @@ def compressed(source, trial):
 
     def stats(sites, gradients):
         return seen.passes(source.dense, sites, seen.text, gradients)
-    rules = sizes.fitted(source.config, variant, study.budgets[trial.budget], study.sites,
-                         lambda site: source.sites[site].dense_weight(), stats, seen.gains)
-    config = dataclasses.replace(source.config, linear=rules)
+    config = dataclasses.replace(source.config, **rules_of(source, trial, variant, stats, seen.gains))
     model = empty(config)
     rows = initialise(model, source.config, source.state, how=Decomposition(
         variant.decompose, seen.text, variant.prune_before, variant.prune_fraction, device=source.device,
-        passes=seen.passes))
+        passes=seen.passes, orders=widths.orders(seen.gains)))
     model.to(source.device)
     if variant.refine:
         refine(source.dense, model, list(seen.text), Refinement(
             variant.refine, variant.refine_learning_rate, variant.refine_parameters, variant.refine_error, trial.seed),
             refined_folder(study, trial))
-    return model, rows, rules, seen.cpu_s - before
+    return model, rows, config.linear, seen.cpu_s - before
 
 
 def refined_folder(study, trial):
     """Where finished blocks of a refinement are until the trial has no more use for them."""
     return os.path.join(study.out_dir, 'refined', str(trial).replace('/', '_'))
+
+
+def rules_of(source, trial, variant, stats, known):
+    """{setting of the model: rules} that fill the trial's budget."""
+    share, pattern = source.study.budgets[trial.budget], source.study.sites
+    if variant.narrow:
+        return widths.forms(source.config, source.dense, variant, share, source.sites, stats, known)
+    given = {key: getattr(variant, key) for key in ('mlp', 'attention') if getattr(variant, key)}
+    return given | {'linear': sizes.fitted(dataclasses.replace(source.config, **given), variant, share, pattern, lambda site:
+                                           source.sites[site].dense_weight(), stats, known)}
 
 
 def calibration_name(trial, variant):

@@ -43,7 +43,7 @@ class Refinement:
     nats that the error e costs to second order; seed: of the order of the text.
     """
     steps: int = 200
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
     parameters: str = 'mlp'
     error: str = 'mse'
     seed: int = 1337

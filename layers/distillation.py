@@ -109,3 +109,15 @@ class Distilled(torch.autograd.Function):
     def backward(ctx, gradient):
         dx, dw = ctx.saved_tensors
         return dx * gradient[0], dw * gradient[0], None, None, None, None, None
+
+
+def distilled(x, weight, targets, soft, config, measures):
+    """The loss of x (B, T, C) against a teacher, loss_chunk tokens at a time.
+
+    weight: of the head, (V, C); config: of the student; measures get 'label' and 'kl', the labels' loss and the divergence.
+    """
+    x, targets = x.flatten(0, 1), targets.flatten()
+    numbers = config.softcap, soft.softcap, soft.share, soft.temperature, config.loss_chunk or len(x)
+    loss, label, kl = Distilled.apply(x, weight, targets, soft.values, soft.ids, soft.head, numbers).unbind()
+    measures.update({('label', ''): label.detach(), ('kl', ''): kl.detach()})
+    return loss

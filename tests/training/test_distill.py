@@ -180,6 +180,14 @@ def test_only_what_is_named_trains(data, tmp_path, optimizer):
     assert flops[0] == 0 < flops[1] < run(data, tmp_path / 'c', f'--optimizer={optimizer}')['flops']
 
 
+def test_what_is_dropped_in_later_trains_only_where_it_is_named(data, tmp_path):
+    more = ['--drop_in=sequential', '--drop_in_from=2', '--drop_in_every=2', '--linear=h.*.mlp.*=kron(8, 8, terms=2)',
+            '--trainable=h.0.mlp.*', '--calibration_tokens=512']
+    state = run(data, tmp_path, *more)
+    assert state['built']['drop']['done'] == 4 and state['optimizer']
+    assert all(name.startswith('transformer.h.0.mlp.') for name in state['optimizer'])
+
+
 # ----------------------------------------------------------------------------------------------------
 # refinement
 
