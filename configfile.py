@@ -18,8 +18,8 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
 
 WALKED, WORK = ' walked', 200_000     # key of names that no file can write, and its bound
-PLACES = ('out_dir', 'data_dir', 'init_from', 'source', 'to', 'text', 'baseline', 'base', 'train', 'config', 'weights',
-          'data')
+PLACES = ('out_dir', 'data_dir', 'init_from', 'distill', 'source', 'to', 'text', 'baseline', 'base', 'train', 'config',
+          'weights', 'data')
 DEVICE = re.compile(r'auto|cpu|mps|cuda(:\d{1,3})?')
 
 

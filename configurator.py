@@ -81,6 +81,7 @@ class Optimizer:
     beta1: float = key(0.9, 'AdamW first moment', low=0)
     beta2: float = key(0.95, 'AdamW second moment', low=0)
     grad_clip: float = key(1.0, 'largest gradient norm; 0 = no clipping', low=0)
+    trainable: str = key('', "patterns of the parameters that train, with commas, as 'h.*.mlp.*'; '' = all")
     ema_decay: float = key(0.0, 'evaluate and sample a moving average of the weights; 0 = off', low=0)
     orthograd: bool = key(False, 'make gradients of matrices orthogonal to the weights, norms kept')
     factor_lr: str = key('none', "a factor's rate: as all, or times in_features / fan_in / factors",
@@ -211,6 +212,21 @@ class Decomposition:
                                "'curvature' of the loss", choices=('uniform', 'spectrum', 'curvature'))
     narrow: str = key('', "with rank_budget: what becomes narrower first: 'mlp' = hidden neurons, 'heads' = groups of heads,"
                       " 'values' = features of value heads; with commas several")
+    refine: int = key(0, 'steps in which each block of the compressed model learns to meet the dense one; 0 = off', low=0)
+    refine_learning_rate: float = key(0.01, "their peak learning rate, as a share of a weight's rms", low=0)
+    refine_parameters: str = key('mlp', "what learns: the 'mlp' of each block, or the whole 'block'",
+                                 choices=('mlp', 'block'))
+    refine_error: str = key('mse', "the plain error of a block's output ('mse'), or by the 'curvature' of the loss",
+                            choices=('mse', 'curvature'))
+
+
+@dataclass
+class Distillation:
+    """Training against a dense model's predictions."""
+    distill: str = key('', "the teacher, a place as for init_from; 'init_from' = the model this run starts from; '' = none")
+    distill_top_k: int = key(0, "the teacher's likeliest tokens that count, all others as one; 0 = every token", low=0)
+    distill_weight: float = key(1.0, "share of the teacher in the loss; the rest is the text's", low=0)
+    distill_temperature: float = key(1.0, 'divides the logits of both', low=1e-3)
 
 
 @dataclass
@@ -230,11 +246,12 @@ class Safety:
 # a class a section, in the order of --help
 SECTIONS = {'model': GPTConfig, 'data': Data, 'optimizer': Optimizer, 'schedule': Schedule, 'precision': Precision,
             'memory and ranks': Ranks, 'evaluation and logging': Evaluation, 'growth': Growth, 'drop-in': DropIn,
-            'decomposition': Decomposition, 'safety': Safety}
+            'decomposition': Decomposition, 'distillation': Distillation, 'safety': Safety}
 
 
 @dataclass
-class Config(Safety, Decomposition, DropIn, Growth, Evaluation, Ranks, Precision, Schedule, Optimizer, Data, GPTConfig):
+class Config(Safety, Distillation, Decomposition, DropIn, Growth, Evaluation, Ranks, Precision, Schedule, Optimizer, Data,
+             GPTConfig):
     """The whole run in one flat namespace: nanoGPT's names, meanings and defaults, and ours. The last base comes first."""
     sources: dict = field(default_factory=dict, repr=False, compare=False)   # key -> where it was set
 
@@ -334,6 +351,8 @@ def check_run(config):
         yield 'grow_from', f"grow_from grows a model from scratch, and init_from is {config.init_from!r}; drop one of them"
     if config.drop_in != 'none':
         yield from checks.check_drop_in(config)
+    yield from checks.check_refine(config)
+    yield from checks.check_distill(config)
     if config.finish_dense_at >= 1:
         yield 'finish_dense_at', f'finish_dense_at must be below 1, got {config.finish_dense_at}'
     if not 0 < config.cooldown <= 1:

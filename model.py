@@ -29,6 +29,7 @@ from attention.heads import (
 from configurator import GPTConfig
 from layers.base import BaseAttention, BaseMLP, whole
 from layers.basic import Learned, as_stream, choose, hidden_scale, norm, tags_of, unit, zero_
+from layers.distillation import distilled
 from layers.losses import LOSSES, ChunkedCrossEntropy, likeliest
 from variants import UserError
 
@@ -245,19 +246,19 @@ class GPT(nn.Module):
                     zero_(module)
 
     @torch.no_grad()
-    def normalise_weights(self):
+    def normalise_weights(self, prefix=''):
         """nGPT, after every optimizer step: unit length along the axis of the residual stream; nothing without ngpt.
 
         Rows (the input axis) of embedding, head and every site; columns of c_proj, whose output is added to the stream.
-        Frozen tensors are not changed.
+        Frozen tensors are not changed. prefix: of the sites alone that begin with it, as 'h.3.'.
         """
         if self.config.ngpt == 'none':
             return
-        for module in (self.transformer.wte, self.lm_head):
+        for module in () if prefix else (self.transformer.wte, self.lm_head):
             if module.weight.requires_grad:
                 module.weight.copy_(unit(module.weight))
         for site, module in self.sites().items():
-            if all(p.requires_grad for p in module.parameters()):
+            if site.startswith(prefix) and all(p.requires_grad for p in module.parameters()):
                 module.normalise_(0 if site.endswith('.c_proj') else 1)
 
     def add_block(self, linear=None, attention=None, mlp=None, compile=False):
@@ -365,15 +366,33 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------------------------------------
     # forward and generation
 
-    def forward(self, idx, targets=None, caches=None, start=0, guess=False):
+    def forward(self, idx, targets=None, caches=None, start=0, guess=False, soft=None):
         """idx (B, T) -> (logits, loss): all logits with targets (-1 is ignored), the last position's without.
 
         While training with loss_chunk > 0 logits are None. guess: returns the likeliest tokens (B, T) instead of logits,
-        for evaluation, with the logits of loss_chunk tokens at a time.
+        for evaluation, with the logits of loss_chunk tokens at a time. soft: a teacher's predictions of these tokens
+        (layers/distillation.py), against which the loss is then taken; logits are None.
 
         caches: one dict per layer, filled here; start: position of idx[:, 0] when caches contain the tokens before it; a
         tensor (1,) in a static step, see attention/decoding.py.
         """
+        x, ctx = self.hidden(idx, caches, start)
+        self.measures = ctx.measures
+        if targets is None:
+            return self.head(x[:, -1:]), None
+        if guess:
+            return likeliest(x, targets, self.head, LOSSES[self.config.loss], self.config.loss_chunk)
+        if soft is not None:
+            logits, loss = None, distilled(x, self.head_weight(), targets, soft, self.config, self.measures)
+        elif self.training and self.config.loss_chunk:
+            logits, loss = None, self.chunked_loss(x.flatten(0, 1), targets.flatten())
+        else:
+            logits = self.head(x)                       # (B, T, V)
+            loss = LOSSES[self.config.loss](logits.flatten(0, 1), targets.flatten())
+        return logits, loss + sum(ctx.losses) if self.training and ctx.losses else loss
+
+    def hidden(self, idx, caches=None, start=0):
+        """(the head's inputs (B, T, C), the Context of the call); arguments as forward's."""
         T, size = idx.size(1), self.config.block_size
         if torch.is_tensor(start):
             ctx = Context(idx, start, self.config, seen=(torch.arange(size, device=idx.device) <= start)[None])
@@ -391,17 +410,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             ctx.cache = caches[i] if caches is not None else None
             x = again(block, x, ctx) if thrifty else block(x, ctx)
-        x, self.measures = self.transformer.ln_f(x), ctx.measures
-        if targets is None:
-            return self.head(x[:, -1:]), None
-        if guess:
-            return likeliest(x, targets, self.head, LOSSES[self.config.loss], self.config.loss_chunk)
-        if self.training and self.config.loss_chunk:
-            logits, loss = None, self.chunked_loss(x.flatten(0, 1), targets.flatten())
-        else:
-            logits = self.head(x)                       # (B, T, V)
-            loss = LOSSES[self.config.loss](logits.flatten(0, 1), targets.flatten())
-        return logits, loss + sum(ctx.losses) if self.training and ctx.losses else loss
+        return self.transformer.ln_f(x), ctx
 
     def head(self, x):
         """(B, T, C) -> logits (B, T, V); nGPT's scales and the soft cap in fp32 at least."""
@@ -413,10 +422,13 @@ class GPT(nn.Module):
             logits = self.config.softcap * torch.tanh(logits.to(wide) / self.config.softcap)
         return logits
 
+    def head_weight(self):
+        """W of the head, (V, C), with nGPT's scales of the logits, which act on its rows."""
+        return self.lm_head.weight if self.s_z is None else self.lm_head.weight * self.s_z()[:, None]
+
     def chunked_loss(self, x, targets):
-        """The loss of x (N, C), a chunk of logits at a time; nGPT's scales of the logits act on the rows of the head."""
-        weight = self.lm_head.weight if self.s_z is None else self.lm_head.weight * self.s_z()[:, None]
-        return ChunkedCrossEntropy.apply(x, weight, targets, self.config.softcap, self.config.loss_chunk)
+        """The loss of x (N, C), a chunk of logits at a time."""
+        return ChunkedCrossEntropy.apply(x, self.head_weight(), targets, self.config.softcap, self.config.loss_chunk)
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, generator=None,
                n_tokens=None, decode='auto', compile=False):

@@ -43,7 +43,6 @@ if __name__ == '__main__':                              # before torch: its impo
     # waiting CPU threads sleep instead of spinning: 6 times faster on 2 busy cores, no slower on idle ones
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -57,7 +56,7 @@ from data.loader import Loader, Prefetcher, open_dataset
 from growth import changes, dropin, guided, recovery
 from optimizers import optim, schedules
 from reporting.runlog import RunLog
-from training import contents, outdir, parallel, precision, restart, startup
+from training import contents, distill, outdir, parallel, precision, restart, startup
 from training.dryrun import dry_run, fit_memory
 from training.evaluation import evaluate
 from training.parallel import split_batch
@@ -89,6 +88,7 @@ class Run:
     progress: dict
     built: dict                                         # changes that growth/changes.py made to the model
     flops: int                                          # of training, per token
+    teacher: object = None                              # distill.Teacher
     log: RunLog = None
 
 
@@ -103,8 +103,9 @@ def train_step(run, batches, step):
         parallel.sync_gradients(run.net, micro == per_rank - 1)
         seed_for(config, step, micro * job.world_size + job.rank)
         with run.log.part('forward_backward'):
+            soft = run.teacher and run.teacher(x)
             with job.autocast():
-                _, loss = run.net(x, y)
+                _, loss = run.net(x, y, soft=soft)
             scaler.scale(loss / per_rank).backward()
             add_losses(sums, loss, run.model.measures)
         if micro < per_rank - 1 and job.agree(bool(STOP['signal'])):
@@ -124,13 +125,17 @@ def train_step(run, batches, step):
         scaler.update()                                 # after every unscale_: halves after an overflow, else counts a step
     optimizer.zero_grad(set_to_none=True)
     overflow = scaler.is_enabled() and math.isfinite(loss)          # handled by the scaler: no reason to stop the run
-    return {'loss': loss - sum(apart.values()), 'grad_norm': norm, 'applied': applied, 'finite': sound or overflow,
-            'auxiliary': apart}
+    label = apart.pop('label', None)                    # against a teacher the loss is another one
+    kl = {'kl': apart.pop('kl')} if label is not None else {}
+    return {'loss': loss - sum(apart.values()) if label is None else label, 'grad_norm': norm, 'applied': applied,
+            'finite': sound or overflow, 'auxiliary': {**apart, **kl}}
 
 
 def add_losses(sums, loss, measures):
-    """Add one micro-step's loss to sums['loss'], and the auxiliary losses that are part of it to {name: sum over blocks}."""
-    losses = [('loss', loss.detach())] + [(kind, value) for (kind, _), value in measures.items() if kind.endswith('_loss')]
+    """Add one micro-step's loss to sums['loss'], and its auxiliary losses to {name: sum over blocks}, with a teacher the
+    labels' loss and the divergence too."""
+    losses = [('loss', loss.detach())] + [(kind, value) for (kind, _), value in measures.items()
+                                          if kind.endswith('_loss') or kind in ('label', 'kl')]
     for name, value in losses:
         sums[name] = sums.get(name, 0.0) + value.double()
 
@@ -155,6 +160,7 @@ def state_of(run, parts=False):
             'average': {name: gather(t) for name, t in run.average.state.items()},
             'outliers': run.outliers.state, 'built': copy.deepcopy(run.built), 'data': run.dataset.tokenizer,
             'data_digest': run.dataset.digest, 'torch': str(torch.__version__),
+            **({'teacher': run.teacher.digest} if run.teacher else {}),
             **{k: run.progress[k] for k in ('tokens', 'flops', 'seconds', 'best_val_loss', 'evaluated')}}
 
 
@@ -225,10 +231,11 @@ def train(config, job, found=None):
     try:
         model = build(config, dataset, state, job)
         choose_plans(config, job)
+        teacher = None if config.eval_only else distill.teacher(config, dataset, state, job)
         ways = outlets.Outlets(config, job.main, bool(state))       # what asks for a login does so before anything moves
         if lock and not state:
             restart.set_aside(config)
-        run = assemble(config, model, dataset, state, job, ways)
+        run = assemble(config, model, dataset, state, job, ways, teacher)
         announce(config, model, dataset, run.loaders['train'], job)
         loop(run)
     finally:
@@ -236,13 +243,14 @@ def train(config, job, found=None):
             lock.release()
 
 
-def assemble(config, model, dataset, state, job, ways):
+def assemble(config, model, dataset, state, job, ways, teacher=None):
     """Loaders, optimizer and wrappers around a model, restored from a checkpoint's state."""
     batch_size, accumulation = split_batch(config, job.world_size)
     loaders = {split: Loader(dataset, split, config.block_size, batch_size, job.world_size, job.world_size, config.seed)
                for split in ('train', 'val')}
     if state:
         changes.freeze(model, config, state['built'])
+    changes.keep_trainable(model, config.trainable)
     flops = changes.training_flops(model)
     use_plans(model, config, job)
     model = parallel.shard(model, config, job)
@@ -255,7 +263,7 @@ def assemble(config, model, dataset, state, job, ways):
     run = Run(config, job, dataset, loaders, model, fast, net, optimizer, precision.scaler(config, job), average,
               optim.Outliers(config.skip_zscore),
               schedules.Rounds(config, accumulation, job.world_size), progress,
-              copy.deepcopy(state['built']) if state else changes.begin(config), flops)
+              copy.deepcopy(state['built']) if state else changes.begin(config), flops, teacher)
     if state:
         with contents.taken_from(config.out_dir):
             optim.load_state_by_name(optimizer, model, state['optimizer'])
@@ -344,7 +352,7 @@ def changed(run, action):
     if run.fast is not run.model:
         torch.compiler.reset()                          # dynamo counts the versions of one forward, and gives up at 8
     run.log.leave()
-    run = assemble(run.config, model, run.dataset, state, job, run.log.outlets)
+    run = assemble(run.config, model, run.dataset, state, job, run.log.outlets, run.teacher)
     run.progress['best_step'] = best
     run.log.write({'step': state['step'], **line})
     return run

@@ -43,6 +43,33 @@ def check_drop_in(config):
                                  f'{config.drop_in_freeze}')
 
 
+def check_refine(config):
+    """What the refinement of a compressed model needs: a dense one to start from, text, and nothing that changes it."""
+    if not config.refine:
+        return
+    if config.init_from == 'scratch':
+        yield 'refine', "refine meets the blocks of a dense model, and init_from='scratch' has none; set init_from=DENSE"
+    if not config.calibration_tokens:
+        yield 'refine', 'refine learns on the calibration text; set calibration_tokens above 0'
+    rivals = {'drop_in': config.drop_in != 'none', 'self_guided': config.self_guided > 0}
+    if any(rivals.values()):
+        yield 'refine', f'refine does not go with {next(n for n, on in rivals.items() if on)}; drop one of them'
+
+
+def check_distill(config):
+    """What a teacher cannot be, and losses that it cannot give."""
+    if not config.distill:
+        return
+    if config.distill in ('scratch', 'resume') or config.distill == 'init_from' and config.init_from == 'scratch':
+        source = "init_from='scratch'" if config.distill == 'init_from' else f'distill={config.distill!r}'
+        yield 'distill', f'{source} is no model to learn from; set distill to the folder of one'
+    if config.loss != 'cross_entropy':
+        yield 'distill', f"distill is for loss='cross_entropy', got {config.loss!r}; drop one of them"
+    if not 0 < config.distill_weight <= 1:
+        yield 'distill_weight', (f'distill_weight must be above 0 and at most 1, got {config.distill_weight}; without a '
+                                 "teacher's share drop distill")
+
+
 def blocks(config):
     """Names of the blocks, which the patterns of attention and mlp match."""
     return [f'h.{i}' for i in range(config.n_layer)]

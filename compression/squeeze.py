@@ -20,6 +20,7 @@ from compression.study import DENSE, heal_settings, settings_of, slice_of
 from data import identity
 from decomposition import calibrate, widths
 from decomposition.initialise import build, initialise, read_folder, read_source
+from decomposition.refine import Refinement, refine
 from decomposition.sites import Decomposition, runnable
 from model import GPT
 from reporting import hardware
@@ -84,6 +85,7 @@ def carry_out(source, trial):
     dense = sum(module.in_features * module.out_features for module in source.sites.values())
     middle = time.process_time()
     losses = perplexities(model, source)
+    shutil.rmtree(refined_folder(study, trial), ignore_errors=True)
     errors = [row['output_error'] for row in rows if 'output_error' in row]
     return {'variant': trial.variant, 'budget': trial.budget, 'source': trial.source, 'seed': trial.seed,
             'parameters': used, 'share': used / dense, 'total': total, **losses,
@@ -106,7 +108,17 @@ def compressed(source, trial):
     rows = initialise(model, source.config, source.state, how=Decomposition(
         variant.decompose, seen.text, variant.prune_before, variant.prune_fraction, device=source.device,
         passes=seen.passes, orders=widths.orders(seen.gains)))
-    return model.to(source.device), rows, config.linear, seen.cpu_s - before
+    model.to(source.device)
+    if variant.refine:
+        refine(source.dense, model, list(seen.text), Refinement(
+            variant.refine, variant.refine_learning_rate, variant.refine_parameters, variant.refine_error, trial.seed),
+            refined_folder(study, trial))
+    return model, rows, config.linear, seen.cpu_s - before
+
+
+def refined_folder(study, trial):
+    """Where finished blocks of a refinement are until the trial has no more use for them."""
+    return os.path.join(study.out_dir, 'refined', str(trial).replace('/', '_'))
 
 
 def rules_of(source, trial, variant, stats, known):
@@ -165,7 +177,10 @@ def heal(source, trial, model, rules):
     start = os.path.join(folder, 'start')
     if model is not None:
         save_start(source, model, start)
+        shutil.rmtree(refined_folder(study, trial), ignore_errors=True)
     given = heal_settings(study, trial)
+    if given.get('distill') == DENSE:
+        given['distill'] = source.place
     arguments = [argument(name, value) for name, value in {
         'dataset': study.dataset, 'data_dir': study.data_dir, 'block_size': source.config.block_size,
         'device': str(source.device), **given, 'init_from': start, **({'linear': rules} if rules else {})}.items()]

@@ -56,16 +56,20 @@ class Variant:
     attention: dict | str = key('', "with sizes='given': the attention of each block")
     prune_before: str = key('none', 'set weights to zero first', choices=('none', 'magnitude', 'wanda'))
     prune_fraction: float = key(0.0, 'share of the weights that prune_before sets to zero', low=0)
+    refine: int = key(0, 'steps in which each block learns to meet the dense one, as train.py takes them; 0 = off', low=0)
+    refine_learning_rate: float = key(0.01, "their peak learning rate, as a share of a weight's rms", low=0)
+    refine_parameters: str = key('mlp', 'what learns', choices=('mlp', 'block'))
+    refine_error: str = key('mse', 'how errors are weighed', choices=('mse', 'curvature'))
     calibration_tokens: int = key(0, "training tokens; 0 = the study's", low=0)
     calibration_seeds: int = key(0, "calibrations; 0 = the study's", low=0)
     budgets: str = key('', 'labels of the budgets, with commas; default all')
     heal: str = key('', 'labels of the budgets after which a healing run follows, with commas')
-    heal_settings: dict = key({}, "settings of its healing runs besides the study's")
+    heal_settings: dict = key({}, "settings of its healing runs besides the study's; distill='dense' = by its source")
     at: dict = key({}, '{label of a budget: {setting: value}}: what differs there')
 
 
 # settings that older results do not have: left out of signatures while they are off, so that those results stay valid
-LATER = ('narrow', 'split', 'mlp', 'attention')
+LATER = ('narrow', 'split', 'mlp', 'attention', 'refine', 'refine_learning_rate', 'refine_parameters', 'refine_error')
 
 
 @dataclass(frozen=True)

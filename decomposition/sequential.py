@@ -31,14 +31,23 @@ class Streams:
         self.streams = [[stopped_at(model, model.transformer.h[0], x.to(device_of(model))) for x, _ in batches]
                         for model in self.models]       # [[(x, ctx) of a batch]] before the current block
 
-    @torch.no_grad()
     def advance(self):
         """Advance both streams through the current block: no site in it may change any more."""
-        for model, stream in zip(self.models, self.streams):
-            with Hooks(model):
-                for i, (x, ctx) in enumerate(stream):
-                    with self.attention_done(model, i):
-                        stream[i] = model.transformer.h[self.index](x, ctx), ctx
+        for which in range(len(self.models)):
+            self.move(which)
+        self.next()
+
+    @torch.no_grad()
+    def move(self, which):
+        """Advance one of the streams through the current block."""
+        model, stream = self.models[which], self.streams[which]
+        with Hooks(model):
+            for i, (x, ctx) in enumerate(stream):
+                with self.attention_done(model, i):
+                    stream[i] = model.transformer.h[self.index](x, ctx), ctx
+
+    def next(self):
+        """The next block is the current one, once every stream has moved."""
         self.index, self.attended = self.index + 1, {}
 
     def stats(self, site, source=None):

@@ -5,6 +5,7 @@ A change is a checkpoint in memory that another model resumes: the state of the 
 and everything around it (optimizer, DDP or FSDP2, compile) is rebuilt from that state. `built` is the part of it in a
 checkpoint: {'layers', 'dense', 'changed', 'losses', 'drop'} and the model's fields that differ from the configuration.
 """
+import fnmatch
 import math
 
 import torch
@@ -66,6 +67,19 @@ def freeze(model, config, built):
     for index in frozen(config, built):
         model.freeze_block(index)
     dropin.freeze(model, built['drop'])
+
+
+def keep_trainable(model, patterns):
+    """No gradients for parameters that none of the patterns names, as 'h.*.mlp.*, ln_f.*'; '' names all."""
+    wanted = [pattern.strip() for pattern in patterns.split(',') if pattern.strip()]
+    names = {name.removeprefix('transformer.'): p for name, p in model.named_parameters()}
+    for pattern in wanted:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f'trainable: {pattern!r} matches no parameter, such as {next(reversed(names))}; --dry_run=True '
+                            'lists the matrices', 'trainable')
+    for name, p in names.items() if wanted else ():
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted):
+            p.requires_grad_(False)
 
 
 def warmth(config, built, step):

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     'reporting': 'variants configurator checkpoints',
     'data': 'variants checkpoints',
     'pretrained': 'variants configurator checkpoints data',             # knows no model
-    'decomposition': 'variants configurator layers kron lowrank model data pretrained',
+    'decomposition': 'variants configurator layers kron lowrank model checkpoints data pretrained',
     'growth': 'variants configurator layers kron lowrank model checkpoints reporting data decomposition',
     'training': ('variants configurator commandline layers kron lowrank attention model checkpoints reporting data '
                  'pretrained decomposition growth optimizers'),

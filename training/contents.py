@@ -14,7 +14,7 @@ BUILT = {'layers': int, 'dense': bool, 'changed': (int, NONE), 'losses': [NUMBER
          'drop?': DROP}
 PARTS = {'step': int, 'config': dict, 'model': dict, 'optimizer': dict, 'scaler': dict, 'tokens': int, 'data_digest': str,
          'best_val_loss': float, 'evaluated': (int, NONE), 'average?': dict, 'built?': BUILT, 'seconds?': NUMBER,
-         'flops?': NUMBER, 'outliers?': {'loss': [NUMBER], 'grad_norm': [NUMBER]}}
+         'flops?': NUMBER, 'outliers?': {'loss': [NUMBER], 'grad_norm': [NUMBER]}, 'teacher?': str}
 
 
 def check(state, folder):

@@ -1,6 +1,7 @@
 """The start of a run: from a checkpoint's settings, from another model's sizes and weights, or from scratch."""
 import contextlib
 import dataclasses
+import os
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from commandline import checks
 from data import identity
 from data.loader import Loader
 from decomposition import allocate, calibrate, initialise, widths
+from decomposition.refine import Refinement, refine
 from decomposition.sites import Decomposition, runnable, structure
 from growth import changes
 from kron import plan, timing
@@ -112,6 +114,7 @@ def build(config, dataset, state, job):
         model = GPT(changes.model_config(config, changes.begin(config)))
         initialise.initialise(model, source_config, source, progress=job.say,
                               how=decomposition(config, dataset, job, orders))
+        refined(model, source_config, source, config, dataset, job)
     else:
         built = changes.begin(config) if state is None else state['built']
         with contents.taken_from(config.out_dir) if state else contextlib.nullcontext():
@@ -122,7 +125,24 @@ def build(config, dataset, state, job):
         raise UserError(f'{dataset.folder} has {dataset.vocab_size} tokens, the model {config.vocab_size}', 'dataset')
     if job.half_weights:
         precision.halve(model, job.dtype)
+    changes.keep_trainable(model, config.trainable)     # refuses a pattern that names nothing
     return model.to(job.device)
+
+
+def refined(model, source_config, source, config, dataset, job):
+    """Refine a decomposed model block by block, in place, where config.refine says so; every rank gets the first one's.
+
+    Finished blocks are in out_dir/refine: the same command goes on behind them, until the run has a checkpoint.
+    """
+    if not config.refine:
+        return
+    text = calibrate.batches(dataset, config.calibration_tokens, config.block_size, config.seed)
+    how = Refinement(config.refine, config.refine_learning_rate, config.refine_parameters, config.refine_error, config.seed)
+    refine(runnable(source_config, source, job.device), model.to(job.device), text, how,
+           os.path.join(config.out_dir, 'refine'), job.say, job.main and not config.eval_only)
+    model.cpu()
+    for tensor in model.state_dict().values() if job.world_size > 1 else ():
+        dist.broadcast(tensor, 0, group=job.control)
 
 
 def choose_plans(config, job, say=None):

@@ -11,7 +11,7 @@ from configurator import Config, key
 from variants import UserError
 
 TITLES = ['model', 'data', 'optimizer', 'schedule', 'precision', 'memory and ranks', 'evaluation and logging', 'growth',
-          'drop-in', 'decomposition', 'safety']
+          'drop-in', 'decomposition', 'distillation', 'safety']
 
 
 def shown(capsys, *arguments, cls=Config):

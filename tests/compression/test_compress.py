@@ -353,6 +353,19 @@ def test_healing_lowers_the_loss_and_is_not_run_twice(tmp_path, run, monkeypatch
     assert '→' in report and f'{healed["healed"]["seconds"]:.0f} |' in report.split('healing s')[-1]
 
 
+def test_a_refined_trial_is_better_and_heals_by_the_sources_logits(place, tmp_path, run):
+    low = {'linear': {'h.*.mlp.*': 'lowrank'}, 'decompose': 'svd', 'budgets': '50%', 'calibration_tokens': 2048}
+    more = {'refine': 30, 'heal': '50%', 'heal_settings': {'distill': 'dense', 'distill_top_k': 4, 'trainable': 'h.*.mlp.*'}}
+    assert run(f'--variants={json.dumps({"plain": low, "refined": {**low, **more}})}') == 0
+    zero = {line['variant']: line for line in lines(tmp_path / 'out') if line['kind'] == 'zero'}
+    assert zero['refined']['test']['loss'] < zero['plain']['test']['loss'] - 0.01
+    assert 'refine' in zero['refined']['signature'] and 'refine' not in zero['plain']['signature']
+    settings = next(line['healed']['settings'] for line in lines(tmp_path / 'out') if line['kind'] == 'healed')
+    assert settings['distill'] == str(place / 'dense')
+    text = (tmp_path / 'out/healed/refined 50% 0/run/log.jsonl').read_text()
+    assert '"kl": ' in text and not list((tmp_path / 'out' / 'refined').iterdir())
+
+
 # ---------------------------------------------------------------------------------------------------
 # mistakes and reports
 
