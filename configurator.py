@@ -94,9 +94,13 @@ class Optimizer:
     muon_cautious: bool = key(False, 'decay only where update and weight have the same sign')
     muon_adjust_lr: str = key('original', "scale of an update by its shape; 'match_rms' fits AdamW's rates",
                               choices=('original', 'match_rms'))
-    muon_coefficients: str = key('quintic', "polynomials of the iteration: 'quintic' or 'polar_express'",
-                                 choices=('quintic', 'polar_express'))
-    muon_steps: int = key(5, 'steps of the iteration, the first ones of its polynomials', choices=(1, 2, 3, 4, 5))
+    muon_product: str = key('none', "steps of factors whose product moves by muon_lr: 'spectron' (docs/muon.md)",
+                            choices=('none', 'spectron'))
+    muon_row_beta: float = key(0.0, "NorMuon's average of squares per row of an update, say 0.95; 0 = off", low=0)
+    muon_coefficients: str = key('quintic', "polynomials of the iteration; 'convergent' (track 3's) wants muon_steps=12",
+                                 choices=('quintic', 'polar_express', 'convergent'))
+    muon_steps: int = key(5, "steps of the iteration, the first ones of its polynomials: at most 5, 'convergent' 12", low=1,
+                          high=12)
     muon_dtype: str = key('auto', "type of the iteration; 'auto' = bfloat16 on a GPU, else float32",
                           choices=('auto', 'float32', 'bfloat16'))
 
@@ -323,7 +327,13 @@ def check_run(config):
         yield 'finish_dense_at', f'finish_dense_at must be below 1, got {config.finish_dense_at}'
     if not 0 < config.cooldown <= 1:
         yield 'cooldown', f'cooldown must be above 0 and at most 1, got {config.cooldown}'
-    for name in ('beta1', 'beta2', 'muon_momentum', 'ema_decay'):
+    if config.muon_steps > 5 and config.muon_coefficients != 'convergent':
+        yield 'muon_steps', (f'muon_steps must be at most 5 with muon_coefficients={config.muon_coefficients!r}, got '
+                             f"{config.muon_steps}; 'convergent' has 12")
+    if config.muon_row_beta and config.muon_product != 'none':
+        yield 'muon_row_beta', ("muon_row_beta makes updates whose spectral norm muon_product='spectron' does not know; drop "
+                                'one of them')
+    for name in ('beta1', 'beta2', 'muon_momentum', 'muon_row_beta', 'ema_decay'):
         if getattr(config, name) >= 1:
             yield name, f'{name} must be below 1, got {getattr(config, name)}'
     if config.decay_lr and config.warmup_iters > config.lr_decay_iters:

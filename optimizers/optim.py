@@ -7,6 +7,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from layers.basic import tags_of
 from optimizers.muon import COEFFICIENTS, Muon
+from optimizers.products import products_of
 from variants import UserError
 
 DECAYED = ('matrix', 'factor', 'embedding', 'head')     # vectors (norms, biases, scales) are not
@@ -76,7 +77,8 @@ def muon(model, config, process_group=None):
                 momentum=config.muon_momentum, momentum_warmup=config.muon_momentum_warmup,
                 coefficients=COEFFICIENTS[config.muon_coefficients][:config.muon_steps], adjust_lr=config.muon_adjust_lr,
                 cautious=config.muon_cautious, process_group=process_group,
-                ns_dtype=None if config.muon_dtype == 'auto' else getattr(torch, config.muon_dtype))
+                ns_dtype=None if config.muon_dtype == 'auto' else getattr(torch, config.muon_dtype), row_beta=config.muon_row_beta,
+                products=products_of(model) if config.muon_product == 'spectron' else ())
 
 
 class Optimizers:
@@ -227,7 +229,7 @@ def load_state_by_name(optimizer, model, state):
 
 
 def like(p, value):
-    """A tensor of a checkpoint placed as the parameter is: on its device, and sharded alike."""
-    if hasattr(p, 'placements') and value.shape == p.shape:
+    """A tensor of a checkpoint placed as the parameter is: on its device, and sharded alike where it has as many axes."""
+    if hasattr(p, 'placements') and value.ndim == p.ndim:
         return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
     return value.to(p.device)
