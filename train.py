@@ -54,7 +54,7 @@ import torch.distributed as dist
 from checkpoints import checkpoint
 from data.loader import Loader, Prefetcher, open_dataset
 from growth import changes, dropin, guided, recovery
-from optimizers import optim, schedules
+from optimizers import lookahead, optim, schedules
 from reporting.runlog import RunLog
 from training import contents, outdir, parallel, precision, restart, startup
 from training.dryrun import dry_run, fit_memory
@@ -83,6 +83,7 @@ class Run:
     optimizer: optim.Optimizers
     scaler: torch.amp.GradScaler
     average: optim.Average
+    ahead: lookahead.LookAhead
     outliers: optim.Outliers
     rounds: schedules.Rounds
     progress: dict
@@ -152,6 +153,7 @@ def state_of(run, parts=False):
             'model': {name: gather(t) for name, t in run.model.state_dict(keep_vars=parts).items()},
             'optimizer': optim.state_by_name(run.optimizer, run.model, gather), 'scaler': run.scaler.state_dict(),
             'average': {name: gather(t) for name, t in run.average.state.items()},
+            **({'ahead': {name: gather(t) for name, t in run.ahead.state.items()}} if run.ahead.state else {}),
             'outliers': run.outliers.state, 'built': copy.deepcopy(run.built), 'data': run.dataset.tokenizer,
             'data_digest': run.dataset.digest, 'torch': str(torch.__version__),
             **{k: run.progress[k] for k in ('tokens', 'flops', 'seconds', 'best_val_loss', 'evaluated')}}
@@ -250,7 +252,8 @@ def assemble(config, model, dataset, state, job, ways):
     progress = {'step': 0, 'tokens': 0, 'flops': 0, 'seconds': 0.0, 'best_val_loss': math.inf, 'best_step': None,
                 'evaluated': None}
     run = Run(config, job, dataset, loaders, model, fast, net, optimizer, precision.scaler(config, job),
-              optim.Average(model, config.ema_decay, state and state['average']), optim.Outliers(config.skip_zscore),
+              optim.Average(model, config.ema_decay, state and state['average']),
+              lookahead.LookAhead(model, config, state and state.get('ahead')), optim.Outliers(config.skip_zscore),
               schedules.Rounds(config, accumulation, job.world_size), progress,
               copy.deepcopy(state['built']) if state else changes.begin(config), flops)
     if state:
@@ -317,7 +320,9 @@ def loop(run):
             rate = schedules.learning_rate(step, config) * changes.warmth(config, run.built, step)
             optim.set_learning_rate(run.optimizer, rate)
             run.log.begin()
+            run.ahead.move(step, rate / (config.learning_rate or 1))
             result = train_step(run, batches, step)
+            run.ahead.settle(bool(result and result['applied']))
             if result is None:
                 continue                                # a signal: the loop saves the start of this step
             skipped = 0 if result['finite'] else skipped + 1

@@ -125,8 +125,8 @@ def search_plot(found, setting, task, folder, name):
         means = [statistics.fmean(by_value[x]) for x in xs]
         spread = [[m - min(by_value[x]) for x, m in zip(xs, means)], [max(by_value[x]) - m for x, m in zip(xs, means)]]
         colour, style = colours[parts[variant][0]], styles[parts[variant][1]]
-        axes.errorbar(xs, means, yerr=spread, color=f'C{colour % 10}', ls=('-', '--', ':', '-.')[style % 4], marker='o', ms=4,
-                      lw=1.2, capsize=2, label=variant)
+        axes.errorbar(xs, means, yerr=spread, color=f'C{colour % 10}', ls=('-', '--', ':', '-.')[style % 4], marker='o',
+                      ms=4, lw=1.2, capsize=2, label=variant)
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter('{x:g}')
     axes.set(xlabel=setting, ylabel='validation loss, nats per token (mean and range of the seeds)')
@@ -145,7 +145,7 @@ def draw(grid, found, rows, task, pruned, folder):
                                     ('main effects', 'two-way interactions')):
         if effects:
             made.append((effect_plot(effects, words + title, folder, f'{prefix}{name}.png'), words + title))
-    for setting in (s for s, values in grid.search.items() if len(values) > 2 and all(type(v) in (int, float) for v in values)):
+    for setting in (s for s, values in grid.search.items() if len(values) > 2 and {*map(type, values)} <= {int, float}):
         name = search_plot(found, setting, task, folder, f'{prefix}losses_{setting}.png')
         made.append((name, f'{words}losses over {setting}'))
     if grid.ranks:

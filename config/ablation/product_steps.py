@@ -1,7 +1,7 @@
 """Whether muon_lr transfers over rank and width for low-rank products, with plain Muon and with Spectron's steps.
 
-Every matrix of the block is low rank: ranks 8, 16, 32 at n_embd 128, and n_embd 64, 128, 256 at a rank of n_embd / 8 (`rank 16`
-is `width 128`). Every muon_lr runs with both seeds, so that losses_muon_lr.png shows whole curves.
+Every matrix of the block is low rank: ranks 8, 16, 32 at n_embd 128, and n_embd 64, 128, 256 at a rank of n_embd / 8
+(`rank 16` is `width 128`). Every muon_lr runs with both seeds, so that losses_muon_lr.png shows whole curves.
 
 Launch: python ablate.py config/ablation/product_steps.py --jobs=2
 Then:   python ablate.py report out/product_steps

@@ -305,7 +305,8 @@ SETTINGS = [dict(products=True), dict(row_beta=0.9)]
 
 def muon_of(module, products=False, **settings):
     from optimizers.products import products_of
-    return Muon(module.parameters(), lr=0.05, momentum_warmup=3, **settings, products=products_of(module) if products else ())
+    found = products_of(module) if products else ()
+    return Muon(module.parameters(), lr=0.05, momentum_warmup=3, **settings, products=found)
 
 
 def run(module, net, settings, resume=False):
