@@ -1,4 +1,4 @@
-"""The model's options of the tuned recipe (track 3), each against an independent formula; caches, export and first weights."""
+"""The model's options of the tuned recipe (track 3), each against an independent formula; caches, export, first weights."""
 import math
 
 import pytest
