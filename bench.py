@@ -27,7 +27,7 @@ PARTS = {
     'precision': 'bench.precisions',    # a train step in every precision against fp32, small models and large
     'step': 'bench.step',               # where the time of a config's train step goes; MFU, memory
     'sample': 'bench.sampling',         # tokens per second of generation, with and without the cache
-    'optim': 'bench.optimizing',        # Muon, batched, against a loop and torch.optim.Muon
+    'optim': 'bench.optimizing',        # Muon, batched, against its options, a loop and torch.optim.Muon
     'loader': 'bench.loading',          # the loader alone and during a train step
     'scaling': 'bench.scaling',         # DDP and FSDP2 on 1, 2, ... ranks of this machine
     'ranks': 'bench.ranks',             # several ranks on one device over gloo, resumed, and one rank

@@ -42,6 +42,13 @@ class GPTConfig:
     norm_eps: float = key(1e-5, 'added to the variance in norms', low=0)
     rope: bool = key(False, 'rotary positions instead of a position table')
     rope_base: float = key(10000.0, 'base of the rotary wavelengths', low=1)
+    rope_half: bool = key(False, 'half of the rotary pairs stand still; the others turn by 1 to 1 / rope_base (track 3)')
+    attention_scale: float = key(0.0, 'multiplies q . k, with qk_norm say 0.12 (track 3); 0 = 1 / sqrt(head size)', low=0)
+    embed_norm: bool = key(False, 'RMSNorm after the embedding (track 3)')
+    embed_std: float = key(0.02, "std of an embedding's entries at first (track 3: 1)", low=0)
+    head_std: float = key(0.02, "std of an untied head's entries at first (track 3: 0)", low=0)
+    hidden_gain: float = key(0.0, "variance of a linear's entries at first times its inputs (track 3: 0.33); 0 = std 0.02",
+                             low=0)
     qk_norm: str = key('none', "RMS norm of queries and keys; 'split': each map of diff and dint alone",
                        choices=('none', 'standard', 'split'))
     value_residual: bool = key(False, "mix block 0's values into every block's, by a learned share")
@@ -80,8 +87,17 @@ class Optimizer:
     weight_decay: float = key(1e-1, 'AdamW decay of matrices, factors and embeddings', low=0)
     beta1: float = key(0.9, 'AdamW first moment', low=0)
     beta2: float = key(0.95, 'AdamW second moment', low=0)
+    adam_eps: float = key(1e-8, 'AdamW: added to the root of the second moment (track 3: 1e-10)', low=0)
+    embedding_lr: float = key(0.0, "AdamW's peak rate of embeddings, same schedule; 0 = learning_rate (track 3: 0.7)", low=0)
+    head_lr: float = key(0.0, 'that of an untied head (track 3: 0.004)', low=0)
+    vector_lr: float = key(0.0, 'that of norms, biases, gates and scales (track 3: 0.015)', low=0)
     grad_clip: float = key(1.0, 'largest gradient norm; 0 = no clipping', low=0)
     trainable: str = key('', "patterns of the parameters that train, with commas, as 'h.*.mlp.*'; '' = all")
+    look_ahead: float = key(0.0, 'EMA-Nesterov: gradients are taken so many average steps ahead, times lr / its peak; 0 = '
+                            'off (track 3 #39: 0.6)', low=0)
+    look_ahead_decay: float = key(0.99, "decay of the average step (track 3 #39's)", low=0)
+    look_ahead_from: int = key(500, 'first step with a look ahead', low=0)
+    look_ahead_until: int = key(0, 'first step without one again (track 3 #39: 750 before the end); 0 = none', low=0)
     ema_decay: float = key(0.0, 'evaluate and sample a moving average of the weights; 0 = off', low=0)
     orthograd: bool = key(False, 'make gradients of matrices orthogonal to the weights, norms kept')
     factor_lr: str = key('none', "a factor's rate: as all, or times in_features / fan_in / factors",
@@ -95,9 +111,13 @@ class Optimizer:
     muon_cautious: bool = key(False, 'decay only where update and weight have the same sign')
     muon_adjust_lr: str = key('original', "scale of an update by its shape; 'match_rms' fits AdamW's rates",
                               choices=('original', 'match_rms'))
-    muon_coefficients: str = key('quintic', "polynomials of the iteration: 'quintic' or 'polar_express'",
-                                 choices=('quintic', 'polar_express'))
-    muon_steps: int = key(5, 'steps of the iteration, the first ones of its polynomials', choices=(1, 2, 3, 4, 5))
+    muon_product: str = key('none', "steps of factors whose product moves by muon_lr: 'spectron' (docs/muon.md)",
+                            choices=('none', 'spectron'))
+    muon_row_beta: float = key(0.0, "NorMuon's average of squares per row of an update, say 0.95; 0 = off", low=0)
+    muon_coefficients: str = key('quintic', "polynomials of the iteration; 'convergent' (track 3's) wants muon_steps=12",
+                                 choices=('quintic', 'polar_express', 'convergent'))
+    muon_steps: int = key(5, "steps of the iteration, the first ones of its polynomials: at most 5, 'convergent' 12", low=1,
+                          high=12)
     muon_dtype: str = key('auto', "type of the iteration; 'auto' = bfloat16 on a GPU, else float32",
                           choices=('auto', 'float32', 'bfloat16'))
 
@@ -290,6 +310,8 @@ def check(config):
         yield 'n_kv_head', f'n_kv_head must divide n_head ({config.n_head}), got {heads}'
     if config.rope and config.n_embd // config.n_head % 2:
         yield 'rope', f'rope needs an even head size, got {config.n_embd // config.n_head}'
+    if config.rope_half and not config.rope:
+        yield 'rope_half', 'rope_half halves rotary positions, and rope=False has none; set rope=True or drop it'
     if config.ngpt != 'none':
         yield from checks.check_ngpt(config)
     if config.loss_chunk and config.loss != 'cross_entropy':
@@ -335,8 +357,7 @@ def check_run(config):
     if 0 < config.finish_dense_at <= config.self_guided:
         yield 'finish_dense_at', (f'finish_dense_at must be after self_guided ({config.self_guided}), got '
                                   f'{config.finish_dense_at}')
-    if config.optimizer == 'muon' and (config.factor_lr != 'none' or config.factor_decay != 'tensors'):
-        yield 'optimizer', "factor_lr and factor_decay are AdamW's, and optimizer='muon' takes the factors; drop them"
+    yield from checks.check_optimizer(config)
     try:
         schedules.check(config)
         for name in ('attention', 'mlp') if config.init_from == 'scratch' else ():      # else n_layer is the source's
@@ -357,7 +378,7 @@ def check_run(config):
         yield 'finish_dense_at', f'finish_dense_at must be below 1, got {config.finish_dense_at}'
     if not 0 < config.cooldown <= 1:
         yield 'cooldown', f'cooldown must be above 0 and at most 1, got {config.cooldown}'
-    for name in ('beta1', 'beta2', 'muon_momentum', 'ema_decay'):
+    for name in ('beta1', 'beta2', 'muon_momentum', 'muon_row_beta', 'ema_decay', 'look_ahead_decay'):
         if getattr(config, name) >= 1:
             yield name, f'{name} must be below 1, got {getattr(config, name)}'
     if config.decay_lr and config.warmup_iters > config.lr_decay_iters:

@@ -28,7 +28,7 @@ from attention.heads import (
 )
 from configurator import GPTConfig
 from layers.base import BaseAttention, BaseMLP, whole
-from layers.basic import Learned, as_stream, choose, hidden_scale, norm, tags_of, unit, zero_
+from layers.basic import Learned, RMSNorm, as_stream, choose, hidden_scale, norm, tags_of, unit, zero_
 from layers.distillation import distilled
 from layers.losses import LOSSES, ChunkedCrossEntropy, likeliest
 from variants import UserError
@@ -196,6 +196,8 @@ class GPT(nn.Module):
             'h': nn.ModuleList(Block(config, f'h.{i}') for i in range(config.n_layer)),
             'ln_f': norm(config),
         })
+        if config.embed_norm:
+            self.transformer['ln_e'] = RMSNorm(config.n_embd, config.norm_eps)
         if not config.rope:
             self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
             self.transformer.wpe.tags = {'weight': 'embedding'}
@@ -227,12 +229,12 @@ class GPT(nn.Module):
     def init_weights(self):
         """GPT-2: N(0, 0.02), and 0.02 / sqrt(2 n_layer) where a branch is added to the residual stream.
 
-        Where a module gives a site another `std`, that replaces 0.02.
+        Where a module gives a site another `std`, that replaces 0.02. config: embed_std, head_std, hidden_gain.
         """
         for module in (self.transformer[n] for n in ('wte', 'wpe') if n in self.transformer):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            nn.init.normal_(module.weight, mean=0.0, std=self.config.embed_std)
         if not self.config.tie_weights:
-            nn.init.normal_(self.lm_head.weight, mean=0.0, std=0.02)
+            nn.init.normal_(self.lm_head.weight, mean=0.0, std=self.config.head_std)
         self.init_sites('', self.config.zero_init)
         self.normalise_weights()
 
@@ -240,8 +242,9 @@ class GPT(nn.Module):
         """Random weights and zero biases for the sites that begin with prefix; zero: c_proj starts at 0."""
         for site, module in self.sites(experts=True).items():
             if site.startswith(prefix):
-                joins = site.endswith('.c_proj')
-                module.reset_parameters(getattr(module, 'std', 0.02) / (math.sqrt(2 * self.config.n_layer) if joins else 1))
+                joins, gain = site.endswith('.c_proj'), self.config.hidden_gain
+                std = getattr(module, 'std', math.sqrt(gain / module.in_features) if gain else 0.02)
+                module.reset_parameters(std / (math.sqrt(2 * self.config.n_layer) if joins else 1))
                 if joins and zero:
                     zero_(module)
 
@@ -403,6 +406,8 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)                   # (B, T, C)
         if 'wpe' in self.transformer:
             x = x + self.transformer.wpe(ctx.positions)
+        if 'ln_e' in self.transformer:
+            x = self.transformer.ln_e(x)
         x = self.transformer.drop(as_stream(x if self.s_z is None else unit(x), self.config.residual))
         for block in self.transformer.h if caches is None else ():
             block.attn.prepare(ctx)                     # outside of checkpoint(), which may not write into ctx

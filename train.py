@@ -54,7 +54,7 @@ import torch.distributed as dist
 from checkpoints import checkpoint
 from data.loader import Loader, Prefetcher, open_dataset
 from growth import changes, dropin, guided, recovery
-from optimizers import optim, schedules
+from optimizers import lookahead, optim, schedules
 from reporting.runlog import RunLog
 from training import contents, distill, outdir, parallel, precision, restart, startup
 from training.dryrun import dry_run, fit_memory
@@ -83,6 +83,7 @@ class Run:
     optimizer: optim.Optimizers
     scaler: torch.amp.GradScaler
     average: optim.Average
+    ahead: lookahead.LookAhead
     outliers: optim.Outliers
     rounds: schedules.Rounds
     progress: dict
@@ -158,6 +159,7 @@ def state_of(run, parts=False):
             'model': {name: gather(t) for name, t in run.model.state_dict(keep_vars=parts).items()},
             'optimizer': optim.state_by_name(run.optimizer, run.model, gather), 'scaler': run.scaler.state_dict(),
             'average': {name: gather(t) for name, t in run.average.state.items()},
+            **({'ahead': {name: gather(t) for name, t in run.ahead.state.items()}} if run.ahead.state else {}),
             'outliers': run.outliers.state, 'built': copy.deepcopy(run.built), 'data': run.dataset.tokenizer,
             'data_digest': run.dataset.digest, 'torch': str(torch.__version__),
             **({'teacher': run.teacher.digest} if run.teacher else {}),
@@ -260,7 +262,8 @@ def assemble(config, model, dataset, state, job, ways, teacher=None):
                 'evaluated': None}
     with contents.taken_from(config.out_dir):
         average = optim.Average(model, config.ema_decay, state and state['average'])
-    run = Run(config, job, dataset, loaders, model, fast, net, optimizer, precision.scaler(config, job), average,
+        ahead = lookahead.LookAhead(model, config, state and state.get('ahead'))
+    run = Run(config, job, dataset, loaders, model, fast, net, optimizer, precision.scaler(config, job), average, ahead,
               optim.Outliers(config.skip_zscore),
               schedules.Rounds(config, accumulation, job.world_size), progress,
               copy.deepcopy(state['built']) if state else changes.begin(config), flops, teacher)
@@ -328,7 +331,9 @@ def loop(run):
             rate = schedules.learning_rate(step, config) * changes.warmth(config, run.built, step)
             optim.set_learning_rate(run.optimizer, rate)
             run.log.begin()
+            run.ahead.move(step, rate / (config.learning_rate or 1))
             result = train_step(run, batches, step)
+            run.ahead.settle(bool(result and result['applied']))
             if result is None:
                 continue                                # a signal: the loop saves the start of this step
             skipped = 0 if result['finite'] else skipped + 1

@@ -33,6 +33,7 @@ class Grid:
     only: dict = key({}, '{variant: [tasks]} for variants that do not run on all')
     pick: str = key('', "names of variants by commas, * for any part (and for a comma): only these run; default '' all")
     search: dict = key({}, '{setting: [values]}: tried on the first seed, the best value kept, for each variant and task')
+    every_seed: bool = key(False, 'every value of `search` runs with all seeds, for the plot of losses over the values')
     ranks: dict = key({}, '{name: [lowest, highest]}: searched by optuna; variants hold {name} in their specs')
     budget: float = key(0.0, "ranks: share of the dense base's parameters or FLOPs that a trial may take", low=0)
     budget_of: str = key('parameters', 'what the budget counts', choices=('parameters', 'flops'))
@@ -101,14 +102,16 @@ def with_seeds(run, grid):
 
 
 def later_runs(grid, runs, loss_of):
-    """The best of each variant's searched values on the other seeds, where all of its runs have ended.
+    """The best of each variant's searched values on the other seeds, where all of its runs have ended; or all values.
 
     loss_of: run -> loss, inf for a run that failed, None for one that has not ended. Nothing where all failed.
     """
     later = []
     for group in by_variant(runs).values():
         losses = {run: loss_of(run) for run in group}
-        if None not in losses.values() and min(losses.values()) < float('inf'):
+        if grid.every_seed:
+            later += [other for run in group for other in with_seeds(run, grid)]
+        elif None not in losses.values() and min(losses.values()) < float('inf'):
             later += with_seeds(min(group, key=losses.get), grid)
     return sorted(later, key=lambda run: run.seed)
 

@@ -1,5 +1,6 @@
 """The plots of a report, as PNG: Pareto fronts, losses over seeds, effects with intervals, trials of a rank search."""
 import os
+import statistics
 
 import matplotlib
 
@@ -107,6 +108,33 @@ def trial_plot(grid, found, pruned, task, folder, name):
     return save(figure, folder, name)
 
 
+def search_plot(found, setting, task, folder, name):
+    """Loss against a searched setting: a line per variant through the means over seeds, with their range.
+
+    The colour is the variant's name but for its last word, the line's style that word.
+    """
+    figure, axes = plt.subplots(figsize=(9, 5), layout='constrained')
+    names = [variant for t, variant in found if t == task]
+    parts = {name: (name.rpartition(' ')[0] or name, name.rpartition(' ')[2]) for name in names}
+    colours, styles = ({part: i for i, part in enumerate(dict.fromkeys(parts[n][k] for n in names))} for k in (0, 1))
+    for variant in names:
+        by_value = {}
+        for values, runs in found[task, variant].items():
+            by_value.setdefault(dict(values)[setting], []).extend(results.last_losses(runs))
+        xs = sorted(by_value)
+        means = [statistics.fmean(by_value[x]) for x in xs]
+        spread = [[m - min(by_value[x]) for x, m in zip(xs, means)], [max(by_value[x]) - m for x, m in zip(xs, means)]]
+        colour, style = colours[parts[variant][0]], styles[parts[variant][1]]
+        axes.errorbar(xs, means, yerr=spread, color=f'C{colour % 10}', ls=('-', '--', ':', '-.')[style % 4], marker='o',
+                      ms=4, lw=1.2, capsize=2, label=variant)
+    axes.set_xscale('log', base=2)
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.set(xlabel=setting, ylabel='validation loss, nats per token (mean and range of the seeds)')
+    axes.grid(alpha=0.25)
+    figure.legend(fontsize=8, loc='outside right upper')
+    return save(figure, folder, name)
+
+
 def draw(grid, found, rows, task, pruned, folder):
     """All plots of a task: [(file name, title)]."""
     prefix, words = (f'{task}_', f'{task}: ') if len(grid.tasks) > 1 else ('', '')
@@ -117,6 +145,9 @@ def draw(grid, found, rows, task, pruned, folder):
                                     ('main effects', 'two-way interactions')):
         if effects:
             made.append((effect_plot(effects, words + title, folder, f'{prefix}{name}.png'), words + title))
+    for setting in (s for s, values in grid.search.items() if len(values) > 2 and {*map(type, values)} <= {int, float}):
+        name = search_plot(found, setting, task, folder, f'{prefix}losses_{setting}.png')
+        made.append((name, f'{words}losses over {setting}'))
     if grid.ranks:
         name = trial_plot(grid, found, pruned, task, folder, f'{prefix}ranks.png')
         made.append((name, f'{words}trials of the rank search'))

@@ -40,11 +40,11 @@ class Context:
 
     def turn(self, x, positions=None, stretch=()):
         """RoPE whether or not config.rope is set, for classes that need it (MLA)."""
-        size, base, kind = x.size(-1), self.config.rope_base, x.dtype
+        size, base, half, kind = x.size(-1), self.config.rope_base, self.config.rope_half, x.dtype
         if positions is not None:
-            return rotate(x, rotation(positions, size, base, kind, stretch))
+            return rotate(x, rotation(positions, size, base, kind, stretch, half))
         key = ('rope', size, kind, *stretch)
-        return rotate(x, self.share(key, lambda: rotation(self.positions, size, base, kind, stretch)))
+        return rotate(x, self.share(key, lambda: rotation(self.positions, size, base, kind, stretch, half)))
 
 
 def again(block, x, ctx):

@@ -24,7 +24,8 @@ def merge_heads(x):
 class QueryKeyNorm(nn.Module):
     """Norms and scales q and k before RoPE; `scale` multiplies q . k.
 
-    qk_norm='standard' or 'split': RMS norm over the head size D, no gain, scale 1/sqrt(D) (so |logit| <= sqrt(D)).
+    qk_norm='standard' or 'split': RMS norm over the head size D, no gain, scale 1/sqrt(D) (so |logit| <= sqrt(D)), or
+    config.attention_scale.
     ngpt='full': L2 norm, a learned s_qk (H, D) shared by q and k, scale sqrt(D); 'simple': no norm, one s_qk per head,
     scale C/sqrt(D), so that logits start with std 1 (C = n_embd). Source: Loshchilov et al. 2024 (nGPT).
     """
@@ -32,7 +33,7 @@ class QueryKeyNorm(nn.Module):
     def __init__(self, config, heads, head_dim):
         super().__init__()
         self.kind = config.ngpt if config.ngpt != 'none' else config.qk_norm
-        self.scale, width = head_dim ** -0.5, config.n_embd
+        self.scale, width = config.attention_scale or head_dim ** -0.5, config.n_embd
         if config.ngpt != 'none':
             shape = (heads, 1, head_dim) if config.ngpt == 'full' else (heads, 1, 1)
             self.s_qk = Learned(shape, 1.0, width ** -0.5)
@@ -73,10 +74,18 @@ class ValueMix(nn.Module):
         return torch.lerp(v, ctx.first_value.to(v.dtype), self.lam.to(v.dtype))
 
 
-def rotation(positions, size, base, dtype, stretch=()):
-    """cos, sin (T, size/2) of the angles position * base^(-2i/size), in fp32 at least; stretch: as in stretched."""
+def rotation(positions, size, base, dtype, stretch=(), half=False):
+    """cos, sin (T, size/2) of the angles position * base^(-2i/size), in fp32 at least; stretch: as in stretched.
+
+    half: only the first half of the pairs, n of them (the larger one), turn, with base^(-i/(n-1)); the others stand still,
+    so that a head can match content at any distance. Source: modded-nanogpt's half-truncated RoPE, base 1024.
+    """
     dtype = torch.promote_types(dtype, torch.float32)
     frequencies = base ** (-torch.arange(0, size, 2, device=positions.device, dtype=dtype) / size)
+    if half:
+        turning = (len(frequencies) + 1) // 2
+        spread = torch.arange(turning, device=positions.device, dtype=dtype) / max(1, turning - 1)
+        frequencies = torch.cat((base ** -spread, torch.zeros_like(frequencies[turning:])))
     frequencies = stretched(frequencies, *stretch) if stretch else frequencies
     angles = positions.to(dtype)[:, None] * frequencies
     return angles.cos(), angles.sin()

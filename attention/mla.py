@@ -28,7 +28,7 @@ class LatentScale(nn.Module):
 
     def __init__(self, config, heads, nope, rope, rank, query_rank):
         super().__init__()
-        self.kind, self.nope, self.scale = config.ngpt, nope, (nope + rope) ** -0.5
+        self.kind, self.nope, self.scale = config.ngpt, nope, config.attention_scale or (nope + rope) ** -0.5
         width = config.n_embd
         if self.kind == 'simple':
             self.s_qk = Learned((heads, 1, 1), 1.0, width ** -0.5)

@@ -1,20 +1,24 @@
-"""Part optim: a step of our batched Muon against our loop over matrices and torch.optim.Muon, in one run."""
+"""Part optim: a step of our batched Muon, and of its options, against our loop and torch.optim.Muon, in one run."""
 import statistics
 import time
+from types import SimpleNamespace
 
 import torch
 
-from optimizers.muon import ADJUST_LR, Muon, newton_schulz
+from optimizers.lookahead import LookAhead
+from optimizers.muon import ADJUST_LR, CONVERGENT, Muon, newton_schulz
 
-# name -> (layers, hidden size) of a GPT's matrices, or (layers, hidden size, terms) where all are kron(8, 8, terms)
-SIZES = {'char': (4, 128), '6x384': (6, 384), '6x384 kron': (6, 384, 4), '124M': (12, 768)}
+# name -> (layers, hidden size) of a GPT's matrices, with terms where all are kron(8, 8, terms), or lowrank(rank)
+SIZES = {'char': (4, 128), '6x384': (6, 384), '6x384 kron': (6, 384, 4), '6x384 lowrank': (6, 384, 0, 96), '124M': (12, 768)}
 
 
-def shapes(layers, width, terms=0):
-    """Shapes of the matrices that Muon takes: c_q, c_k, c_v, c_proj, and c_fc and c_proj of the MLP."""
+def shapes(layers, width, terms=0, rank=0):
+    """Shapes of the matrices that Muon takes: c_q, c_k, c_v, c_proj, and c_fc and c_proj of the MLP; pairs of factors."""
     block = 4 * [(width, width)] + [(4 * width, width), (width, 4 * width)]
     if terms:
         block = [shape for out, cols in block for shape in ((terms, 8, 8), (terms, out // 8, cols // 8))]
+    if rank:
+        block = [shape for out, cols in block for shape in ((out, rank), (rank, cols))]
     return block * layers
 
 
@@ -43,6 +47,32 @@ class Loop:
                 weight.add_(newton_schulz(direction.to(self.dtype)), alpha=-rate)
 
 
+class Ahead:
+    """A step of Muon with the two moves of a look ahead around it."""
+
+    def __init__(self, params, **settings):
+        self.muon, self.number = Muon(params, **settings), 0
+        self.ahead = LookAhead(torch.nn.ParameterList(params), SimpleNamespace(
+            look_ahead=0.6, look_ahead_decay=0.99, look_ahead_from=0, look_ahead_until=0))
+
+    def step(self):
+        self.ahead.move(self.number, 1.0)
+        self.muon.step()
+        self.ahead.settle(True)
+        self.number += 1
+
+
+def options(copies, pairs, settings):
+    """{name: optimizer} of the options, each over its own copies; pairs: whether two parameters in a row are a product."""
+    found = {'convergent, 12 steps': Muon(copies(), coefficients=CONVERGENT, **settings),
+             'row_beta': Muon(copies(), row_beta=0.95, **settings), 'look_ahead': Ahead(copies(), **settings)}
+    if pairs:
+        params = copies()
+        products = [((1, 1), [a, b]) for a, b in zip(params[::2], params[1::2])]
+        found['product'] = Muon(params, products=products, **settings)
+    return found
+
+
 def contestants(size, device, dtype):
     """{name: step function} over equal weights and gradients; torch.optim.Muon takes no stacks."""
     rng = torch.Generator(device).manual_seed(0)
@@ -55,6 +85,7 @@ def contestants(size, device, dtype):
             p.grad = g
         return params
     found = {'batched': Muon(copies(), momentum_warmup=0, ns_dtype=dtype), 'loop': Loop(copies(), dtype)}
+    found |= options(copies, len(SIZES[size]) > 2, dict(momentum_warmup=0, ns_dtype=dtype))
     if all(w.ndim == 2 for w in start):
         found['torch'] = torch.optim.Muon(copies(), lr=0.02, weight_decay=0.0)
     for optimizer in found.values():
@@ -88,7 +119,8 @@ def measure(sizes=None, device='cpu', rounds=15, round_ms=100, dtype=None):
 
     sizes: names of SIZES, None = all ('124M' on CUDA only). Every round times each contestant for about round_ms in
     turn, so that other load on the machine affects all; a speedup is the median of the rounds' ratios, above 1 where
-    the batched step is faster. dtype: of the iterations, None = Muon's own; torch.optim.Muon's is always bf16.
+    the batched step is faster; of an option, its cost. dtype: of the iterations, None = Muon's own; torch.optim.Muon's is
+    always bf16.
     """
     device, table = torch.device(device), {}
     dtype = dtype or (torch.bfloat16 if device.type == 'cuda' else torch.float32)

@@ -1,11 +1,11 @@
-"""Part optim: one step of batched Muon against a loop over the matrices and torch.optim.Muon, for GPTs of some sizes."""
+"""Part optim: a step of batched Muon and of its options, a loop over the matrices and torch.optim.Muon, by size."""
 from dataclasses import dataclass
 
 from bench import Output, tables
 from configurator import key
 from variants import UserError, did_you_mean
 
-NAMES = ('char', '6x384', '6x384 kron', '124M')         # bench.optim.SIZES
+NAMES = ('char', '6x384', '6x384 kron', '6x384 lowrank', '124M')        # bench.optim.SIZES
 
 
 @dataclass

@@ -18,11 +18,32 @@ def check_rules(config, name, table):
 
 def check_ngpt(config):
     """nGPT has no norms, no biases and its own scales: what would contradict that."""
-    for name, allowed in (('bias', False), ('qk_norm', 'none'), ('softcap', 0.0), ('zero_init', False)):
+    for name, allowed in (('bias', False), ('qk_norm', 'none'), ('softcap', 0.0), ('zero_init', False),
+                          ('attention_scale', 0.0), ('embed_norm', False)):
         if getattr(config, name) != allowed:
             yield name, f'{name}={getattr(config, name)!r} contradicts ngpt, which has its own; set {name}={allowed!r}'
     if config.n_kv_head not in (None, config.n_head):
         yield 'n_kv_head', 'ngpt scales queries and keys by one table of n_head rows; leave n_kv_head=None'
+
+
+def check_optimizer(config):
+    """Settings of the optimizers that exclude one another or have nothing to act on."""
+    if config.optimizer == 'muon' and (config.factor_lr != 'none' or config.factor_decay != 'tensors'):
+        yield 'optimizer', "factor_lr and factor_decay are AdamW's, and optimizer='muon' takes the factors; drop them"
+    if config.muon_steps > 5 and config.muon_coefficients != 'convergent':
+        yield 'muon_steps', (f'muon_steps must be at most 5 with muon_coefficients={config.muon_coefficients!r}, got '
+                             f"{config.muon_steps}; 'convergent' has 12")
+    if config.muon_row_beta and config.muon_product != 'none':
+        yield 'muon_row_beta', ("muon_row_beta makes updates of a spectral norm that muon_product='spectron' does not know; "
+                                'drop one of them')
+    own = [name for name in ('embedding_lr', 'head_lr', 'vector_lr') if getattr(config, name)]
+    if own and not config.learning_rate:
+        yield own[0], f'{own[0]} follows the schedule of learning_rate, which is 0; set it above 0'
+    if config.head_lr and config.tie_weights:
+        yield 'head_lr', 'head_lr is for a head of its own, and tie_weights=True shares it; set tie_weights=False or drop it'
+    if config.look_ahead and (config.weights != 'float32' or config.ngpt != 'none'):
+        yield 'look_ahead', ("look_ahead moves fp32 weights off their place for the gradient; it needs weights='float32' "
+                             "and ngpt='none'")
 
 
 def check_drop_in(config):

@@ -38,7 +38,7 @@ class ExpertLinear(nn.Module):
     (out, in) matrix is formed, forward or backward. Raises ValueError, one sentence, for sizes that do not divide.
     """
     tags = {'A': 'factor', 'B': 'factor', 'weight': 'factor', 'bias': 'vector'}
-    methods, calibrated = METHODS, CALIBRATED
+    methods, calibrated, products = METHODS, CALIBRATED, (('A', 'B'),)
 
     def __init__(self, in_features, out_features, bias, experts, m, n, top_k=2, share='B'):
         super().__init__()

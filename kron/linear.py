@@ -34,7 +34,7 @@ class KroneckerLinear(Structured):
     """
     tags = {'A': 'factor', 'B': 'factor', 'scale': 'vector', 'bias': 'vector'}
     methods, calibrated = METHODS, CALIBRATED
-    size_argument, zero_factor = 'terms', 'B'
+    size_argument, zero_factor, products = 'terms', 'B', (('A', 'B'),)
 
     def __init__(self, in_features, out_features, bias, m, n, terms=1, scale=False, *, exact_columns=0, weight_norm=False,
                  guide=False):

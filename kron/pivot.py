@@ -18,7 +18,7 @@ class KroneckerPivot(KroneckerLinear):
     exact_columns, weight_norm, guide: see structured.Structured. Raises ValueError for sizes that do not fit.
     """
     tags = {'R': 'factor', 'B': 'factor', 'bias': 'vector'}
-    scale = None
+    scale, products = None, ()                          # R's matrix has the left factors as rows
 
     def __init__(self, in_features, out_features, bias, m, n, terms=1, *, exact_columns=0, weight_norm=False, guide=False):
         nn.Module.__init__(self)                        # not kron's, which would create an A

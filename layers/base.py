@@ -53,6 +53,7 @@ class BaseLinear(Entry):
     methods, calibrated = ('van_loan',), ()     # names that from_dense takes, None for any; those that need stats
     size_argument = None                    # the argument to lower for fewer parameters, such as 'rank'
     zero_factor = None                      # the parameters whose zeros make W zero while they get gradients
+    products = ()                           # tuples of factors whose product is W or a term: see optimizers/products.py
 
     def __init_subclass__(cls, **more):
         """zero_factor where a class names none: its first factor, which is right for products."""

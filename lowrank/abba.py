@@ -50,7 +50,7 @@ class ABBALinear(Structured):
     """
     tags = {'B1': 'factor', 'A1': 'factor', 'B2': 'factor', 'A2': 'factor', 'scale': 'vector', 'bias': 'vector'}
     methods, calibrated = METHODS, CALIBRATED
-    size_argument, zero_factor = 'rank1', 'B1'
+    size_argument, zero_factor = 'rank1', 'B1'         # and no `products`: |X o Y|_2 is far below |X|_2 |Y|_2
 
     def __init__(self, in_features, out_features, bias, rank1, rank2, scale=False, *, guide=False):
         super().__init__()

@@ -64,7 +64,7 @@ class LowRankLinear(Structured):
     """
     tags = {'U': 'factor', 'V': 'factor', 'bias': 'vector'}
     methods, calibrated = METHODS, CALIBRATED
-    size_argument, zero_factor = 'rank', 'U'
+    size_argument, zero_factor, products = 'rank', 'U', (('U', 'V'),)
 
     def __init__(self, in_features, out_features, bias, rank, *, exact_columns=0, weight_norm=False, guide=False):
         super().__init__()

@@ -19,6 +19,7 @@ class PivotLinear(LowRankLinear):
     Source of the idea: pivoting factorization, Zhao et al. 2025, arXiv 2501.19090.
     """
     tags = {'U': 'factor', 'R': 'factor', 'bias': 'vector'}
+    products = (('U', 'R'),)
 
     def __init__(self, in_features, out_features, bias, rank, *, exact_columns=0, weight_norm=False, guide=False):
         nn.Module.__init__(self)                        # not lowrank's, which would create a V

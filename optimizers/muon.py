@@ -8,7 +8,9 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
+
+from optimizers.products import Products
+from optimizers.sharing import by_rows, exchange_rows, local_stack, rows_group, split_over_ranks
 
 # One (a, b, c) per step. Singular values of at least 0.003 of the norm come out in [0.68, 1.21] after five steps.
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
@@ -21,7 +23,9 @@ _TABLE = ((8.28721201814563, -23.595886519098837, 17.300387312530933),
           (2.300652019954817, -1.6689039845747493, 0.4188073119525673))
 # at x / 1.01, the paper's margin: rounding in bf16 may push a singular value past the end of a polynomial's interval
 POLAR_EXPRESS = tuple((a / 1.01, b / 1.01 ** 3, c / 1.01 ** 5) for a, b, c in _TABLE)
-COEFFICIENTS = {'quintic': QUINTIC, 'polar_express': POLAR_EXPRESS}
+# Newton-Schulz proper: converges to 1, slowly, as its slope at 0 is 2. Of modded-nanogpt's track 3, for which time is free.
+CONVERGENT = ((2.0, -1.5, 0.5),) * 12
+COEFFICIENTS = {'quintic': QUINTIC, 'polar_express': POLAR_EXPRESS, 'convergent': CONVERGENT}
 
 # factor of the learning rate for a (rows, cols) matrix
 ADJUST_LR = {
@@ -58,59 +62,6 @@ def momentum_at(step, start, end, warmup):
     return end if step >= warmup else start + (end - start) * step / warmup
 
 
-def split_over_ranks(x, orthogonalise, group):
-    """orthogonalise(x) of a stack (N, r, c) that all ranks hold: each takes N / ranks matrices, then all gather."""
-    world, rank = dist.get_world_size(group), dist.get_rank(group)
-    share = -(-len(x) // world)
-    mine = x[rank * share:(rank + 1) * share]
-    mine = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))
-    every = x.new_empty(share * world, *x.shape[1:])
-    gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor        # its name before torch 2.13
-    gather(every, orthogonalise(mine).contiguous(), group=group)
-    return every[:len(x)]
-
-
-def exchange(x, group):
-    """Block i of dim 0 goes to rank i; the results are in the order of the senders."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(out, x.contiguous(), group=group)
-    return out
-
-
-def exchange_rows(x, orthogonalise, rows, group):
-    """The local rows of orthogonalise(whole matrices); x (N, local rows, c), the ranks holding `rows` rows in all.
-
-    Each rank is sent N / ranks whole matrices, and sends their results' rows back: 2 N rows c / ranks elements per rank,
-    where a gather would be N rows c. Shards are those of torch.chunk, so that padding each makes the pieces equal.
-    """
-    (n, local, c), world = x.shape, dist.get_world_size(group)
-    share, height = -(-n // world), -(-rows // world)
-    x = F.pad(x, (0, 0, 0, height - local, 0, share * world - n))                       # (world * share, height, c)
-    x = exchange(x, group).view(world, share, height, c).transpose(0, 1)
-    x = orthogonalise(x.reshape(share, world * height, c)[:, :rows])
-    x = F.pad(x, (0, 0, 0, world * height - rows)).view(share, world, height, c).transpose(0, 1)
-    return exchange(x.reshape(world * share, height, c), group)[:n, :local]
-
-
-def by_rows(p):
-    """Whether ranks hold rows of this matrix; stacks sharded on dim 0 are whole matrices, and need no exchange."""
-    return hasattr(p, 'placements') and p.ndim == 2
-
-
-def rows_group(p):
-    """The process group over which dim 0 of a DTensor is sharded; ValueError for other placements than FSDP2's."""
-    dims = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
-    if len(dims) != 1 or not p.placements[dims[0]].is_shard(0):
-        raise ValueError(f'Muon takes parameters sharded on dim 0, as fully_shard does, not {p.placements}')
-    return p.device_mesh.get_group(dims[0])
-
-
-def local_stack(tensor):
-    """This rank's part of a tensor as a stack of matrices (N, rows, cols), a view."""
-    tensor = tensor.to_local() if hasattr(tensor, 'to_local') else tensor
-    return tensor[None] if tensor.ndim == 2 else tensor.view(-1, *tensor.shape[-2:])
-
-
 def chunked(stacks, most):
     """Lists of tuples of stacks, with at most `most` matrices per list; a larger stack is split."""
     chunk, count = [], 0
@@ -139,6 +90,23 @@ def descend(weights, updates, rate, decay, cautious):
             w.copy_(v)
 
 
+def by_neuron(updates, moments, beta, group=None):
+    """NorMuon: u_i / sqrt(v_i) for each row of an update, v_i a moving average of mean(u_i^2); then the old ||U||_F.
+
+    updates, moments: lists of (n, rows, cols) and (n, rows, 1), the latter changed in place; group: the ranks that hold the
+    rows. v starts at 0 without a correction, which the norm removes. Source: Li et al. 2025, arXiv 2510.05491.
+    """
+    for u, v in zip(updates, moments):
+        u = u.to(v.dtype)
+        v.lerp_(u.square().mean(-1, keepdim=True), 1 - beta)
+        even = u / (v.sqrt() + 1e-10)
+        squares = torch.stack([t.square().sum((-2, -1)) for t in (u, even)])            # (2, n)
+        if group is not None:
+            dist.all_reduce(squares, group=group)
+        before, after = squares
+        yield even * (before / after.clamp(min=1e-30)).sqrt()[:, None, None]
+
+
 class Muon(torch.optim.Optimizer):
     """M <- lerp(M, G, 1 - mu); U = newton_schulz(lerp(G, M, mu)); W <- W (1 - lr wd) - lr f U, f of the shape.
 
@@ -150,8 +118,10 @@ class Muon(torch.optim.Optimizer):
     is bf16 on CUDA, elsewhere the momentum's, which is fp32 at least. compile: None = on CUDA where triton is installed.
     process_group: ranks with equal gradients (DDP) that share the work; parameters from fully_shard have their own.
     chunk: most elements in a stack, at least one matrix.
-    State by parameter: 'step' and 'momentum', the latter sharded like the parameter. A gradient of None skips its
-    parameter; a frozen parameter loses its state and starts afresh when it trains again.
+    row_beta: decay of NorMuon's average per row, 0 = off. products: [((out, in), [factors])] (products.products_of), whose
+    factors take steps of lr f(out, in) / (prod(|F_i| + 1) - prod |F_i|), so that the product moves by at most lr f |U|_2.
+    State by parameter: 'step' and 'momentum', the latter sharded like the parameter; 'rows' with row_beta, 'vector' with
+    products. A gradient of None skips its parameter; a frozen one loses its state and starts afresh when it trains again.
     Raises ValueError for vectors, unknown adjust_lr and other shardings than on dim 0.
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; match_rms: Liu et al. 2025, arXiv 2502.16982;
     cautious: Chen et al. 2025, arXiv 2510.12402.
@@ -159,13 +129,15 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr=0.02, weight_decay=0.0, momentum=0.95, nesterov=True, momentum_warmup=300,
                  momentum_start=0.85, coefficients=QUINTIC, adjust_lr='original', cautious=False, ns_dtype=None,
-                 compile=None, process_group=None, chunk=None):
+                 compile=None, process_group=None, chunk=None, row_beta=0.0, products=()):
         if adjust_lr not in ADJUST_LR:
             raise ValueError(f'adjust_lr is {adjust_lr!r}; take one of {", ".join(ADJUST_LR)}')
         self.ns_dtype, self.compile, self.process_group, self.chunk = ns_dtype, compile, process_group, chunk
+        self.products = Products(products)
         super().__init__(params, dict(
             lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, momentum_warmup=momentum_warmup,
-            momentum_start=momentum_start, coefficients=coefficients, adjust_lr=adjust_lr, cautious=cautious))
+            momentum_start=momentum_start, coefficients=coefficients, adjust_lr=adjust_lr, cautious=cautious,
+            row_beta=row_beta))
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
@@ -182,9 +154,11 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for bucket in self.buckets(group).values():
-                self.update(bucket, group)
+        work = [(group, self.buckets(group)) for group in self.param_groups]
+        shares = self.products.shares(self.state)
+        for group, buckets in work:
+            for bucket in buckets.values():
+                self.update(bucket, group, shares)
         return loss
 
     def buckets(self, group):
@@ -197,28 +171,37 @@ class Muon(torch.optim.Optimizer):
                 state, wide = self.state[p], torch.promote_types(p.dtype, torch.float32)
                 if not state:
                     state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
-                state['momentum'] = state['momentum'].to(wide)      # and after load_state_dict, which casts
+                if group['row_beta'] and 'rows' not in state:
+                    state['rows'] = torch.zeros_like(p[..., :1])
+                for name in ('momentum', 'rows') if group['row_beta'] else ('momentum',):
+                    state[name] = state[name].to(wide)  # and after load_state_dict, which casts
                 shape = tuple(p.shape[-2:]) if by_rows(p) else tuple(sorted(p.shape[-2:]))
                 mesh = getattr(p, 'device_mesh', None)
-                key = (shape, by_rows(p), mesh, p.device, p.dtype, state['step'].item())
+                key = (shape, by_rows(p), mesh, p.device, p.dtype, state['step'].item(), p in self.products.shapes)
                 found.setdefault(key, []).append(p)
         return found
 
-    def update(self, bucket, group):
+    def update(self, bucket, group, shares):
         """One step of parameters whose matrices have one shape (some transposed), a chunk at a time."""
-        first, states = bucket[0], [self.state[p] for p in bucket]
+        first, states, scale = bucket[0], [self.state[p] for p in bucket], ADJUST_LR[group['adjust_lr']]
         mu = momentum_at(states[0]['step'].item(), group['momentum_start'], group['momentum'], group['momentum_warmup'])
-        stacks = [(local_stack(p), local_stack(p.grad.to(s['momentum'].dtype).contiguous()), local_stack(s['momentum']))
+        stacks = [(local_stack(p), local_stack(p.grad.to(s['momentum'].dtype).contiguous()), local_stack(s['momentum']),
+                   *([local_stack(s['rows'])] if group['row_beta'] else []),
+                   *([scale(*self.products.shapes[p]) * shares[p]] if p in shares else []))
                   for p, s in zip(bucket, states)]
         limit = self.chunk or (2 ** 25 if first.is_cuda else 2 ** 20)
         ranks = dist.get_world_size(rows_group(first)) if by_rows(first) else 1
         for chunk in chunked(stacks, max(1, limit // (first.shape[-2] * first.shape[-1])) * ranks):
-            weights, gradients, momenta = zip(*chunk)
+            weights, gradients, momenta, *more = zip(*chunk)
             torch._foreach_lerp_(momenta, gradients, 1 - mu)
             directions = torch._foreach_lerp(gradients, momenta, mu) if group['nesterov'] else momenta
             updates = self.orthogonal(directions, first, group['coefficients'])
+            if group['row_beta']:
+                updates = [*by_neuron(updates, more[0], group['row_beta'], rows_group(first) if by_rows(first) else None)]
             shapes = [first.shape if by_rows(first) else w.shape[-2:] for w in weights]
-            rates = [group['lr'] * ADJUST_LR[group['adjust_lr']](*shape) for shape in shapes]
+            rates = [group['lr'] * scale(*shape) for shape in shapes]
+            if first in shares:
+                updates, rates = [u * s for u, s in zip(updates, more[-1])], [group['lr']] * len(weights)
             for rate in set(rates):
                 pairs = [(w, u) for w, u, own in zip(weights, updates, rates) if own == rate]
                 descend(*zip(*pairs), rate, group['lr'] * group['weight_decay'], group['cautious'])

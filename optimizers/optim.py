@@ -7,6 +7,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from layers.basic import tags_of
 from optimizers.muon import COEFFICIENTS, Muon
+from optimizers.products import products_of
 from variants import UserError
 
 DECAYED = ('matrix', 'factor', 'embedding', 'head')     # vectors (norms, biases, scales) are not
@@ -19,13 +20,14 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
-def groups(model, weight_decay, leave=(), factor_lr='none', factor_decay='tensors'):
+def groups(model, weight_decay, leave=(), factor_lr='none', factor_decay='tensors', by_tag=()):
     """Two AdamW groups, decayed and not, over the parameters that train; each parameter is in exactly one.
 
-    leave: tags that another optimizer handles. With factor_lr or factor_decay further groups, each with an lr_scale.
+    leave: tags that another optimizer handles. With factor_lr, factor_decay or by_tag, {tag: share of the learning rate},
+    further groups, each with an lr_scale.
     """
-    if (factor_lr, factor_decay) != ('none', 'tensors'):
-        return factor_groups(model, weight_decay, leave, factor_lr, factor_decay)
+    if (factor_lr, factor_decay) != ('none', 'tensors') or by_tag:
+        return factor_groups(model, weight_decay, leave, factor_lr, factor_decay, dict(by_tag))
     tags = tags_of(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and tags[name] not in leave}
     decayed = [p for name, p in trained.items() if tags[name] in DECAYED]
@@ -34,7 +36,7 @@ def groups(model, weight_decay, leave=(), factor_lr='none', factor_decay='tensor
     return [{'params': decayed, 'weight_decay': weight_decay}, {'params': rest, 'weight_decay': 0.0}]
 
 
-def factor_groups(model, weight_decay, leave, factor_lr, factor_decay):
+def factor_groups(model, weight_decay, leave, factor_lr, factor_decay, by_tag):
     """AdamW groups by (lr_scale, weight decay).
 
     factor_lr 'fan_in': lr times in_features / fan_in / factors for a factor, as an output moves by lr times the inputs that
@@ -58,14 +60,20 @@ def factor_groups(model, weight_decay, leave, factor_lr, factor_decay):
     for name, p in model.named_parameters():
         if p.requires_grad and tags[name] not in leave:
             decay = decays.get(name, weight_decay if tags[name] in DECAYED else 0.0)
-            found.setdefault((scales.get(name, 1.0), decay), []).append(p)
+            found.setdefault((scales.get(name, by_tag.get(tags[name], 1.0)), decay), []).append(p)
     return [{'params': params, 'weight_decay': decay, 'lr_scale': scale} for (scale, decay), params in found.items()]
 
 
-def adamw(model, weight_decay, learning_rate, betas, device_type, leave=(), **factors):
-    """AdamW (Loshchilov & Hutter 2019), fused where there is a fused kernel; factors: see factor_groups."""
+def adamw(model, weight_decay, learning_rate, betas, device_type, leave=(), eps=1e-8, **more):
+    """AdamW (Loshchilov & Hutter 2019), fused where there is a fused kernel; more: see groups."""
     fused = device_type in ('cuda', 'cpu')
-    return torch.optim.AdamW(groups(model, weight_decay, leave, **factors), lr=learning_rate, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups(model, weight_decay, leave, **more), lr=learning_rate, betas=betas, eps=eps, fused=fused)
+
+
+def rates_by_tag(config):
+    """{tag: share of learning_rate} of the tags with a rate of their own."""
+    own = {'embedding': config.embedding_lr, 'head': config.head_lr, 'vector': config.vector_lr}
+    return {tag: rate / config.learning_rate for tag, rate in own.items() if rate}
 
 
 def muon(model, config, process_group=None):
@@ -77,7 +85,8 @@ def muon(model, config, process_group=None):
                 momentum=config.muon_momentum, momentum_warmup=config.muon_momentum_warmup,
                 coefficients=COEFFICIENTS[config.muon_coefficients][:config.muon_steps], adjust_lr=config.muon_adjust_lr,
                 cautious=config.muon_cautious, process_group=process_group,
-                ns_dtype=None if config.muon_dtype == 'auto' else getattr(torch, config.muon_dtype))
+                ns_dtype=None if config.muon_dtype == 'auto' else getattr(torch, config.muon_dtype),
+                row_beta=config.muon_row_beta, products=products_of(model) if config.muon_product == 'spectron' else ())
 
 
 class Optimizers:
@@ -111,7 +120,8 @@ def build(model, config, device_type, process_group=None):
     """The optimizer of config.optimizer: AdamW, or Muon for matrices and factors and AdamW for the rest; maybe OrthoGrad."""
     rest = MUON if config.optimizer == 'muon' else ()
     optimizers = [adamw(model, config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device_type, rest,
-                        factor_lr=config.factor_lr, factor_decay=config.factor_decay)]
+                        config.adam_eps, factor_lr=config.factor_lr, factor_decay=config.factor_decay,
+                        by_tag=rates_by_tag(config))]
     if config.optimizer == 'muon':
         optimizers.append(muon(model, config, process_group))
     optimizer = Optimizers(*optimizers)
@@ -233,12 +243,7 @@ def load_state_by_name(optimizer, model, state):
 
 
 def like(p, value):
-    """A tensor of a checkpoint placed as the parameter is: on its device, and sharded alike.
-
-    Raises ValueError for another shape: kernels of optimizers do not look at it, and would write past the end.
-    """
-    if value.shape != p.shape:
-        raise ValueError(f'optimizer state or an average of shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}')
-    if hasattr(p, 'placements') and value.shape == p.shape:
+    """A tensor of a checkpoint placed as the parameter is: on its device, and sharded alike where it has as many axes."""
+    if hasattr(p, 'placements') and value.ndim == p.ndim:
         return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
     return value.to(p.device)

@@ -22,7 +22,8 @@ AS_PUBLISHED = {'model_type': 'gpt2', 'layer_norm_epsilon': 1e-5, 'scale_attn_we
                 'add_cross_attention': False, 'scale_attn_by_inverse_layer_idx': False,
                 'reorder_and_upcast_attn': False}
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
-NEUTRAL = ('dropout', 'zero_init', 'loss_chunk', 'recompute', 'residual')       # settings that change no logits
+NEUTRAL = ('dropout', 'zero_init', 'loss_chunk', 'recompute', 'residual', 'embed_std', 'head_std',
+           'hidden_gain')                               # settings that change no logits of given weights
 VOCABULARY = 50257                                      # of GPT-2's tokenizer; the last one is <|endoftext|>
 
 

@@ -38,6 +38,8 @@ COMBINATIONS = {
     'one column, one row': dict(n_embd=64, linear={'h.*.mlp.*': 'kron(64, 64)'}),
     'one column, one row, recomputed': dict(n_embd=64, linear={'h.*.mlp.*': 'kron(64, 64)'}, recompute=True),
     'recipe': RECIPE,
+    'recipe, tuned': dict(RECIPE, rope_half=True, rope_base=1024.0, attention_scale=0.12, embed_norm=True, embed_std=1.0,
+                          head_std=0.0, hidden_gain=0.33),
     'recipe, windows': dict(RECIPE, attention='window(5, long=(0,), documents=54)'),
     'recipe, kron, recomputed': dict(RECIPE, linear={'h.*.mlp.*': 'kron(16, 8, terms=2, weight_norm=True)'}, recompute=True),
     'ngpt': dict(ngpt='full', rope=True, linear={'h.*.mlp.*': 'kron(16, 8)'}, attention='mla(12, qk_rope_head_dim=4)'),

@@ -13,8 +13,11 @@ DROP = {'specs': dict, 'order': (list, NONE), 'done': int, 'units': int, 'damage
 BUILT = {'layers': int, 'dense': bool, 'changed': (int, NONE), 'losses': [NUMBER], 'model': dict, 'guided?': bool,
          'drop?': DROP}
 PARTS = {'step': int, 'config': dict, 'model': dict, 'optimizer': dict, 'scaler': dict, 'tokens': int, 'data_digest': str,
-         'best_val_loss': float, 'evaluated': (int, NONE), 'average?': dict, 'built?': BUILT, 'seconds?': NUMBER,
-         'flops?': NUMBER, 'outliers?': {'loss': [NUMBER], 'grad_norm': [NUMBER]}, 'teacher?': str}
+         'best_val_loss': float, 'evaluated': (int, NONE), 'average?': dict, 'ahead?': dict, 'built?': BUILT,
+         'seconds?': NUMBER, 'flops?': NUMBER, 'outliers?': {'loss': [NUMBER], 'grad_norm': [NUMBER]}, 'teacher?': str}
+
+SHAPES = {'rows': lambda shape: (*shape[:-1], 1),       # of Muon's other state, where it is not the parameter's
+          'vector': lambda shape: shape[-1:] if len(shape) == 2 else (*shape[:-2], 1, shape[-1])}
 
 
 def check(state, folder):
@@ -28,8 +31,9 @@ def check(state, folder):
     drop = built.get('drop', {})
     for entries in (state['optimizer'], drop.get('held', {})):
         check_optimizer(entries, model, folder)
-    if not all(fits(state['average'][name], model.get(name)) for name in state.get('average', ())):
-        refuse(folder, 'an average that is none of its model')
+    for part in ('average', 'ahead'):
+        if not all(fits(value, model.get(name)) for name, value in state.get(part, {}).items()):
+            refuse(folder, 'an average that is none of its model')
     if not all(type(value) in NUMBER for value in state['scaler'].values()) or not is_drop(drop, built):
         refuse(folder, 'a scaler, or matrices that become structured, as no run has them')
     for cls, settings in ((configurator.Config, given), (configurator.GPTConfig, built.get('model', {}))):
@@ -62,16 +66,18 @@ def misfit(value, wanted, name):
     return None
 
 
-def fits(tensor, like):
-    """Whether it is a tensor of numbers of the shape of another one."""
-    return torch.is_tensor(tensor) and torch.is_tensor(like) and tensor.is_floating_point() and tensor.shape == like.shape
+def fits(tensor, like, entry=''):
+    """Whether it is a tensor of numbers of the shape of another one, or of what an optimizer keeps of it as `entry`."""
+    if not (torch.is_tensor(tensor) and torch.is_tensor(like) and tensor.is_floating_point()):
+        return False
+    return tuple(tensor.shape) == SHAPES.get(entry, lambda shape: shape)(tuple(like.shape))
 
 
 def check_optimizer(entries, model, folder):
     """{parameter: {'step' and moments of its shape}}: a fused optimizer looks at no shape and writes past a tensor's end."""
     for name, found in entries.items():
         if not isinstance(name, str) or name not in model or not isinstance(found, dict) or not all(
-                torch.is_tensor(value) and value.numel() == 1 if key == 'step' else fits(value, model[name])
+                torch.is_tensor(value) and value.numel() == 1 if key == 'step' else fits(value, model[name], key)
                 for key, value in found.items()):
             refuse(folder, f'optimizer state for {str(name)[:80]!r} that is none of its parameter')
 

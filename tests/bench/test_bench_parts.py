@@ -297,8 +297,10 @@ def test_sampling_as_json(measured):
 
 def test_optim_and_loader(run, tmp_path):
     path = tmp_path / 'found.json'
-    assert run('optim', '--sizes=char', '--rounds=1', '--round_ms=0', '--device=cpu', f'--json={path}')[0] == 0
-    assert set(json.loads(path.read_text())['sizes']['char']['ms']) == {'batched', 'loop', 'torch'}
+    assert run('optim', '--sizes=char,6x384 lowrank', '--rounds=1', '--round_ms=0', '--device=cpu', f'--json={path}')[0] == 0
+    found, options = json.loads(path.read_text())['sizes'], {'convergent, 12 steps', 'row_beta', 'look_ahead'}
+    assert set(found['char']['ms']) == {'batched', 'loop', 'torch', *options}
+    assert set(found['6x384 lowrank']['ms']) == {'batched', 'loop', 'torch', 'product', *options}
     step.random_data(tmp_path / 'data', 60, 16)
     code, out, _ = run('loader', f'--data={tmp_path / "data"}', '--block_size=16', '--seconds=0', '--device=cpu', '--json')
     assert code == 0 and json.loads(out)['tokens_per_s'] > 0

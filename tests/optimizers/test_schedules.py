@@ -88,6 +88,9 @@ def test_shorter_sequences_hold_the_same_tokens(data, tmp_path):
 
 @pytest.mark.parametrize('more', [['--optimizer=muon'], ['--optimizer=muon', '--orthograd=True', '--muon_cautious=True',
                                                          '--muon_weight_decay=0.1', '--muon_adjust_lr=match_rms'],
+                                  ['--optimizer=muon', '--muon_product=spectron', '--look_ahead=0.6', '--look_ahead_from=2'],
+                                  ['--optimizer=muon', '--muon_row_beta=0.9', '--muon_coefficients=convergent',
+                                   '--muon_steps=12', '--vector_lr=0.02', '--embedding_lr=0.1', '--embed_norm=True'],
                                   ['--ema_decay=0.9'], ['--skip_zscore=3'], ['--prefetch=3'],
                                   ['--optimizer=muon', '--weights=bfloat16', '--ema_decay=0.5']], ids=str)
 def test_resume_is_bit_exact_with(data, tmp_path, more):
@@ -95,7 +98,9 @@ def test_resume_is_bit_exact_with(data, tmp_path, more):
     run(data, tmp_path / 'b', *more, '--max_iters=7')
     again = run(data, tmp_path / 'b', *more, '--init_from=resume')
     assert same(whole, again) and whole['outliers'] == again['outliers']
-    assert all(torch.equal(t, again['average'][name]) for name, t in whole['average'].items())
+    for kind in ('average', 'ahead'):
+        assert all(torch.equal(t, again[kind][name]) for name, t in whole.get(kind, {}).items())
+    assert ('ahead' in whole) == ('--look_ahead=0.6' in more)
     for name, entries in whole['optimizer'].items():
         assert all(torch.equal(value, again['optimizer'][name][key]) for key, value in entries.items())
 

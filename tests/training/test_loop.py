@@ -73,7 +73,9 @@ class Reads(TorchDispatchMode):
 
 WAYS = {'plain': [], 'accumulation': ['--gradient_accumulation_steps=4'], 'muon': ['--optimizer=muon'],
         'float16': ['--dtype=float16'], 'half weights': ['--weights=float16'], 'outliers': ['--skip_zscore=3.0'],
-        'average': ['--ema_decay=0.9', '--orthograd=True'], 'chunks': ['--loss_chunk=16', '--recompute=True'],
+        'average': ['--ema_decay=0.9', '--orthograd=True'],
+        'products': ['--optimizer=muon', '--muon_product=spectron', '--look_ahead=0.6', '--look_ahead_from=0'],
+        'rows': ['--optimizer=muon', '--muon_row_beta=0.9'], 'chunks': ['--loss_chunk=16', '--recompute=True'],
         'ngpt': ['--ngpt=full', '--rope=True', '--tie_weights=False', '--linear=h.*=dense'],
         'window': ["--attention=window(128, schedule='linear')"], 'guides': ['--self_guided=0.5'],
         'mixture': ['--mlp=kron_moe(4, top_k=2)', '--linear=h.*.attn.*=dense']}
