@@ -352,6 +352,20 @@ class GPT(nn.Module):
         caches: one dict per layer, filled here; start: position of idx[:, 0] when caches contain the tokens before it; a
         tensor (1,) in a static step, see attention/decoding.py.
         """
+        x, ctx = self.trunk(idx, caches, start)
+        if targets is None:
+            return self.head(x[:, -1:]), None
+        if guess:
+            return likeliest(x, targets, self.head, LOSSES[self.config.loss], self.config.loss_chunk)
+        if self.training and self.config.loss_chunk:
+            logits, loss = None, self.chunked_loss(x.flatten(0, 1), targets.flatten())
+        else:
+            logits = self.head(x)                       # (B, T, V)
+            loss = LOSSES[self.config.loss](logits.flatten(0, 1), targets.flatten())
+        return logits, loss + sum(ctx.losses) if self.training and ctx.losses else loss
+
+    def trunk(self, idx, caches=None, start=0):
+        """idx (B, T) -> the last block's output after its norm (B, T, C), and the Context; arguments as forward's."""
         T, size = idx.size(1), self.config.block_size
         if torch.is_tensor(start):
             ctx = Context(idx, start, self.config, seen=(torch.arange(size, device=idx.device) <= start)[None])
@@ -370,16 +384,7 @@ class GPT(nn.Module):
             ctx.cache = caches[i] if caches is not None else None
             x = again(block, x, ctx) if thrifty else block(x, ctx)
         x, self.measures = self.transformer.ln_f(x), ctx.measures
-        if targets is None:
-            return self.head(x[:, -1:]), None
-        if guess:
-            return likeliest(x, targets, self.head, LOSSES[self.config.loss], self.config.loss_chunk)
-        if self.training and self.config.loss_chunk:
-            logits, loss = None, self.chunked_loss(x.flatten(0, 1), targets.flatten())
-        else:
-            logits = self.head(x)                       # (B, T, V)
-            loss = LOSSES[self.config.loss](logits.flatten(0, 1), targets.flatten())
-        return logits, loss + sum(ctx.losses) if self.training and ctx.losses else loss
+        return x, ctx
 
     def head(self, x):
         """(B, T, C) -> logits (B, T, V); nGPT's scales and the soft cap in fp32 at least."""
