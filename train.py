@@ -153,7 +153,8 @@ def state_of(run, parts=False):
             'optimizer': optim.state_by_name(run.optimizer, run.model, gather), 'scaler': run.scaler.state_dict(),
             'average': {name: gather(t) for name, t in run.average.state.items()},
             'outliers': run.outliers.state, 'built': copy.deepcopy(run.built), 'data': run.dataset.tokenizer,
-            'data_digest': run.dataset.digest, 'torch': str(torch.__version__),
+            **({'source': run.job.said} if run.job.said else {}), 'data_digest': run.dataset.digest,
+            'torch': str(torch.__version__),
             **{k: run.progress[k] for k in ('tokens', 'flops', 'seconds', 'best_val_loss', 'evaluated')}}
 
 

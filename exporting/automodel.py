@@ -99,7 +99,7 @@ class NanokronForCausalLM(PreTrainedModel, GenerationMixin):
                 logits_to_keep=0, **ignored):
         """Logits (B, T, V) of tokens (B, T), after those that the cache holds; labels: the loss of the next tokens."""
         past = cache if cache is not None else past_key_values
-        if not isinstance(past, PastTokens):            # generate() hands over an empty one of its own
+        if not isinstance(past, PastTokens):
             if past is not None and past.get_seq_length():
                 raise ValueError('the cache is not one of this model')
             past = PastTokens()
@@ -121,8 +121,9 @@ class NanokronForCausalLM(PreTrainedModel, GenerationMixin):
         """The rows by the padding before their texts."""
         skips = [0] * len(input_ids)
         if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.size(1) == input_ids.size(1):
-            seen = attention_mask.bool()
-            skips = torch.where(seen.any(1), seen.int().argmax(1), 0).tolist()
+            if not attention_mask.any(1).all():
+                raise ValueError('a text is nothing but padding; leave it out, or prefill in larger chunks')
+            skips = attention_mask.bool().int().argmax(1).tolist()
         rows = {skip: [row for row, own in enumerate(skips) if own == skip] for skip in sorted(set(skips))}
         return [Group(some, skip, input_ids[some, :0], len(self.transformer.h)) for skip, some in rows.items()]
 
@@ -136,10 +137,17 @@ class NanokronForCausalLM(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, cache=None, past_key_values=None, attention_mask=None,
                                       use_cache=None, **ignored):
+        """The tokens after those that the cache holds: generate() gives all of them, or the new ones alone."""
         past = cache if cache is not None else past_key_values
-        seen = past.get_seq_length() if use_cache is not False and isinstance(past, PastTokens) else 0
-        return {'input_ids': input_ids[:, seen:], 'attention_mask': attention_mask, 'use_cache': use_cache,
-                HELD: past if use_cache is not False else None}
+        seen = past.get_seq_length() if isinstance(past, PastTokens) else 0
+        width = input_ids.size(1)
+        if width > seen and not (attention_mask is not None and attention_mask.size(1) == seen + width):
+            input_ids = input_ids[:, seen:]
+        return {'input_ids': input_ids, 'attention_mask': attention_mask, 'use_cache': use_cache, HELD: past}
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *more, **others):
+        if generation_config.use_cache is not False and model_kwargs.get(HELD) is None:
+            model_kwargs[HELD] = PastTokens()
 
 
 def together(groups, parts, input_ids):

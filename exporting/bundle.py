@@ -16,6 +16,7 @@ from exporting.names import bound, outer_names
 from exporting.reach import START, Reached
 from variants import UserError, match, parse_spec
 
+MODEL = 'NanokronForCausalLM'                           # the class in automodel.py
 RULE = '# ' + '-' * 100
 TITLE = '''"""The model of this folder: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) of transformers.
 

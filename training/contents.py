@@ -8,7 +8,8 @@ from variants import UserError
 
 KINDS = {'step': int, 'config': dict, 'model': dict, 'optimizer': dict, 'scaler': dict, 'tokens': int, 'data_digest': str,
          'best_val_loss': float, 'evaluated': (int, type(None))}
-LATER = {'average': dict, 'outliers': dict, 'built': dict, 'seconds': (int, float), 'flops': (int, float)}   # newer ones'
+LATER = {'average': dict, 'outliers': dict, 'built': dict, 'seconds': (int, float), 'flops': (int, float),
+         'source': dict}                # newer ones'
 
 
 def check(state, folder):

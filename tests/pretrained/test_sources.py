@@ -316,7 +316,7 @@ def test_nanogpt(prefix, bias, tmp_path):
     ours = random_model(bias=bias, mlp='gelu')
     save_nanogpt(tmp_path / 'ckpt.pt', ours, prefix)
     config, state, info = initialise.read_source(str(tmp_path))
-    assert config == ours.config and info == {'kind': 'nanogpt', 'step': 7, 'data': None}
+    assert config == ours.config and info == {'kind': 'nanogpt', 'step': 7, 'data': None, 'source': {}}
     assert torch.equal(logits_of(initialise.build(config, config, state)), logits_of(ours))
 
 
