@@ -9,6 +9,7 @@ used by its name, `bounds.shown`, becomes a namespace; two things of one name ge
 import ast
 import builtins
 import re
+import textwrap
 
 import variants
 from exporting import sources
@@ -102,16 +103,20 @@ class Writer:
 
     def tables(self):
         """The lines that put the classes into the tables."""
-        lines = [f'{self.flat[sources.STAND_IN, table]}.update({{' + ', '.join(
-            f'{name!r}: {self.flat[place]}' for name, place in classes.items()) + '})'
-            for table, classes in self.entries.items()]
-        return ['', '', RULE, '# what this model uses', '', *lines]
+        lines = ['', '', RULE, '# what this model uses', '']
+        for table, classes in self.entries.items():
+            names = ', '.join(f'{name!r}: {self.flat[place]}' for name, place in classes.items())
+            lines.append(f'{self.flat[sources.STAND_IN, table]}.update({{{names}}})')
+        return lines
 
     def spaces(self, module):
         """The namespaces that stand for a module used by its name."""
-        return [line for alias, (target, names) in sorted(self.found.spaces.items()) if target == module
-                for line in ('', '', f'{alias} = SimpleNamespace(' + ', '.join(
-                    f'{name}={self.flat_of(module, name)}' for name in sorted(names)) + ')')]
+        lines = []
+        for alias, (target, names) in sorted(self.found.spaces.items()):
+            if target == module:
+                given = ', '.join(f'{name}={self.flat_of(module, name)}' for name in sorted(names))
+                lines += ['', '', *textwrap.wrap(f'{alias} = SimpleNamespace({given})', 120, subsequent_indent='    ')]
+        return lines
 
     def flat_of(self, module, name):
         """The name in the file of what a module calls `name`."""
