@@ -15,9 +15,19 @@ from torch.nn import functional as F
 import variants
 from attention.context import Context, again
 from attention.decoding import Kept, stream
-from attention.heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, padded, split_heads, stretch_of
+from attention.heads import (
+    QueryKeyNorm,
+    ValueMix,
+    attend,
+    extend_cache,
+    merge_heads,
+    narrower,
+    padded,
+    split_heads,
+    stretch_of,
+)
 from configurator import GPTConfig
-from layers.base import BaseAttention, BaseMLP
+from layers.base import BaseAttention, BaseMLP, whole
 from layers.basic import Learned, as_stream, choose, hidden_scale, norm, tags_of, unit, zero_
 from layers.losses import LOSSES, ChunkedCrossEntropy, likeliest
 from variants import UserError
@@ -31,10 +41,13 @@ class CausalSelfAttention(BaseAttention):
     config: n_kv_head groups queries (GQA), rope, qk_norm, value_residual, ngpt. gate: y of head h times
     2 sigmoid(w_h . x), initially 1 (Qiu et al. 2025, arXiv 2505.06708). softcap: bounds the scores, without SDPA.
     qkv_bias: biases on q, k, v whatever config.bias says (Qwen2). rope_llama3: heads.stretched's four numbers (Llama 3.1).
+    kv_heads: of this block where some were removed, with their queries; v_head_dim: size of a value head, None = D.
     Parameters 2 C^2 (1 + H_kv/H); FLOPs per token 2 per parameter + 4 T C; cache 2 H_kv D elements per token.
     """
+    units = ('c_q', 'c_k', 'c_v', 'gate')               # what has rows per group of heads: see decomposition/narrow.py
 
-    def __init__(self, config, site, gate=False, softcap=0.0, qkv_bias=False, rope_llama3=()):
+    def __init__(self, config, site, gate=False, softcap=0.0, qkv_bias=False, rope_llama3=(), kv_heads=None,
+                 v_head_dim=None):
         super().__init__()
         if not isinstance(gate, bool) or not isinstance(softcap, (int, float)) or softcap < 0:
             raise ValueError(f'gate is True or False and softcap a number of at least 0, got {gate!r} and {softcap!r}')
@@ -42,12 +55,13 @@ class CausalSelfAttention(BaseAttention):
             raise ValueError(f'qkv_bias is True or False, got {qkv_bias!r}')
         if rope_llama3 and not config.rope:
             raise ValueError('rope_llama3 stretches rotary positions; set rope=True')
-        width, self.n_head, self.n_kv_head = config.n_embd, config.n_head, config.n_kv_head or config.n_head
-        self.head_dim, self.stretch, bias = width // self.n_head, stretch_of(rope_llama3), config.bias or qkv_bias
-        self.c_q = variants.linear(config, f'{site}.c_q', width, width, bias)
+        width, self.head_dim, self.stretch = config.n_embd, config.n_embd // config.n_head, stretch_of(rope_llama3)
+        self.n_head, self.n_kv_head, self.v_head_dim = narrower(config, self.head_dim, kv_heads, v_head_dim)
+        bias = config.bias or qkv_bias
+        self.c_q = variants.linear(config, f'{site}.c_q', width, self.n_head * self.head_dim, bias)
         self.c_k = variants.linear(config, f'{site}.c_k', width, self.n_kv_head * self.head_dim, bias)
-        self.c_v = variants.linear(config, f'{site}.c_v', width, self.n_kv_head * self.head_dim, bias)
-        self.c_proj = variants.linear(config, f'{site}.c_proj', width, width)
+        self.c_v = variants.linear(config, f'{site}.c_v', width, self.n_kv_head * self.v_head_dim, bias)
+        self.c_proj = variants.linear(config, f'{site}.c_proj', self.n_head * self.v_head_dim, width)
         self.norm_qk, self.mix_v = QueryKeyNorm(config, self.n_head, self.head_dim), ValueMix(config, site)
         self.gate = Gate(width, self.n_head) if gate else None
         self.dropout, self.softcap = config.dropout, float(softcap)
@@ -70,7 +84,12 @@ class CausalSelfAttention(BaseAttention):
 
     def flops(self, context):
         """Forward FLOPs per token of q k^T and of the weighted sum, with `context` keys."""
-        return 4 * context * self.n_head * self.head_dim
+        return 2 * context * self.n_head * (self.head_dim + self.v_head_dim)
+
+    @property
+    def n_units(self):
+        """Groups of heads that can be removed."""
+        return self.n_kv_head
 
 
 class Gate(nn.Module):
@@ -86,16 +105,19 @@ class Gate(nn.Module):
 
 
 class MLP(BaseMLP):
-    """c_proj(gelu(c_fc x)), hidden size 4 C. approximate='tanh' is what GPT-2's own weights were trained with."""
+    """c_proj(gelu(c_fc x)) of size `hidden`, None = 4 C. approximate='tanh' is what GPT-2's weights were trained with."""
+    units = ('c_fc',)
 
-    def __init__(self, config, site, approximate='none'):
+    def __init__(self, config, site, hidden=None, approximate='none'):
         super().__init__()
         if approximate not in ('none', 'tanh'):
             raise ValueError(f"approximate is 'none' or 'tanh', got {approximate!r}")
-        self.c_fc = variants.linear(config, f'{site}.c_fc', config.n_embd, 4 * config.n_embd)
-        self.c_proj = variants.linear(config, f'{site}.c_proj', 4 * config.n_embd, config.n_embd)
+        hidden = 4 * config.n_embd if hidden is None else hidden
+        whole(hidden=hidden)
+        self.c_fc = variants.linear(config, f'{site}.c_fc', config.n_embd, hidden)
+        self.c_proj = variants.linear(config, f'{site}.c_proj', hidden, config.n_embd)
         self.approximate, self.dropout = approximate, nn.Dropout(config.dropout)
-        self.s_u = hidden_scale(config, 4 * config.n_embd, config.n_embd)
+        self.s_u = hidden_scale(config, hidden, config.n_embd)
 
     def activation(self, u):
         return F.gelu(u, approximate=self.approximate)
@@ -106,10 +128,10 @@ class MLP(BaseMLP):
 
 
 class ReLU2MLP(MLP):
-    """c_proj(relu(c_fc x)^2), hidden size 4 C (So et al. 2021, Primer)."""
+    """c_proj(relu(c_fc x)^2) of size `hidden`, None = 4 C (So et al. 2021, Primer)."""
 
-    def __init__(self, config, site):
-        super().__init__(config, site)
+    def __init__(self, config, site, hidden=None):
+        super().__init__(config, site, hidden)
 
     def activation(self, u):
         return F.relu(u).square()
@@ -117,13 +139,13 @@ class ReLU2MLP(MLP):
 
 class SwiGLU(BaseMLP):
     """c_proj(silu(c_gate x) * c_fc x) of size `hidden`; None = 8/3 C, up to a multiple of 64 (Shazeer 2020; LLaMA)."""
+    units = ('c_fc', 'c_gate')
 
     def __init__(self, config, site, hidden=None):
         super().__init__()
         width = config.n_embd
         hidden = -(-8 * width // 3 // 64) * 64 if hidden is None else hidden
-        if type(hidden) is not int or hidden < 1:
-            raise ValueError(f'hidden must be a whole number of at least 1, got {hidden!r}')
+        whole(hidden=hidden)
         self.c_fc = variants.linear(config, f'{site}.c_fc', width, hidden)
         self.c_gate = variants.linear(config, f'{site}.c_gate', width, hidden)
         self.c_proj = variants.linear(config, f'{site}.c_proj', hidden, width)

@@ -18,7 +18,7 @@ from compression import sizes
 from compression.calibration import Calibration
 from compression.study import DENSE, heal_settings, settings_of, slice_of
 from data import identity
-from decomposition import calibrate
+from decomposition import calibrate, widths
 from decomposition.initialise import build, initialise, read_folder, read_source
 from decomposition.sites import Decomposition, runnable
 from model import GPT
@@ -80,7 +80,8 @@ def carry_out(source, trial):
         model, rows, rules, calibrating = source.dense, [], {}, 0.0
     else:
         model, rows, rules, calibrating = compressed(source, trial)
-    used, dense, total = sizes.cost(model.config, study.sites)
+    used, _, total = sizes.cost(model.config, study.sites)
+    dense = sum(module.in_features * module.out_features for module in source.sites.values())
     middle = time.process_time()
     losses = perplexities(model, source)
     errors = [row['output_error'] for row in rows if 'output_error' in row]
@@ -100,14 +101,22 @@ def compressed(source, trial):
 
     def stats(sites, gradients):
         return seen.passes(source.dense, sites, seen.text, gradients)
-    rules = sizes.fitted(source.config, variant, study.budgets[trial.budget], study.sites,
-                         lambda site: source.sites[site].dense_weight(), stats, seen.gains)
-    config = dataclasses.replace(source.config, linear=rules)
+    config = dataclasses.replace(source.config, **rules_of(source, trial, variant, stats, seen.gains))
     model = empty(config)
     rows = initialise(model, source.config, source.state, how=Decomposition(
         variant.decompose, seen.text, variant.prune_before, variant.prune_fraction, device=source.device,
-        passes=seen.passes))
-    return model.to(source.device), rows, rules, seen.cpu_s - before
+        passes=seen.passes, orders=widths.orders(seen.gains)))
+    return model.to(source.device), rows, config.linear, seen.cpu_s - before
+
+
+def rules_of(source, trial, variant, stats, known):
+    """{setting of the model: rules} that fill the trial's budget."""
+    share, pattern = source.study.budgets[trial.budget], source.study.sites
+    if variant.narrow:
+        return widths.forms(source.config, source.dense, variant, share, source.sites, stats, known)
+    given = {key: getattr(variant, key) for key in ('mlp', 'attention') if getattr(variant, key)}
+    return given | {'linear': sizes.fitted(dataclasses.replace(source.config, **given), variant, share, pattern, lambda site:
+                                           source.sites[site].dense_weight(), stats, known)}
 
 
 def calibration_name(trial, variant):

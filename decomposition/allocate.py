@@ -81,21 +81,21 @@ def candidates(config):
     rules = with_sizes(config.linear, 1)
     with torch.device('meta'):
         modules = GPT(dataclasses.replace(configurator.model_config(config), linear=rules)).sites()
-    found = []
-    for name, module in modules.items():
-        spec = parse_spec(module.spec)
-        if not is_sized(spec):
-            continue
-        shape, cls = (module.out_features, module.in_features), LINEARS[spec.name]
-        full = full_size(spec, shape)
-        numel = [cls.weight_numel(*shape[::-1], **arguments_of(sized(spec, size))) for size in range(1, min(full, 3) + 1)]
-        step = numel[1] - numel[0] if full > 1 else numel[0]
-        site = Site(name, spec, shape, numel[0], step, full, numel[2] - numel[1] - step if full > 2 else 0)
-        site.most = max((k for k in range(1, full + 1) if site.numel(k) < site.dense), default=0)
-        found.append(site)
+    found = [site_of(name, parse_spec(module.spec), (module.out_features, module.in_features))
+             for name, module in modules.items() if is_sized(parse_spec(module.spec))]
     if not found:
         raise UserError('rank_budget needs sites with a size to choose: linear names none that is not dense', 'rank_budget')
     return found
+
+
+def site_of(name, spec, shape):
+    """The Site of a structure, whatever its size in the spec, for a matrix of that shape."""
+    cls, full = LINEARS[spec.name], full_size(spec, shape)
+    numel = [cls.weight_numel(*shape[::-1], **arguments_of(sized(spec, size))) for size in range(1, min(full, 3) + 1)]
+    step = numel[1] - numel[0] if full > 1 else numel[0]
+    site = Site(name, spec, shape, numel[0], step, full, numel[2] - numel[1] - step if full > 2 else 0)
+    site.most = max((k for k in range(1, full + 1) if site.numel(k) < site.dense), default=0)
+    return site
 
 
 def full_size(spec, shape):
@@ -133,8 +133,7 @@ def gain_of(site, weight, stats=None):
     W = weight.detach().double()
     if stats is not None:
         C = stats.covariance + torch.outer(stats.mean, stats.mean)
-        values, Q = torch.linalg.eigh(with_ridge(C.to(W.device), stats.count))
-        W = W @ (Q * values.clamp_min(0).sqrt()) @ Q.t()
+        W = W @ root(with_ridge(C.to(W.device), stats.count))
     spec = parse_spec(site.spec.args[0][0]) if site.spec.name == 'sum' else site.spec
     if spec.name in KRONECKER:
         arguments = arguments_of(spec)
@@ -144,6 +143,12 @@ def gain_of(site, weight, stats=None):
     each = len(SIZES[spec.name])
     squares += [0.0] * (each * site.most)
     return [sum(squares[each * k:each * (k + 1)]) for k in range(site.most)]
+
+
+def root(matrix):
+    """The symmetric square root of a positive semidefinite matrix."""
+    values, Q = torch.linalg.eigh(matrix)
+    return (Q * values.clamp_min(0).sqrt()) @ Q.t()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -84,8 +84,9 @@ def batches(dataset, tokens, block_size, seed=1337, split='train'):
 def check_enough(model, sites, batches):
     """Refuse a text with fewer tokens than the widest of the sites has inputs: its covariance is singular otherwise."""
     count = sum(x.numel() for x, _ in batches)
-    widest = max(sites, key=lambda site: model.sites()[site].in_features)
-    width = model.sites()[widest].in_features
+    modules = model.sites(experts=True)
+    widest = max(sites, key=lambda site: modules[site].in_features)
+    width = modules[widest].in_features
     if count < width:
         raise UserError(f'calibration_tokens must be at least {width:,}, the inputs of {widest}, better ten times that, '
                         f'got {count:,}', 'calibration_tokens')
@@ -130,14 +131,14 @@ def groups(model, x):
     """[[site, ...]] in the order of their first call: sites of one group share their input tensor. x (B, T) tokens."""
     calls = []                                          # (site, input); inputs are kept alive, so that no id occurs twice
     with Hooks(model) as hooks:
-        for site, module in model.sites().items():
+        for site, module in model.sites(experts=True).items():
             hooks.before(module, lambda x, site=site: calls.append((site, x)))
         model(x.to(device_of(model)))
     found = {}
     for site, x in calls:
         if not any(site in sites for sites in found.values()):
             found.setdefault(id(x), []).append(site)
-    idle = model.sites().keys() - {site for site, _ in calls}
+    idle = model.sites(experts=True).keys() - {site for site, _ in calls}
     return list(found.values()) + [[site] for site in sorted(idle)]
 
 
@@ -153,7 +154,7 @@ def passes(model, sites, batches, gradients=False, memory=MEMORY):
     Raises UserError for too few tokens, or a site that the model never calls.
     """
     check_enough(model, sites, batches)
-    modules, chunk, used = model.sites(), [], 0
+    modules, chunk, used = model.sites(experts=True), [], 0
     for group in groups(model, batches[0][0][:1]):
         group = [site for site in group if site in sites]
         if not group:
@@ -171,7 +172,7 @@ def one_pass(model, groups, batches, gradients):
     """{site: Stats} of these groups in one pass."""
     inputs = [Moments() for _ in groups]
     outputs = {site: Moments() for group in groups for site in group} if gradients else {}
-    modules = model.sites()
+    modules = model.sites(experts=True)
     with Hooks(model) as hooks:
         for group, moments in zip(groups, inputs):
             hooks.before(modules[group[0]], moments.add)

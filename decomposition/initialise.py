@@ -10,7 +10,8 @@ import torch
 from tqdm import tqdm
 
 import configurator
-from decomposition.sites import Decomposition, Work, fillable, structure, tensors_of
+from decomposition import narrow
+from decomposition.sites import Decomposition, Work, fillable, runnable, structure, tensors_of
 from model import GPT
 from pretrained import gpt2, sources
 from variants import UserError
@@ -97,6 +98,7 @@ def initialise(model, source_config, source_state, method='van_loan', progress=N
     """
     how = how or Decomposition(method)
     check_sizes(model.config, source_config)
+    source_config, source_state, how, slim = narrow.narrowed(model, source_config, source_state, how, runnable)
     with torch.device('meta'):
         sources = fillable(GPT(source_config))
     sites = fillable(model)
@@ -108,7 +110,7 @@ def initialise(model, source_config, source_state, method='van_loan', progress=N
         if structure(module) == structure(sources[site]):
             with one_line(site):
                 module.load_state_dict(tensors_of(source_state, site))
-            rows[site] = {'error': 0.0, 'norm': 1.0}
+            rows[site] = {'error': 0.0, 'norm': 1.0} | slim.pop(site, {})
         elif hasattr(sources[site], 'experts'):
             raise UserError(f'{site} is a mixture in the source ({sources[site].spec}) and not the same here; take its mlp',
                             'mlp')
@@ -116,8 +118,8 @@ def initialise(model, source_config, source_state, method='van_loan', progress=N
     bar = tqdm(work.walk(todo), total=len(todo), unit='site', leave=False, disable=not todo or not sys.stderr.isatty())
     for site, stats in bar:
         with one_line(site):
-            rows[site] = work.fill(site, sources.pop(site), stats)
-        if progress and rows[site]['error']:
+            rows[site] = slim.pop(site, {}) | work.fill(site, sources.pop(site), stats)
+        if progress and (rows[site]['error'] or 'units' in rows[site]):
             progress(describe(site, sites[site].spec, rows[site]))
     fill_rest(model, source_config, source_state)
     return [{'site': site, 'spec': module.spec, **rows[site], 'parameters': sum(p.numel() for p in module.parameters())}
@@ -127,6 +129,8 @@ def initialise(model, source_config, source_state, method='van_loan', progress=N
 def describe(site, spec, row):
     """One line of a report's row."""
     words = f'{site}: {spec}, relative error {row["error"]:.4f}, norm kept {row["norm"]:.4f}'
+    if 'units' in row:
+        words += f', {row["units"]} units'
     if 'output_error' in row:
         words += f', output error {row["output_error"]:.4f}'
     if 'loss' in row:

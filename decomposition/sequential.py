@@ -64,7 +64,7 @@ class Streams:
     def input(self, model, site, batch, x, ctx):
         """The site's input, (B, T, in), for the block's input x."""
         with contextlib.nullcontext() if self.in_attention(site) else self.attention_done(model, batch):
-            found = stopped_at(model.transformer.h[self.index], model.sites()[site], x, ctx)
+            found = stopped_at(model.transformer.h[self.index], model.sites(experts=True)[site], x, ctx)
         if found is None:
             raise UserError(f'{site} is never called by its block, so that there is nothing to calibrate; leave it dense '
                             'or take decompose=van_loan', 'decompose')

@@ -27,6 +27,7 @@ class Decomposition:
     validation: [(x, y)] on which the loss increase of each site alone is measured, or None.
     device: of calibration and fits, None = the model's.
     passes: collects the statistics of the dense model, as calibrate.passes does; for callers that cache them.
+    orders: {(site of a c_proj, method): order of its units} of narrow.order_of, for callers that know them.
     """
     method: str = 'van_loan'
     batches: object = None
@@ -35,6 +36,7 @@ class Decomposition:
     validation: list | None = None
     device: object = None
     passes: object = calibrate.passes
+    orders: dict = dataclasses.field(default_factory=dict)
 
 
 class Work:

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from kron.experts import ExpertLinear
 from kron.router import Router, Slots, balance_loss, route, z_loss
-from layers.base import BaseMLP
+from layers.base import BaseMLP, whole
 
 
 class KronMoE(BaseMLP):
-    """c_proj(gelu(c_fc x)), hidden size 4 C, both gated sums over the top_k of `experts` Kronecker experts, by one router.
+    """c_proj(gelu(c_fc x)) of size `hidden` (None: 4 C), both gated sums over top_k of `experts` Kronecker experts.
 
     experts E; m x n: size of c_fc's left factors, c_proj's are n x m; None: such that right factors are b x b, b the
     largest divisor of C up to 8. top_k: experts per token, gates a softmax over their k router scores; share: 'A' or 'B',
@@ -24,17 +24,20 @@ class KronMoE(BaseMLP):
     (a shared factor once) and biases; ExpertLinear.flops, and 2 E C per token for the router.
     Raises ValueError, one sentence, for arguments that do not fit and under ngpt.
     """
+    units = ('c_fc',)
 
     def __init__(self, config, site, experts, m=None, n=None, top_k=2, share='B', balance=0.01, z=0.001,
-                 approximate='none'):
+                 approximate='none', hidden=None):
         super().__init__()
         width, bias, side = config.n_embd, config.bias, small_side(config.n_embd)
+        hidden = 4 * width if hidden is None else hidden
+        whole(hidden=hidden)
         check(config, experts, top_k, share, balance, z, approximate)
-        m, n = 4 * width // side if m is None else m, width // side if n is None else n
+        m, n = hidden // side if m is None else m, width // side if n is None else n
         self.site, self.top_k, self.balance, self.z = site, top_k, balance, z
         self.router = Router(width, experts)
-        self.c_fc = ExpertLinear(width, 4 * width, bias, experts, m, n, top_k, share)
-        self.c_proj = ExpertLinear(4 * width, width, bias, experts, n, m, top_k, share)
+        self.c_fc = ExpertLinear(width, hidden, bias, experts, m, n, top_k, share)
+        self.c_proj = ExpertLinear(hidden, width, bias, experts, n, m, top_k, share)
         self.approximate, self.dropout = approximate, nn.Dropout(config.dropout)
 
     def forward(self, x, ctx):
@@ -66,7 +69,7 @@ class KronMoE(BaseMLP):
     @staticmethod
     def realised(arguments, width):
         """The arguments of the spec after realise()."""
-        return {**arguments, 'm': 4 * width, 'n': width, 'share': None}
+        return {**arguments, 'm': arguments['hidden'] or 4 * width, 'n': width, 'share': None}
 
 
 def small_side(width):

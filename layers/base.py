@@ -130,6 +130,7 @@ class BaseAttention(Entry):
     refuses = ()                            # patterns of the sentences with which the examples refuse settings
     leaks = False                           # whether it sees the future: train.py refuses it then
     static_cache = None                     # a method where it decodes by static steps too: see attention/decoding.py
+    units = ()                              # as BaseMLP's: groups of heads
 
     def prepare(self, ctx):
         """Called in front of the blocks, without a cache: what is shared through ctx is made here."""
@@ -145,6 +146,13 @@ class BaseMLP(Entry):
     """
     required = {'forward': 'forward(x, ctx), x (B, T, C) -> (B, T, C), with the projections of variants.linear'}
     examples = ()                           # specs that fit n_embd 32
+    units = ()                              # modules with rows per hidden neuron, column of c_proj, where neurons can be
+                                            # removed (decomposition/narrow.py); `hidden` is their number
+
+    @property
+    def n_units(self):
+        """Hidden neurons, the inputs of c_proj."""
+        return self.c_proj.in_features
 
     @staticmethod
     def refuse_waste(config, **arguments):
