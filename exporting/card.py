@@ -29,7 +29,7 @@ def what(info, name):
     """The source and everything that was done to it."""
     lines = list(info['source'].get('history', ()))
     if info.get('run'):
-        lines.append(said.told(info['run'], info['step'], info['source'].get('name', '')))
+        lines.append(said.told(info['run'], info['step'], info['source']))
     licence = info['source'].get('licence')
     lines = [f'- {line}' for line in lines] or ['- nothing was changed']
     terms = f' (licence: {licence}).' if licence else '; nothing is said of its licence.'

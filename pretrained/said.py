@@ -122,13 +122,15 @@ def begun(info, place, config, state):
     source, tied = info['source'], {'lm_head.weight'} if config.tie_weights else set()
     numbers = sum(tensor.numel() for name, tensor in state.items() if name not in tied)
     past = list(source.get('history', ()))
-    past += [told(info['run'], info['step'], source.get('name', ''))] if info.get('run') else []
+    past += [told(info['run'], info['step'], source)] if info.get('run') else []
     return sound({'name': os.path.basename(os.path.normpath(place)), 'kind': info['kind'], 'parameters': numbers, **source,
                   'history': past})
 
 
-def told(run, step, name=''):
-    """One line about a run of train.py, from its settings; name: of the model that it began from, '' from scratch."""
-    made = (f' with linear={run["linear"]!r} by decompose={run.get("decompose")} on {run.get("calibration_tokens", 0):,} '
-            'calibration tokens') if name and run.get('linear') else ''
+def told(run, step, source):
+    """One line about a run of train.py, from its settings; source: what it began from, {} for one from scratch."""
+    name = source.get('name', '')
+    how = ', '.join(f'{key}={run[key]!r}' for key in ('linear', 'narrow') if run.get(key))
+    made = (f' with {how} by decompose={run.get("decompose")} on {run.get("calibration_tokens", 0):,} calibration tokens'
+            if name and how and not source.get('history') else '')          # else it was made before
     return f'train.py{f" from {name}" if name else ""}{made}: {step:,} steps on {run.get("dataset")}'
