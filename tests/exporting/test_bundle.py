@@ -82,6 +82,7 @@ def check(cases, tmp_path):
     assert not wrong and len(answers) == len(cases)
 
 
+@pytest.mark.slow
 def test_transformers_computes_the_same_elsewhere(tmp_path):
     pytest.importorskip('transformers')
     check(SOME, tmp_path)
