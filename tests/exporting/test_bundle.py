@@ -132,6 +132,8 @@ def test_only_what_is_used_goes_along():
     assert 'class LowRankLinear' in text and 'class KroneckerLinear' not in text and 'class WindowAttention' not in text
     assert 'class WindowAttention' in other and 'class LowRankLinear' not in other
     assert "LINEARS.update({'dense': Linear, 'lowrank': LowRankLinear})" in text
+    mixture = bundle.text_of(small(mlp='kron_moe(4)'))              # statements that act on what is kept
+    assert '@route_op.register_fake' in mixture and 'route_op.register_autograd(' in mixture
 
 
 @pytest.mark.slow
