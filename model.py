@@ -379,8 +379,7 @@ class GPT(nn.Module):
         caches: one dict per layer, filled here; start: position of idx[:, 0] when caches contain the tokens before it; a
         tensor (1,) in a static step, see attention/decoding.py.
         """
-        x, ctx = self.hidden(idx, caches, start)
-        self.measures = ctx.measures
+        x, ctx = self.trunk(idx, caches, start)
         if targets is None:
             return self.head(x[:, -1:]), None
         if guess:
@@ -394,8 +393,8 @@ class GPT(nn.Module):
             loss = LOSSES[self.config.loss](logits.flatten(0, 1), targets.flatten())
         return logits, loss + sum(ctx.losses) if self.training and ctx.losses else loss
 
-    def hidden(self, idx, caches=None, start=0):
-        """(the head's inputs (B, T, C), the Context of the call); arguments as forward's."""
+    def trunk(self, idx, caches=None, start=0):
+        """idx (B, T) -> the last block's output after its norm (B, T, C), and the Context; arguments as forward's."""
         T, size = idx.size(1), self.config.block_size
         if torch.is_tensor(start):
             ctx = Context(idx, start, self.config, seen=(torch.arange(size, device=idx.device) <= start)[None])
@@ -415,7 +414,8 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             ctx.cache = caches[i] if caches is not None else None
             x = again(block, x, ctx) if thrifty else block(x, ctx)
-        return self.transformer.ln_f(x), ctx
+        x, self.measures = self.transformer.ln_f(x), ctx.measures
+        return x, ctx
 
     def head(self, x):
         """(B, T, C) -> logits (B, T, V); nGPT's scales and the soft cap in fp32 at least."""

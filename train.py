@@ -162,7 +162,7 @@ def state_of(run, parts=False):
             **({'ahead': {name: gather(t) for name, t in run.ahead.state.items()}} if run.ahead.state else {}),
             'outliers': run.outliers.state, 'built': copy.deepcopy(run.built), 'data': run.dataset.tokenizer,
             'data_digest': run.dataset.digest, 'torch': str(torch.__version__),
-            **({'teacher': run.teacher.digest} if run.teacher else {}),
+            **({'source': run.job.said} if run.job.said else {}), **({'teacher': run.teacher.digest} if run.teacher else {}),
             **{k: run.progress[k] for k in ('tokens', 'flops', 'seconds', 'best_val_loss', 'evaluated')}}
 
 

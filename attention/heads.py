@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from layers.basic import Learned, rms, unit
 
+ROOM = 1024                             # positions of a cache that are allocated at once
+
 
 def split_heads(x, heads):
     """(B, T, H D) -> (B, H, T, D)"""
@@ -132,8 +134,8 @@ def narrower(config, head_dim, kv_heads=None, v_head_dim=None):
 def extend_cache(ctx, **new):
     """Append tensors (B, H, T, ...) to this layer's cache, if there is one; return all so far, in the order given.
 
-    Buffers of block_size positions are allocated at the first call, so that a token costs no copy of the past. In a static
-    step (see decoding.py) the whole buffers are returned; ctx.seen says which positions are filled.
+    Buffers have block_size positions, beyond ROOM at first twice those filled, so that a token costs no copy of the past.
+    In a static step (see decoding.py) the whole buffers are returned; ctx.seen says which positions are filled.
     """
     if ctx.cache is None:
         return tuple(new.values())
@@ -142,8 +144,11 @@ def extend_cache(ctx, **new):
     start = ctx.cache.setdefault('length', 0)
     end = ctx.cache['length'] = start + next(iter(new.values())).size(2)
     for name, value in new.items():
-        if name not in ctx.cache:
-            ctx.cache[name] = value.new_empty(*value.shape[:2], ctx.block_size, *value.shape[3:])
+        if name not in ctx.cache or ctx.cache[name].size(2) < end:
+            room = value.new_empty(*value.shape[:2], min(ctx.block_size, max(ROOM, 2 * end)), *value.shape[3:])
+            if start:
+                room[:, :, :start] = ctx.cache[name][:, :, :start]
+            ctx.cache[name] = room
         ctx.cache[name][:, :, start:end] = value
     return tuple(ctx.cache[name][:, :, :end] for name in new)
 

@@ -23,6 +23,7 @@ from decomposition.initialise import build, initialise, read_folder, read_source
 from decomposition.refine import Refinement, refine
 from decomposition.sites import Decomposition, runnable
 from model import GPT
+from pretrained import said
 from reporting import hardware
 from variants import UserError
 
@@ -44,6 +45,7 @@ class Source:
             self.state = {**self.state, 'transformer.wpe.weight': self.state['transformer.wpe.weight'][:length]}
         if config.linear:
             raise UserError(f'{place} has structured matrices (linear={config.linear!r}); take a dense model', 'source')
+        self.said = said.begun(info, place, config, self.state)
         identity.check(info['data'], config.vocab_size, dataset.tokenizer, dataset.folder, place)
         self.slices = {name: self.slice_of(getattr(study, name), name) for name in ('select', 'test')}
         self.dense = runnable(self.config, self.state, self.device)
@@ -176,7 +178,7 @@ def heal(source, trial, model, rules):
     study, folder = source.study, folder_of(source.study, trial)
     start = os.path.join(folder, 'start')
     if model is not None:
-        save_start(source, model, start)
+        save_start(source, model, start, trial)
         shutil.rmtree(refined_folder(study, trial), ignore_errors=True)
     given = heal_settings(study, trial)
     if given.get('distill') == DENSE:
@@ -198,10 +200,16 @@ def heal(source, trial, model, rules):
     return {'val_loss': loss, 'settings': given, 'seconds': runner.outcome(run).get('seconds'), **losses}
 
 
-def save_start(source, model, folder):
-    """The compressed model as a checkpoint that train.py starts from."""
+def save_start(source, model, folder, trial):
+    """The compressed model as a checkpoint that train.py starts from, with what its source said and what was done to it."""
+    done = f'compress.py, {trial}'
+    if trial.variant != DENSE:
+        variant = settings_of(source.study, trial.variant, trial.budget)
+        done += (f': {variant.decompose} on {variant.calibration_tokens:,} calibration tokens, '
+                 f'{model.num_params():,} parameters')
     checkpoint.save(folder, {'step': 0, 'config': configurator.as_dict(model.config), 'model': model.state_dict(),
-                             'data': source.dataset.tokenizer})
+                             'data': source.dataset.tokenizer,
+                             'source': {**source.said, 'history': [*source.said['history'], done]}})
 
 
 def has_start(study, trial):

@@ -8,7 +8,7 @@ import torch
 
 import configurator
 from configurator import GPTConfig
-from variants import UserError, match, parse_spec
+from variants import Spec, UserError, match, parse_spec
 
 TANH = "gelu(approximate='tanh')"
 ACTIVATIONS = {'gelu_new': TANH, 'gelu_pytorch_tanh': TANH, 'gelu': 'gelu'}
@@ -48,9 +48,12 @@ def settings(raw, where):
     if str(activation) not in ACTIVATIONS:
         raise UserError(f'{where}: activation_function is {activation!r}, and only {", ".join(ACTIVATIONS)} are read',
                         'init_from')
-    if inner is not None and not (type(width) is int and inner == 4 * width):
-        raise UserError(f'{where}: n_inner is {inner!r}, and only 4 * n_embd is read', 'init_from')
-    return {**{ours: raw[theirs] for ours, theirs in SIZES.items()}, 'bias': True, 'mlp': ACTIVATIONS[activation],
+    if inner is not None and not (type(inner) is int and inner >= 1):
+        raise UserError(f'{where}: n_inner is {inner!r}, and a whole number of at least 1 is wanted', 'init_from')
+    spec = parse_spec(ACTIVATIONS[activation])
+    if inner is not None and inner != 4 * width:
+        spec = Spec('gelu', (), {'hidden': inner, **spec.kwargs})
+    return {**{ours: raw[theirs] for ours, theirs in SIZES.items()}, 'bias': True, 'mlp': str(spec),
             'tie_weights': raw.get('tie_word_embeddings', True)}
 
 
@@ -89,8 +92,8 @@ def difference(model):
             if getattr(config, name) != getattr(defaults, name):
                 return f'{name}={getattr(config, name)!r}'
     odd = odd_block(config, 'gelu')
-    if odd is None and any(block.mlp.approximate != model.transformer.h[0].mlp.approximate for block in model.transformer.h):
-        odd = 'mlp'
+    kinds = {(block.mlp.approximate, block.mlp.c_fc.out_features) for block in model.transformer.h} if odd is None else ()
+    odd = 'mlp' if len(kinds) > 1 else odd              # narrowed blocks of one width are a GPT-2 with n_inner
     return odd and f'{odd}={getattr(config, odd)!r}'
 
 
@@ -144,12 +147,14 @@ def bias_of(module, features):
 
 def config_json(model, vocab_size):
     """Hugging Face's config.json of a model of ours that is a GPT-2."""
-    config, tanh = model.config, model.transformer.h[0].mlp.approximate == 'tanh'
+    config, mlp = model.config, model.transformer.h[0].mlp
+    inner = mlp.c_fc.out_features
     end = VOCABULARY - 1 if vocab_size >= VOCABULARY else None
     return {
         'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', **AS_PUBLISHED, **{
-            theirs: getattr(config, ours) for ours, theirs in SIZES.items()}, 'vocab_size': vocab_size, 'n_inner': None,
-        'activation_function': 'gelu_new' if tanh else 'gelu', 'tie_word_embeddings': config.tie_weights,
+            theirs: getattr(config, ours) for ours, theirs in SIZES.items()}, 'vocab_size': vocab_size,
+        'n_inner': None if inner == 4 * config.n_embd else inner, 'tie_word_embeddings': config.tie_weights,
+        'activation_function': 'gelu_new' if mlp.approximate == 'tanh' else 'gelu',
         'resid_pdrop': config.dropout, 'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout,
         'initializer_range': 0.02, 'bos_token_id': end, 'eos_token_id': end,
         'dtype': str(next(model.parameters()).dtype).removeprefix('torch.'),

@@ -16,7 +16,7 @@ import configurator
 from checkpoints import gguf_file, torchfile
 from configurator import GPTConfig
 from data import hub_tokenizer, identity, tokenizer_json
-from pretrained import files, gpt2, llama
+from pretrained import files, gpt2, llama, said
 from variants import UserError, did_you_mean
 
 to_hf_gpt2 = gpt2.from_ours
@@ -38,7 +38,7 @@ def download(name):
     if not name or name.startswith(('.', '/', '~')) or name.count('/') > 1:
         raise UserError(f'there is no folder {name!r}', 'init_from')
     files = ['config.json', 'tokenizer.json', 'model.safetensors', 'model.safetensors.index.json',
-             'model-*-of-*.safetensors']
+             'model-*-of-*.safetensors', *said.FILES, 'README.md']
     try:
         return huggingface_hub.snapshot_download(name, allow_patterns=files)
     except Exception as error:                          # the hub's, or those of its HTTP library
@@ -50,9 +50,10 @@ def download(name):
 def read(folder, which='last'):
     """Our checkpoints, nanoGPT's ckpt.pt, Hugging Face's GPT-2 or Llama, a .gguf or our export -> (GPTConfig, state, info).
 
-    which: 'last' or 'best' of our checkpoints. info: kind ('nanokron', 'nanogpt', 'gguf' or a name in LAYOUTS), step and
-    data (the tokenizer's meta) or None. The state dict is dense unless it is ours. Raises UserError in one line for a
-    folder with none of these, for settings that ours cannot compute exactly, and as check_ends does.
+    which: 'last' or 'best' of our checkpoints. info: kind ('nanokron', 'nanogpt', 'gguf' or a name in LAYOUTS), step,
+    data (the tokenizer's meta) or None, and source, what is said besides (said.py). The state dict is dense unless it is
+    ours. Raises UserError in one line for a folder with none of these, for settings that ours cannot compute exactly, and as
+    check_ends does.
     """
     folder = os.path.expanduser(folder)
     if os.path.isfile(folder):
@@ -111,7 +112,9 @@ def read_ours(folder, which):
         state.update(parts({**saved, 'model': saved['average']}, 'config', folder)[1])
         if config.tie_weights:
             state['lm_head.weight'] = state['transformer.wte.weight']
-    return config, state, {'kind': 'nanokron', **facts(saved, ('step', 'tokens', 'flops'), folder)}
+    run = saved['config'] if saved.get('data_digest') else None         # of train.py: its settings
+    return config, state, {'kind': 'nanokron', **facts(saved, ('step', 'tokens', 'flops'), folder),
+                           'source': said.sound(saved.get('source')), 'run': run}
 
 
 def facts(saved, names, where):
@@ -138,7 +141,7 @@ def read_nanogpt(path):
     tied = wte is None or head is None or torch.equal(wte, head)
     config = checked_config({'bias': True, **settings, 'tie_weights': tied}, path)
     step = saved.get('iter_num')
-    return config, state, {'kind': 'nanogpt', 'step': step if type(step) is int else None, 'data': None}
+    return config, state, {'kind': 'nanogpt', 'step': step if type(step) is int else None, 'data': None, 'source': {}}
 
 
 def parts(saved, key, where):
@@ -158,14 +161,15 @@ def read_safetensors(folder, names, only=None):
     if kind == 'nanokron':
         if not isinstance(raw.get('config'), dict):
             raise UserError(f"{folder}: config.json lacks the model's config", 'init_from')
-        return checked_config(raw['config'], folder), read_tensors(folder, names, only), {
-            'kind': kind, **facts(raw, ('step',), folder)}
+        info = {'kind': kind, **facts(raw, ('step',), folder), 'source': said.of_folder(folder, raw, kind)}
+        info['data'] = info['data'] or tokens_of(folder, names, kind)
+        return checked_config(raw['config'], folder), read_tensors(folder, names, only), info
     if kind not in LAYOUTS:
         raise UserError(f'{folder}: model_type is {kind[:60]!r}, and only {", ".join(LAYOUTS)} are read', 'init_from')
     config = checked_config(LAYOUTS[kind].settings(raw, folder), folder)
     data = tokens_of(folder, names, kind)
     state = LAYOUTS[kind].from_hub(files.plain_names(read_tensors(folder, names, only), folder), config, folder)
-    return config, state, {'kind': kind, 'step': None, 'data': data}
+    return config, state, {'kind': kind, 'step': None, 'data': data, 'source': said.of_folder(folder, raw, kind)}
 
 
 def tokens_of(folder, names, kind):
@@ -189,7 +193,8 @@ def read_gguf(path):
     text = gguf_file.tokenizer(reader, path)
     data = text and hub_tokenizer.describe(text, os.path.basename(path))
     state = llama.from_gguf(gguf_file.tensors(reader, path), config, raw['model_type'])
-    return config, state, {'kind': 'gguf', 'step': None, 'data': data}
+    source = said.of_gguf(lambda name, default=None: gguf_file.value(reader, name, default), path)
+    return config, state, {'kind': 'gguf', 'step': None, 'data': data, 'source': source}
 
 
 def read_json(path):

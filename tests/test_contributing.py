@@ -1,6 +1,7 @@
 """CONTRIBUTING.md: its example files, and one line each in variants.py, are all that a newcomer takes."""
 import functools
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -257,7 +258,12 @@ def test_the_programs_take_them(copy, tmp_path, run_program):
     run_program(copy / 'train.py', *tiny.arguments(data, dense, *short, '--linear=dense'))
     heal = tiny.arguments(data, tmp_path / 'healed', *short, f'--init_from={dense}', '--linear=*.mlp.*=blockdiag(4)')
     assert 'blockdiag(4), relative error' in run_program(copy / 'train.py', *heal).stdout
-    run_program(copy / 'export.py', f'--out_dir={tmp_path / "healed"}', f'--to={tmp_path / "exported"}')
+    run_program(copy / 'export.py', f'--out_dir={out}', f'--to={tmp_path / "exported"}')
+    read = ('import sys, torch, transformers as t; m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1], '
+            'trust_remote_code=True); print(tuple(m(torch.tensor([[1, 2, 3]])).logits.shape[:2]))')
+    done = subprocess.run([sys.executable, '-I', '-c', read, tmp_path / 'exported'], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, 'HF_HOME': str(tmp_path / 'hf')})
+    assert done.stdout.endswith('(1, 3)\n'), done.stderr[-3000:]
     done = run_program(copy / 'train.py', *heal, '--decompose=nonsense', code=2)
     assert done.stderr.count('\n') == 1 and 'blockdiag knows van_loan' in done.stderr
     done = run_program(copy / 'bench.py', 'linear', '--json', '--n_embd=32', '--n_head=4', '--min_time=0', '--tokens=1',

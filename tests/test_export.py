@@ -11,6 +11,7 @@ import export
 from checkpoints import checkpoint
 from data import tokenizer
 from decomposition import initialise
+from exporting import layouts
 from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=True,
@@ -63,7 +64,7 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize('changes', [{}, {'bias': False}, {'tie_weights': False}, {'mlp': "gelu(approximate='tanh')"}])
 def test_transformers_computes_the_same(changes, tmp_path, run):
     model = save(tmp_path / 'run', **changes)
-    code, out, err = run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new')
+    code, out, err = run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new', '--dense=True')
     assert code == 0 and err == '' and 'for transformers, 14 padding rows' in out and out.count('\n') == 1
     raw = json.loads((tmp_path / 'new/config.json').read_text())
     assert raw['tie_word_embeddings'] is model.config.tie_weights       # transformers looks at the tensors too
@@ -73,7 +74,7 @@ def test_transformers_computes_the_same(changes, tmp_path, run):
 
 def test_greedy_text_is_the_same(tmp_path, run):
     model = save(tmp_path / 'run', data=None)
-    run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new')
+    run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new', '--dense=True')
     prompt = torch.tensor([[1, 2, 3]])
     theirs = load_in_transformers(tmp_path / 'new').generate(prompt, max_new_tokens=13, do_sample=False, pad_token_id=0,
                                                              eos_token_id=None)
@@ -83,7 +84,7 @@ def test_greedy_text_is_the_same(tmp_path, run):
 def test_there_and_back(tmp_path, run):
     """Our reader takes the export for the same function, and the export of it for the same file."""
     model = save(tmp_path / 'run', data=None)
-    run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/a')
+    run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/a', '--dense=True')
     again = GPT.from_pretrained(str(tmp_path / 'a')).eval()
     assert_close(logits_of(again), logits_of(model))
     run(f'--out_dir={tmp_path}/a', f'--to={tmp_path}/b')
@@ -92,10 +93,10 @@ def test_there_and_back(tmp_path, run):
 
 def test_unknown_vocabulary_is_kept(tmp_path, run):
     save(tmp_path / 'run', data=None)
-    code, out, _ = run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new')
+    code, out, _ = run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new', '--dense=True')
     assert 'padding' not in out and json.loads((tmp_path / 'new/config.json').read_text())['vocab_size'] == 64
-    assert [export.known_tokens({'vocab_size': size}, 64) for size in (9, 64, 65, 0, 'x')] == [9, 64, 64, 64, 64]
-    assert export.known_tokens(None, 64) == export.known_tokens({}, 64) == 64
+    assert [layouts.known_tokens({'vocab_size': size}, 64) for size in (9, 64, 65, 0, 'x')] == [9, 64, 64, 64, 64]
+    assert layouts.known_tokens(None, 64) == layouts.known_tokens({}, 64) == 64
 
 
 def test_best_and_last(tmp_path, run):
@@ -103,7 +104,7 @@ def test_best_and_last(tmp_path, run):
     checkpoint.set_best(tmp_path / 'run', 1, 1.0)
     last = save(tmp_path / 'run', step=2)
     for which, model in (('best', first), ('last', last)):
-        assert run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/{which}', f'--which={which}')[0] == 0
+        assert run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/{which}', f'--which={which}', '--dense=True')[0] == 0
         wte = initialise.read_folder(str(tmp_path / which))[1]['transformer.wte.weight']
         assert torch.equal(wte, model.transformer.wte.weight[:50])
 
@@ -112,7 +113,7 @@ def test_best_and_last(tmp_path, run):
 def test_what_is_no_gpt2_keeps_our_layout(tie, tmp_path, run):
     model = save(tmp_path / 'run', mlp={'h.0': 'gelu', 'h.1': "gelu(approximate='tanh')"}, tie_weights=tie)
     code, out, _ = run(f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new')
-    assert code == 0 and "nanokron's own layout" in out and 'mlp=' in out
+    assert code == 0 and 'is no GPT-2 block: for transformers with trust_remote_code=True' in out and 'mlp=' in out
     config, state, info = initialise.read_folder(str(tmp_path / 'new'))
     assert config == model.config and info['data'] == {k: v for k, v in BYTES.items() if k != 'splits'}
     assert torch.equal(logits_of(initialise.build(config, config, state).eval()), logits_of(model))
@@ -150,9 +151,9 @@ def test_a_folder_that_cannot_be_written(tmp_path, run):
 def test_as_a_user_runs_it(tmp_path, run_program):
     save(tmp_path / 'run')
     done = run_program('export.py', f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new')
-    assert 'for transformers' in done.stdout
+    assert 'for transformers with trust_remote_code' in done.stdout
     assert sorted(p.name for p in (tmp_path / 'new').iterdir()) == [
-        'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
+        'README.md', 'config.json', 'model.safetensors', 'modeling_nanokron.py', 'tokenizer.json', 'tokenizer_config.json']
 
 
 @pytest.mark.parametrize('data, text', [

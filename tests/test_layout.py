@@ -32,6 +32,7 @@ MAY_IMPORT = {
     'data': 'variants checkpoints',
     'pretrained': 'variants configurator checkpoints data',             # knows no model
     'decomposition': 'variants configurator layers kron lowrank model checkpoints data pretrained',
+    'exporting': 'variants specs configurator model checkpoints reporting data pretrained decomposition',    # writes models
     'growth': 'variants configurator layers kron lowrank model checkpoints reporting data decomposition',
     'training': ('variants configurator commandline layers kron lowrank attention model checkpoints reporting data '
                  'pretrained decomposition growth optimizers'),

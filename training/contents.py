@@ -14,7 +14,8 @@ BUILT = {'layers': int, 'dense': bool, 'changed': (int, NONE), 'losses': [NUMBER
          'drop?': DROP}
 PARTS = {'step': int, 'config': dict, 'model': dict, 'optimizer': dict, 'scaler': dict, 'tokens': int, 'data_digest': str,
          'best_val_loss': float, 'evaluated': (int, NONE), 'average?': dict, 'ahead?': dict, 'built?': BUILT,
-         'seconds?': NUMBER, 'flops?': NUMBER, 'outliers?': {'loss': [NUMBER], 'grad_norm': [NUMBER]}, 'teacher?': str}
+         'seconds?': NUMBER, 'flops?': NUMBER, 'outliers?': {'loss': [NUMBER], 'grad_norm': [NUMBER]}, 'teacher?': str,
+         'source?': dict}
 
 SHAPES = {'rows': lambda shape: (*shape[:-1], 1),       # of Muon's other state, where it is not the parameter's
           'vector': lambda shape: shape[-1:] if len(shape) == 2 else (*shape[:-2], 1, shape[-1])}

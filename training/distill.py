@@ -32,7 +32,7 @@ class Teacher:
             self.hidden = torch.compile(self.states)
 
     def states(self, idx):
-        return self.model.hidden(idx)[0]
+        return self.model.trunk(idx)[0]
 
     @torch.no_grad()
     def __call__(self, idx):

@@ -18,6 +18,7 @@ from growth import changes
 from kron import plan, timing
 from layers import sums
 from model import GPT
+from pretrained import said
 from reporting import hardware
 from training import contents, parallel, precision
 from variants import UserError
@@ -102,10 +103,12 @@ def check_shapes(config):
 def build(config, dataset, state, job):
     """The model on its device: from a checkpoint, from another model's weights, or from scratch."""
     torch.manual_seed(config.seed)
+    job.said = said.sound(state and state.get('source'))
     if state is None and config.init_from != 'scratch':
         source_config, source, info = initialise.read_source(config.init_from)
         identity.check(info['data'], source_config.vocab_size, dataset.tokenizer, dataset.folder, config.init_from, job.say)
         job.source = {'init_from': config.init_from, **{k: info.get(k) for k in ('kind', 'step', 'tokens', 'flops')}}
+        job.said = said.begun(info, config.init_from, source_config, source)
         adopt(config, source_config)
         orders = choose_sizes(config, job, dataset, source_config, source)
         check_shapes(config)

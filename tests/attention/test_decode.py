@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from attention import decoding
+from attention import decoding, heads
 from kron import timing
 from kron.linear import KroneckerLinear
 from model import GPT, GPTConfig
@@ -51,6 +51,20 @@ def same_texts(model, idx, **more):
         eager = text(model, idx, 'eager', temperature=temperature)
         assert torch.equal(text(model, idx, temperature=temperature, **{'decode': 'static', **more}), eager)
     assert len(eager.unique()) > 8, 'few tokens say little'
+
+
+@pytest.mark.parametrize('changes', [{}, {'attention': 'mla(12, qk_rope_head_dim=4)'}, {'attention': 'diff', 'rope': True}])
+def test_a_cache_grows_beyond_its_first_room(changes, monkeypatch):
+    """A context of 8,192 tokens takes no memory for them before they come."""
+    idx, model = prompt(), build('dense', **changes)
+    wanted = text(model, idx, 'eager')
+    monkeypatch.setattr(heads, 'ROOM', 8)
+    assert torch.equal(text(model, idx, 'eager'), wanted) and torch.equal(text(model, idx, 'static'), wanted)
+    caches = [{} for _ in model.transformer.h]
+    for start in range(9):
+        model(idx[:, start % 5, None], caches=caches, start=start)
+    sizes = {t.size(2) for cache in caches for t in cache.values() if torch.is_tensor(t)}
+    assert sizes == {18} and {cache['length'] for cache in caches} == {9}
 
 
 @pytest.fixture

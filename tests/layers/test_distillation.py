@@ -109,7 +109,7 @@ def test_a_models_loss_is_that_of_its_logits(changes):
     student, teacher = models(**changes)
     idx, y = torch.randint(V, (2, 8)), torch.randint(V, (2, 8))
     with torch.no_grad():
-        rows = teacher.hidden(idx)[0].flatten(0, 1)
+        rows = teacher.trunk(idx)[0].flatten(0, 1)
         t = teacher(idx, y)[0].log_softmax(-1)
     soft = Soft(rows, None, teacher.head_weight().detach(), teacher.config.softcap, 0.7)
     logits, loss = student(idx, y, soft=soft)
@@ -129,7 +129,7 @@ def test_a_models_loss_is_that_of_its_logits(changes):
 def test_the_losses_of_mixtures_are_added():
     student, teacher = models(mlp='kron_moe(experts=2, top_k=1)')
     idx, y = torch.randint(V, (2, 8)), torch.randint(V, (2, 8))
-    soft = Soft(teacher.hidden(idx)[0].flatten(0, 1).detach(), None, teacher.head_weight().detach())
+    soft = Soft(teacher.trunk(idx)[0].flatten(0, 1).detach(), None, teacher.head_weight().detach())
     loss = student(idx, y, soft=soft)[1]
     extra = sum(value for (kind, _), value in student.measures.items() if kind.endswith('_loss'))
     assert extra > 0 and loss.item() == pytest.approx((student.measures['kl', ''] + extra).item())

@@ -185,7 +185,8 @@ def test_overrides(hf):
 @pytest.mark.parametrize('changes, words', [
     ({'activation_function': 'relu'}, "activation_function is 'relu'"),
     ({'activation_function': ['gelu']}, 'activation_function is'),
-    ({'n_inner': 128}, 'n_inner is 128'),
+    ({'n_inner': 0}, 'n_inner is 0'),
+    ({'n_inner': 128}, 'h.0.mlp.c_fc'),
     ({'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx is True'),
     ({'scale_attn_weights': False}, 'scale_attn_weights is False'),
     ({'reorder_and_upcast_attn': True}, 'reorder_and_upcast_attn is True'),
@@ -316,7 +317,7 @@ def test_nanogpt(prefix, bias, tmp_path):
     ours = random_model(bias=bias, mlp='gelu')
     save_nanogpt(tmp_path / 'ckpt.pt', ours, prefix)
     config, state, info = initialise.read_source(str(tmp_path))
-    assert config == ours.config and info == {'kind': 'nanogpt', 'step': 7, 'data': None}
+    assert config == ours.config and info == {'kind': 'nanogpt', 'step': 7, 'data': None, 'source': {}}
     assert torch.equal(logits_of(initialise.build(config, config, state)), logits_of(ours))
 
 
