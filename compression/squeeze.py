@@ -16,7 +16,7 @@ from ablation.grid import SEEDS, argument
 from checkpoints import checkpoint
 from compression import sizes, widths
 from compression.calibration import Calibration
-from compression.study import DENSE, heal_settings, settings_of, slice_of
+from compression.study import DENSE, WHOLE, heal_settings, settings_of, slice_of
 from data import identity
 from decomposition import calibrate, units
 from decomposition.initialise import build, initialise, read_folder, read_source
@@ -56,8 +56,12 @@ class Source:
         if split not in self.dataset.splits:
             raise UserError(f'{self.dataset.folder} has no split {split!r}; it has {", ".join(self.dataset.splits)}', name)
         tokens = self.dataset.splits[split]
+        stop = len(tokens) if stop == WHOLE else stop
         if stop > len(tokens):
             raise UserError(f'{name}={where} ends after the {len(tokens):,} tokens of {split!r}; lower STOP', name)
+        if self.study.score == 'inside' and stop - start < self.config.block_size:
+            raise UserError(f"{name}={where} has {stop - start:,} tokens, less than one window of {self.config.block_size:,}, "
+                            "and score='inside' takes whole ones; take more text or a smaller block_size", name)
         return evaluate.Source(where, lambda a, b: tokens.read(start + a, start + b), stop - start, None, None)
 
     def calibration(self, tokens, seed, name):
@@ -136,13 +140,19 @@ def empty(config):
 
 
 def perplexities(model, source):
-    """{'select' and 'test': {'loss', 'perplexity', 'tokens'}}, in independent windows of block_size."""
+    """{'select' and 'test': {'loss', 'perplexity', 'tokens'}}, in independent windows of block_size.
+
+    study.score 'inside': a window predicts its tokens but the first, and what is left of the text is not read.
+    """
     return {name: perplexity(model, source, text) for name, text in source.slices.items()}
 
 
 def perplexity(model, source, text):
     length, training = model.config.block_size, model.training
-    found = evaluate.score(model.eval(), text, length, length, evaluate.batch_rows(length, model.config.vocab_size),
+    inside = source.study.score == 'inside'
+    if inside:
+        text = dataclasses.replace(text, count=text.count // length * length)
+    found = evaluate.score(model.eval(), text, length - inside, length, evaluate.batch_rows(length, model.config.vocab_size),
                            source.device, torch.float32)
     model.train(training)
     loss = found['nats'] / found['scored']
