@@ -109,14 +109,14 @@ def rotate(x, table):
 
 
 def narrower(config, head_dim, kv_heads=None, v_head_dim=None):
-    """(query heads, key-value heads, size of a value head) of a block that keeps `kv_heads` groups; ValueError for misfits."""
+    """(query heads, key-value heads, size of a value head) of a block that keeps `kv_heads` groups."""
     groups = config.n_kv_head or config.n_head
     for name, value, most in (('kv_heads', kv_heads, groups), ('v_head_dim', v_head_dim, head_dim)):
         if value is not None and (type(value) is not int or not 1 <= value <= most):
             raise ValueError(f'{name} must be a whole number from 1 to {most}, got {value!r}')
     kept, size = kv_heads or groups, v_head_dim or head_dim
     if (kept, size) != (groups, head_dim) and (config.value_residual or config.ngpt != 'none'):
-        raise ValueError('kv_heads and v_head_dim need value_residual=False and ngpt=none: their tables are those of all heads')
+        raise ValueError("kv_heads and v_head_dim need value_residual=False and ngpt='none', whose tables are of all heads")
     return config.n_head // groups * kept, kept, size
 
 

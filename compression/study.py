@@ -58,8 +58,8 @@ class Variant:
     sizes: str = key('uniform', "how the budget is shared: the same fraction everywhere; by the 'spectrum' of outputs; by "
                      "the 'curvature' of the loss; 'given' = as the rules say",
                      choices=('uniform', 'spectrum', 'curvature', 'given'))
-    narrow: str = key('', "what becomes narrower first, as far as the budget asks: 'mlp' = hidden neurons, 'heads' = groups of "
-                      'heads; with commas both')
+    narrow: str = key('', "what becomes narrower first: 'mlp' = hidden neurons, 'heads' = groups of heads, 'values' = "
+                      'features of value heads; with commas several')
     split: float = key(0.0, 'with narrow and linear: budget of the widths over the whole one; 0 = by predicted nats', low=0)
     mlp: dict | str = key('', "with sizes='given': the MLP of each block, as train.py takes it")
     attention: dict | str = key('', "with sizes='given': the attention of each block")
@@ -71,6 +71,10 @@ class Variant:
     heal: str = key('', 'labels of the budgets after which a healing run follows, with commas')
     heal_settings: dict = key({}, "settings of its healing runs besides the study's")
     at: dict = key({}, '{label of a budget: {setting: value}}: what differs there')
+
+
+# settings that older results do not have: left out of signatures while they are off, so that those results stay valid
+LATER = ('narrow', 'split', 'mlp', 'attention')
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ def signature(study, trial):
     """The settings that a result depends on, as text: a trial whose settings have changed runs again."""
     values = configurator.as_dict(settings_of(study, trial.variant, trial.budget))
     apart = ('budgets', 'heal', 'heal_settings', 'at', 'calibration_seeds')
-    values = {name: value for name, value in values.items() if name not in apart}
+    plain = configurator.as_dict(Variant())
+    values = {name: value for name, value in values.items() if name not in apart and (
+        name not in LATER or value != plain[name])}
     shared = {name: getattr(study, name) for name in ('source', 'train', 'dataset', 'block_size', 'sites', 'select', 'test')}
     later = ('score', 'weights', 'gradient_tokens')     # younger than some results, which a default leaves valid
     shared |= {name: getattr(study, name) for name in later if getattr(study, name) != getattr(Study(), name)}
@@ -193,8 +199,7 @@ def check_variant(study, name):
                                     f'{", ".join(study.budgets)}', 'variants')
         widths = [key for key in ('mlp', 'attention') if getattr(variant, key)]
         if widths and variant.sizes != 'given':
-            raise UserError(f"variants: {name!r}: {widths[0]} is for sizes='given'; write narrow, by which widths are chosen",
-                            'variants')
+            raise UserError(f"variants: {name!r}: {widths[0]} is for sizes='given'; narrow chooses widths", 'variants')
         if variant.narrow and variant.sizes not in ('uniform', 'curvature') or variant.narrow and variant.linear and (
                 variant.sizes != 'curvature'):
             raise UserError(f"variants: {name!r}: narrow takes sizes='curvature', or 'uniform' without linear, got "

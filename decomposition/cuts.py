@@ -4,6 +4,8 @@ import dataclasses
 
 import torch
 
+from decomposition import units
+
 
 @dataclasses.dataclass
 class Cut:
@@ -26,13 +28,13 @@ class Cut:
         return side @ t @ side.t()
 
 
-def value_cut(part, A, C, columns):
-    """The Cut of c_proj's inputs to v_head_dim features per head, the same map for all heads of a group.
+def value_cut(part, A, C, columns, rank):
+    """The Cut of c_proj's inputs to `rank` features per head, the same map for all heads of a group.
 
     Per group the leading directions of K^1/2 G K^1/2, K the mean moment of its heads' values and G the sum of A_h^T A_h:
     for one head the best of that rank. Joint compression of W_V and W_O: A3 (Wong et al. 2025, arXiv 2505.12942).
     """
-    size, rank, per = part.source.v_head_dim, part.target.v_head_dim, part.heads
+    size, per = part.source.v_head_dim, part.heads
     n, heads = part.source.c_proj.in_features, len(columns) // part.source.v_head_dim
     keep, back = C.new_zeros(heads * rank, n), C.new_zeros(n, heads * rank)
     for first in range(0, heads, per):
@@ -50,8 +52,8 @@ def value_cut(part, A, C, columns):
 
 def value_rows(part, kept, cut):
     """The Cut of c_v's outputs: the map of each group's first head."""
-    size, rank, per = part.source.v_head_dim, part.target.v_head_dim, part.heads
-    n = part.source.n_kv_head * size
+    size, per = part.source.v_head_dim, part.heads
+    rank, n = len(cut.keep) // (len(kept) * per), part.source.n_kv_head * size
     keep, back = cut.keep.new_zeros(len(kept) * rank, n), cut.keep.new_zeros(n, len(kept) * rank)
     for i, group in enumerate(kept.tolist()):
         here = slice(group * per * size, group * per * size + size)
@@ -59,6 +61,38 @@ def value_rows(part, kept, cut):
         keep[i * rank:(i + 1) * rank, columns] = cut.keep[rows, here]
         back[columns, i * rank:(i + 1) * rank] = cut.back[here, rows]
     return Cut(keep, back)
+
+
+def cut_of(part, A, C, kept, v_head_dim):
+    """The Cut of c_proj's inputs to these units, with that many features per value head (None: all)."""
+    columns = units.expand(kept, part.size)
+    if v_head_dim in (None, getattr(part.source, 'v_head_dim', None)):
+        return Cut(columns)
+    return value_cut(part, A[:, columns], C, columns, v_head_dim)
+
+
+def predict(C, M, cut):
+    """T (n, k): what c_proj is multiplied by, as units.predictor, for places or a map."""
+    if cut.back is None:
+        return units.predictor(C, cut.keep, M)
+    side = (C if M is None else M) @ cut.keep.t()
+    return torch.cholesky_solve(side.t(), torch.linalg.cholesky(cut.both(C))).t()
+
+
+def rows_of(part, module, kept, cut):
+    """The Cut of the outputs of one of the part's `units`."""
+    source = getattr(part.source, module)
+    if module == 'c_v' and cut.back is not None:
+        return value_rows(part, kept, cut)
+    weight = source.weight
+    return Cut(units.expand(kept, weight.shape[-2] // part.source.n_units))
+
+
+def cuts_of(part, kept, cut):
+    """{site: (Cut of its outputs, Cut of its inputs)}, None where all stay."""
+    found = {f'{part.name}.{module}': (rows_of(part, module, kept, cut), None)
+             for module in part.source.units if getattr(part.source, module, None) is not None}
+    return found | {part.site: (None, cut)}
 
 
 def cut_passes(passes, source, cuts):

@@ -9,7 +9,7 @@ import torch
 
 import variants
 from decomposition import sequential, units
-from decomposition.cuts import Cut, cut_passes, value_cut, value_rows
+from decomposition.cuts import cut_of, cut_passes, cuts_of, predict, rows_of
 from layers.sums import SEQUENTIAL, STREAMED
 from lowrank.svd import with_ridge
 from variants import UserError
@@ -167,37 +167,36 @@ def weights_of(part, stats):
     return A / len(each) ** 0.5
 
 
+def value_nats(part, stats, order, shapes):
+    """{(units, v_head_dim): predicted nats} of an attention with smaller value heads, refitted."""
+    found, whole = {}, getattr(part.source, 'v_head_dim', None)
+    A, (C, _) = weights_of(part, stats), moments(part, stats)
+    for shape in shapes:
+        if shape[1] != whole:
+            cut = cut_of(part, A, C, order[:shape[0]].sort().values, shape[1])
+            side = C @ cut.keep.t()
+            lost = C - side @ torch.cholesky_solve(side.t(), torch.linalg.cholesky(cut.both(C)))
+            found[shape] = ((A @ lost) * A).sum().item() / 2
+    return found
+
+
+def kept(part, stats, order, shape):
+    """(places of the units kept, Cut of c_proj's inputs, T, {site: Cut of its outputs}) of a part at (units, v_head_dim)."""
+    places = order[:shape[0]].sort().values
+    C, M = moments(part, stats)
+    cut = cut_of(part, weights_of(part, stats), C, places, shape[1])
+    cuts = {site: outputs for site, (outputs, _) in cuts_of(part, places, cut).items() if outputs is not None}
+    return places, cut, predict(C, M, cut), cuts
+
+
 def narrow_part(part, stats, how):
     """({name below the part: tensor}, {site: (Cut of its outputs, Cut of its inputs)}, the row of the report)."""
     name, end = method_of(how.method)
     order = how.orders.get((part.site, name)) if not end else None
     order = order_of(part, stats, name)[0] if order is None else order
-    C, M = moments(part, stats)
-    kept = order[:part.target.n_units].sort().values
-    columns = units.expand(kept, part.size)
-    cut = Cut(columns)
-    if getattr(part.target, 'v_head_dim', None) not in (None, part.size // part.heads):
-        cut = value_cut(part, weights_of(part, stats)[:, columns], C, columns)
-    T = predict(C, M, cut)
-    return refitted(part, kept, cut, T, stats), cuts_of(part, kept, cut), {
+    places, cut, T, _ = kept(part, stats, order, shape(part.target))
+    return refitted(part, places, cut, T, stats), cuts_of(part, places, cut), {
         'units': f'{part.target.n_units} of {part.source.n_units}', 'output_error': error(part, stats, cut, T)}
-
-
-def predict(C, M, cut):
-    """T (n, k): what c_proj is multiplied by, as units.predictor, for places or a map."""
-    if cut.back is None:
-        return units.predictor(C, cut.keep, M)
-    side = (C if M is None else M) @ cut.keep.t()
-    return torch.cholesky_solve(side.t(), torch.linalg.cholesky(cut.both(C))).t()
-
-
-def rows_of(part, module, kept, cut):
-    """The Cut of the outputs of one of the part's `units`."""
-    source = getattr(part.source, module)
-    if module == 'c_v' and cut.back is not None:
-        return value_rows(part, kept, cut)
-    weight = source.weight
-    return Cut(units.expand(kept, weight.shape[-2] // part.source.n_units))
 
 
 def refitted(part, kept, cut, T, stats):
@@ -228,12 +227,3 @@ def error(part, stats, cut, T):
     side = M @ cut.keep.t() if cut.back is not None else M[:, cut.keep]
     lost, whole = C - 2 * T @ side.t() + T @ K @ T.t(), there[1] + torch.outer(there[0], there[0])
     return (((W @ lost) * W).sum().clamp_min(0) / ((W @ whole) * W).sum().clamp_min(1e-300)).sqrt().item()
-
-
-def cuts_of(part, kept, cut):
-    """{site: (Cut of its outputs, Cut of its inputs)}, None where all stay."""
-    found = {f'{part.name}.{module}': (rows_of(part, module, kept, cut), None)
-             for module in part.source.units if getattr(part.source, module, None) is not None}
-    return found | {part.site: (None, cut)}
-
-

@@ -2,10 +2,10 @@
 
 A *unit* is a hidden neuron of an MLP or a group of heads of an attention: `size` columns of c_proj, whose inputs h have
 C = E[h h^T]. Keep the columns S, and replace W = c_proj by W T with T = C_:S (C_SS)^-1, which predicts h from h_S by least
-squares. With the residual R = C - C_:S (C_SS)^-1 C_S: the loss rises by tr(H W R W^T) / 2 nats per token, H = E[g g^T] of its
-gradients at the outputs: K-FAC's second-order term, so that layers can be compared. Sources: MoDeGPT (Lin et al. 2024,
-arXiv 2408.09632) for the refit, by the scores of `leverage`; the greedy choice is a pivoted Cholesky factorisation of C,
-weighted by W^T H W.
+squares. With the residual R = C - C_:S (C_SS)^-1 C_S: the loss rises by tr(H W R W^T) / 2 nats per token, H = E[g g^T] of
+its gradients at the outputs: K-FAC's second-order term, so that layers can be compared. Sources: MoDeGPT (Lin et al.
+2024, arXiv 2408.09632) for the refit, by the scores of `leverage`; the greedy choice is a pivoted Cholesky factorisation
+of C, weighted by W^T H W.
 """
 import torch
 

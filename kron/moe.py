@@ -14,7 +14,7 @@ from layers.base import BaseMLP, whole
 
 
 class KronMoE(BaseMLP):
-    """c_proj(gelu(c_fc x)) of size `hidden`, None = 4 C, both gated sums over top_k of `experts` Kronecker experts, by one router.
+    """c_proj(gelu(c_fc x)) of size `hidden` (None: 4 C), both gated sums over top_k of `experts` Kronecker experts.
 
     experts E; m x n: size of c_fc's left factors, c_proj's are n x m; None: such that right factors are b x b, b the
     largest divisor of C up to 8. top_k: experts per token, gates a softmax over their k router scores; share: 'A' or 'B',

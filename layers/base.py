@@ -146,8 +146,8 @@ class BaseMLP(Entry):
     """
     required = {'forward': 'forward(x, ctx), x (B, T, C) -> (B, T, C), with the projections of variants.linear'}
     examples = ()                           # specs that fit n_embd 32
-    units = ()                              # modules with rows per hidden neuron, whose columns in c_proj belong to it, where
-                                            # neurons can be removed (decomposition/narrow.py); `hidden` is their number
+    units = ()                              # modules with rows per hidden neuron, column of c_proj, where neurons can be
+                                            # removed (decomposition/narrow.py); `hidden` is their number
 
     @property
     def n_units(self):

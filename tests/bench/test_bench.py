@@ -222,7 +222,8 @@ def test_a_gpu_is_measured_by_its_allocator(part):
 # ----------------------------------------------------------------------------------------------------
 # two ways of writing one thing
 
-@pytest.mark.parametrize('part, a, b', [('attention', 'causal', 'causal(gate=False)'), ('mlp', 'gelu', "gelu(approximate='none')"),
+@pytest.mark.parametrize('part, a, b', [('attention', 'causal', 'causal(gate=False)'),
+                                        ('mlp', 'gelu', "gelu(approximate='none')"),
                                         ('linear', 'kron(4, 4)', 'kron(4, 4, terms=1)')])
 def test_equal_specs_do_not_differ(part, a, b):
     result = modules.run(small(a=a, b=b), part)

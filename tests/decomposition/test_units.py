@@ -39,7 +39,8 @@ def test_losses_are_those_of_the_residual(method, size):
     order = units.METHODS[method][0](C, A, size)
     assert sorted(order.tolist()) == list(range(12 // size))
     nats = units.losses(C, A, order, size)
-    assert nats.tolist() == pytest.approx([left(C, A, units.expand(order[:k], size)) for k in range(12 // size + 1)], abs=1e-9)
+    by_hand = [left(C, A, units.expand(order[:k], size)) for k in range(12 // size + 1)]
+    assert nats.tolist() == pytest.approx(by_hand, abs=1e-9)
     assert (nats.diff() <= 1e-12).all()
 
 
@@ -72,10 +73,11 @@ def menu(site, seed, sizes=4):
 
 def test_the_choice_is_the_best_of_all_up_to_one_step():
     for seed in range(20):
-        parts = {f'p{i}': [menus.Width(k, 0.1 * k, [menu('a', 10 * seed + i + k), menu('b', 7 * seed + i - k)]) for k in (1, 2)]
-                 for i in range(2)}
+        parts = {f'p{i}': [menus.Width(k, 0.1 * k, [menu('a', 10 * seed + i + k), menu('b', 7 * seed + i - k)])
+                           for k in (1, 2)] for i in range(2)}
         budget = 60
-        forms = [[(w, places) for w in widths for places in itertools.product(range(4), range(4))] for widths in parts.values()]
+        forms = [[(w, places) for w in widths for places in itertools.product(range(4), repeat=2)]
+                 for widths in parts.values()]
         best = min(sum(menus.Choice('', w, p).nats for w, p in pair) for pair in itertools.product(*forms)
                    if sum(menus.Choice('', w, p).cost for w, p in pair) <= budget)
         found = menus.choose(parts, budget)
