@@ -1,6 +1,5 @@
 """One trial: the dense model, its calibration, the decomposition, the loss on the study's texts, and the healing run."""
 import dataclasses
-import hashlib
 import math
 import os
 import shutil
@@ -14,14 +13,13 @@ import evaluate
 from ablation import runner
 from ablation.grid import SEEDS, argument
 from checkpoints import checkpoint
-from compression import sizes, widths
-from compression.calibration import Calibration
+from compression import memory, sizes, widths
+from compression.calibration import Calibration, StreamedCalibration, digest
 from compression.study import DENSE, WHOLE, heal_settings, settings_of, slice_of
 from data import identity
-from decomposition import calibrate, units
-from decomposition.initialise import build, initialise, read_folder, read_source
+from decomposition import calibrate, units, wide
+from decomposition.initialise import build, empty, initialise, read_folder, read_source
 from decomposition.sites import Decomposition, runnable
-from model import GPT
 from reporting import hardware
 from variants import UserError
 
@@ -29,26 +27,39 @@ CHILD = threading.Event()               # while train.py runs: a signal is passe
 
 
 class Source:
-    """A dense model of a study with its data: config, state, and calibrations by (tokens, seed)."""
+    """A dense model of a study with its data: config, state, and calibrations by (tokens, seed).
+
+    With weights in half precision it stays so and computes in float32 (decomposition/wide.py), and the calibration goes by
+    the memory of the device (memory.py).
+    """
 
     def __init__(self, study, place, dataset):
         self.study, self.place, self.dataset = study, place, dataset
         self.device = hardware.device(study.device)
-        config, self.state, info = read_source(place)
+        config, state, info = read_source(place)
         length = study.block_size or config.block_size
         if length > config.block_size:
             raise UserError(f'block_size can be at most {config.block_size}, that of {place}, got {length}', 'block_size')
         self.config = dataclasses.replace(config, block_size=length, dropout=0.0, loss_chunk=0, recompute=False)
         if not config.rope:
-            self.state = {**self.state, 'transformer.wpe.weight': self.state['transformer.wpe.weight'][:length]}
+            state = {**state, 'transformer.wpe.weight': state['transformer.wpe.weight'][:length]}
         if config.linear:
             raise UserError(f'{place} has structured matrices (linear={config.linear!r}); take a dense model', 'source')
         identity.check(info['data'], config.vocab_size, dataset.tokenizer, dataset.folder, place)
         self.slices = {name: self.slice_of(getattr(study, name), name) for name in ('select', 'test')}
-        self.dense = runnable(self.config, self.state, self.device)
+        self.dtype, self.memory = getattr(torch, study.weights), calibrate.MEMORY
+        self.in_half = self.dtype in wide.HALF
+        if self.in_half:
+            state = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in state.items()}
+            self.memory = memory.allowed(self.config, study, self.device)
+        self.digest = digest(state)
+        self.dense = runnable(self.config, state, self.device, self.in_half)
         self.sites, self.calibrations = sizes.counted(self.dense, study.sites), {}
-        parts = [f'{name} {tuple(t.shape)} {t.double().sum().item()!r}' for name, t in sorted(self.state.items())]
-        self.digest = hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
+
+    @property
+    def state(self):
+        """The state dict, on the device: who builds a model of it shares its tensors."""
+        return self.dense.state_dict()
 
     def slice_of(self, where, name):
         """The evaluate.Source of SPLIT:START:STOP."""
@@ -60,17 +71,19 @@ class Source:
         if stop > len(tokens):
             raise UserError(f'{name}={where} ends after the {len(tokens):,} tokens of {split!r}; lower STOP', name)
         if self.study.score == 'inside' and stop - start < self.config.block_size:
-            raise UserError(f"{name}={where} has {stop - start:,} tokens, less than one window of {self.config.block_size:,}, "
-                            "and score='inside' takes whole ones; take more text or a smaller block_size", name)
+            raise UserError(f"{name}={where} has {stop - start:,} tokens, and score='inside' takes whole windows of "
+                            f'{self.config.block_size:,}; take more text or a smaller block_size', name)
         return evaluate.Source(where, lambda a, b: tokens.read(start + a, start + b), stop - start, None, None)
 
     def calibration(self, tokens, seed, name):
         """The Calibration of that text; the previous one is dropped from memory, its file stays."""
         if (tokens, seed) not in self.calibrations:
-            text = calibrate.batches(self.dataset, tokens, self.config.block_size, seed)
-            self.calibrations = {(tokens, seed): Calibration(
+            length, kind = self.config.block_size, StreamedCalibration if self.in_half else Calibration
+            text = calibrate.batches(self.dataset, tokens, length, seed, at_once=length if self.in_half
+                                     else calibrate.BATCH_TOKENS)
+            self.calibrations = {(tokens, seed): kind(
                 self.dense, self.sites, text, os.path.join(self.study.out_dir, 'calibration'), name,
-                [self.digest, self.dataset.digest, tokens, self.config.block_size, seed])}
+                [self.digest, self.dataset.digest, tokens, length, seed], self.study.gradient_tokens, self.memory)}
         return self.calibrations[tokens, seed]
 
 
@@ -80,6 +93,7 @@ class Source:
 def carry_out(source, trial):
     """(result of a trial as JSON values, the structured model); raises UserError."""
     study, begin, busy = source.study, time.perf_counter(), time.process_time()
+    source.dense.to(source.device)
     if trial.variant == DENSE:
         model, rows, rules, calibrating = source.dense, [], {}, 0.0
     else:
@@ -106,10 +120,14 @@ def compressed(source, trial):
     def stats(sites, gradients):
         return seen.passes(source.dense, sites, seen.text, gradients)
     config = dataclasses.replace(source.config, **rules_of(source, trial, variant, stats, seen.gains))
-    model = empty(config)
+    model = empty(config, source.dtype)
     rows = initialise(model, source.config, source.state, how=Decomposition(
         variant.decompose, seen.text, variant.prune_before, variant.prune_fraction, device=source.device,
-        passes=seen.passes, orders={key: found[0] for key, found in seen.gains.items() if key[1] in units.METHODS}))
+        passes=seen.passes, dense=source.dense, wide=source.in_half,
+        orders={key: found[0] for key, found in seen.gains.items() if key[1] in units.METHODS}))
+    if source.in_half:
+        source.dense.to('cpu')                          # two models may be too much for the device
+        wide.widened(model)
     return model.to(source.device), rows, config.linear, seen.cpu_s - before
 
 
@@ -125,18 +143,6 @@ def rules_of(source, trial, variant, stats, known):
 
 def calibration_name(trial, variant):
     return f'source{trial.source}_seed{trial.seed}_{variant.calibration_tokens}'
-
-
-def empty(config):
-    """GPT(config) on the CPU without initialisation, as all values will be filled: no time for random numbers."""
-    with torch.device('meta'):
-        model = GPT(config)
-    if any(True for _ in model.buffers()):              # exact columns, tables: their values are made when it is built
-        return GPT(config)
-    model.to_empty(device='cpu')
-    if config.tie_weights:
-        model.lm_head.weight = model.transformer.wte.weight
-    return model
 
 
 def perplexities(model, source):

@@ -75,6 +75,7 @@ class Variant:
 
 # settings that older results do not have: left out of signatures while they are off, so that those results stay valid
 LATER = ('narrow', 'split', 'mlp', 'attention')
+LATER_SHARED = ('score', 'weights', 'gradient_tokens')
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,7 @@ def signature(study, trial):
     values = {name: value for name, value in values.items() if name not in apart and (
         name not in LATER or value != plain[name])}
     shared = {name: getattr(study, name) for name in ('source', 'train', 'dataset', 'block_size', 'sites', 'select', 'test')}
-    later = ('score', 'weights', 'gradient_tokens')     # younger than some results, which a default leaves valid
-    shared |= {name: getattr(study, name) for name in later if getattr(study, name) != getattr(Study(), name)}
+    shared |= {name: getattr(study, name) for name in LATER_SHARED if getattr(study, name) != getattr(Study(), name)}
     return json.dumps([values, study.budgets.get(trial.budget), shared], sort_keys=True)
 
 
@@ -173,6 +173,8 @@ def check(study):
         raise UserError(f'models={study.models} needs `train`: one `source` is one model', 'models')
     if study.calibration_seeds > len(SEEDS) or study.models > len(SEEDS):
         raise UserError(f'there are {len(SEEDS)} seeds; lower calibration_seeds and models', 'calibration_seeds')
+    if study.memory_gb and study.weights == 'float32':
+        raise UserError(f"memory_gb={study.memory_gb:g} is for weights='bfloat16' or 'float16'; set one", 'memory_gb')
     check_settings('heal', study.heal, (), 'heal')
     for label, share in study.budgets.items():
         check_name('budgets', label)

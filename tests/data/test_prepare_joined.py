@@ -9,7 +9,7 @@ from data.dataset import open_dataset
 from data.prepare_documents import Recipe
 from tests.test_setup import ROOT
 
-LINES = ' \n = Robert Boulter = \n \n Robert Boulter is an actor . <s> He was \n   \n\n = = Career = = \n \n In 2000 he @-@ left \n'
+LINES = ' \n = Robert Boulter = \n \n Robert Boulter is an actor . <s> He was \n   \n\n = = Career = = \n \n In 2000 \n'
 WORDS = {'train': 'actor', 'val': 'painter', 'test': 'writer'}
 FILES = {'train': 'wiki.train.raw', 'val': 'wiki.valid.raw', 'test': 'wiki.test.raw'}
 SPLITS = {'train': 'train', 'val': 'validation', 'test': 'test'}
@@ -23,7 +23,8 @@ def tokenizer_json(folder, bos):
     made.train_from_iterator([LINES], trainers.BpeTrainer(vocab_size=300, special_tokens=['<s>'], show_progress=False,
                                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     if bos:
-        made.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', made.token_to_id('<s>'))])
+        start = [('<s>', made.token_to_id('<s>'))]
+        made.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=start)
     folder.mkdir()
     made.save(str(folder / 'tokenizer.json'))
     return folder
@@ -53,7 +54,7 @@ def test_tokens_of_raw_files_are_transformers(tmp_path, bos):
     found = run(tmp_path / 'out', place, f'--input={folder}')
     assert found == {split: published(place, text) for split, text in texts.items()}
     start = json.loads((place / 'tokenizer.json').read_text())['model']['vocab']['<s>']
-    assert all(tokens.count(start) == 1 + bos for tokens in found.values())             # the text's own, and the one in front
+    assert all(tokens.count(start) == 1 + bos for tokens in found.values())         # the text's own, and one in front
     assert run(tmp_path / 'short', place, f'--input={folder}', '--tokens=9')['train'] == found['train'][:9]
 
 
