@@ -38,6 +38,6 @@ variants = {
     'pivot curvature: svd_hessian': {'linear': _pivot, 'decompose': 'svd_whitened_hessian', 'sizes': 'curvature'},
     # fewer hidden neurons and groups of heads: a dense model
     'neurons and heads': {'narrow': 'mlp, heads', 'decompose': 'neurons', 'sizes': 'curvature'},
-    'neurons and heads, then pivot': {'narrow': 'mlp, heads', 'linear': _pivot, 'sizes': 'curvature',
-                                      'decompose': 'neurons, svd_whitened_hessian'},
+    'neurons and heads + pivot': {'narrow': 'mlp, heads', 'linear': _pivot, 'sizes': 'curvature',
+                                  'decompose': 'neurons, svd_whitened_hessian'},
 }
