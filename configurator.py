@@ -207,8 +207,10 @@ class Decomposition:
     prune_fraction: float = key(0.0, 'share of the weights that prune_before zeroes', low=0)
     decompose_report: bool = key(False, "measure each decomposed site's own damage to the validation loss")
     rank_budget: float = key(0.0, 'parameters of structured sites over dense ones: sets ranks and terms; 0 = off', low=0)
-    rank_allocation: str = key('uniform', "the same fraction everywhere, or by the 'spectrum' of the weights",
-                               choices=('uniform', 'spectrum'))
+    rank_allocation: str = key('uniform', "the same fraction everywhere, by the 'spectrum' of the weights, or by the "
+                               "'curvature' of the loss", choices=('uniform', 'spectrum', 'curvature'))
+    narrow: str = key('', "with rank_budget: what becomes narrower first: 'mlp' = hidden neurons, 'heads' = groups of heads,"
+                      " 'values' = features of value heads; with commas several")
 
 
 @dataclass
@@ -286,15 +288,28 @@ def check(config):
         yield from check_run(config)
 
 
+def check_narrow(config):
+    odd = [word for word in map(str.strip, config.narrow.split(',')) if word not in ('mlp', 'heads', 'values', '')]
+    if odd:
+        yield 'narrow', f'narrow takes mlp, heads and values, with commas, got {odd[0]!r}'
+    if config.narrow and not (config.rank_budget and config.init_from != 'scratch'):
+        yield 'narrow', 'narrow removes units of a trained model by a budget; set rank_budget and init_from, or drop it'
+    if config.narrow and config.rank_allocation == 'spectrum' or config.narrow and config.linear and (
+            config.rank_allocation != 'curvature'):
+        yield 'rank_allocation', (f"narrow takes rank_allocation='curvature', or 'uniform' without linear, got "
+                                  f'{config.rank_allocation!r}')
+
+
 def check_run(config):
     if not config.prune_fraction < 1 or (config.prune_before == 'none') != (config.prune_fraction == 0):
         yield 'prune_fraction', ('prune_fraction must be above 0 and below 1 with prune_before, and 0 without, got '
                                  f'{config.prune_fraction} with prune_before={config.prune_before!r}')
     if config.rank_budget >= 1:
         yield 'rank_budget', f'rank_budget must be below 1, got {config.rank_budget}'
-    if config.rank_budget and config.rank_allocation == 'spectrum' and config.init_from == 'scratch':
-        yield 'rank_allocation', ("rank_allocation='spectrum' reads the spectra of trained weights, and "
+    if config.rank_budget and config.rank_allocation != 'uniform' and config.init_from == 'scratch':
+        yield 'rank_allocation', (f'rank_allocation={config.rank_allocation!r} looks at trained weights, and '
                                   "init_from='scratch' has none; take rank_allocation='uniform'")
+    yield from check_narrow(config)
     if config.self_guided >= 1:
         yield 'self_guided', f'self_guided must be below 1, got {config.self_guided}'
     rivals = {'grow_from': config.grow_from, 'ngpt': config.ngpt != 'none', 'drop_in': config.drop_in != 'none'}

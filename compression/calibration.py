@@ -120,7 +120,8 @@ class Calibration:
 
     def read(self, site, gradients):
         """The Stats of one site from the files."""
-        with safe_open(self.path(False), 'pt') as file:
+        device = str(calibrate.device_of(self.model))
+        with safe_open(self.path(False), 'pt', device) as file:
             prefix = f'{site}.as.'
             first = next((name[len(prefix):] for name in file.keys() if name.startswith(prefix)), site)
             # clones, as safetensors maps the file, which another run may replace
@@ -128,7 +129,7 @@ class Calibration:
                                        for part in ('mean', 'covariance', 'count'))
         stats = Stats(int(count), mean, covariance)
         if gradients:
-            with safe_open(self.path(True), 'pt') as file:
+            with safe_open(self.path(True), 'pt', device) as file:
                 stats.gradient = file.get_tensor(f'{site}.gradient').clone()
         return stats
 

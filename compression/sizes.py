@@ -86,7 +86,7 @@ def gains(sites, variant, weights, stats, known):
         for name in seen.keys() & new.keys():
             weight, site = weights(name).double(), new[name]
             if curved:
-                weight = two_sided(weight, seen[name], root if 'kron' in str(site.spec) else torch.linalg.cholesky)
+                weight = two_sided(weight, seen[name], allocate.root if 'kron' in str(site.spec) else torch.linalg.cholesky)
                 scale = weight.square().sum().item() / 2
                 known[keys[name]] = [scale * gain for gain in allocate.gain_of(site, weight)]
             else:
@@ -98,9 +98,3 @@ def two_sided(weight, seen, factor):
     """R^T W S, (out, in), with S S^T = E[x x^T] and R R^T = E[g g^T] + ridges: any factors have the same singular values."""
     C = lowrank.svd.with_ridge(seen.covariance + torch.outer(seen.mean, seen.mean), seen.count)
     return factor(lowrank.svd.with_ridge(seen.gradient, ridge=lowrank.svd.GRADIENT_RIDGE)).t() @ weight @ factor(C)
-
-
-def root(matrix):
-    """The symmetric square root of a positive semidefinite matrix."""
-    values, Q = torch.linalg.eigh(matrix)
-    return (Q * values.clamp_min(0).sqrt()) @ Q.t()

@@ -13,11 +13,11 @@ import evaluate
 from ablation import runner
 from ablation.grid import SEEDS, argument
 from checkpoints import checkpoint
-from compression import memory, sizes, widths
+from compression import memory, sizes
 from compression.calibration import Calibration, StreamedCalibration, digest
 from compression.study import DENSE, WHOLE, heal_settings, settings_of, slice_of
 from data import identity
-from decomposition import calibrate, units, wide
+from decomposition import calibrate, wide, widths
 from decomposition.initialise import build, empty, initialise, read_folder, read_source
 from decomposition.sites import Decomposition, runnable
 from reporting import hardware
@@ -93,9 +93,8 @@ class Source:
 def carry_out(source, trial):
     """(result of a trial as JSON values, the structured model); raises UserError."""
     study, begin, busy = source.study, time.perf_counter(), time.process_time()
-    source.dense.to(source.device)
     if trial.variant == DENSE:
-        model, rows, rules, calibrating = source.dense, [], {}, 0.0
+        model, rows, rules, calibrating = source.dense.to(source.device), [], {}, 0.0
     else:
         model, rows, rules, calibrating = compressed(source, trial)
     used, _, total = sizes.cost(model.config, study.sites)
@@ -114,6 +113,7 @@ def compressed(source, trial):
     """(the structured model on the CPU's or GPU's side, rows of initialise, its rules, CPU seconds to calibrate)."""
     study = source.study
     variant = settings_of(study, trial.variant, trial.budget)
+    source.dense.to(source.device)
     seen = source.calibration(variant.calibration_tokens, trial.seed, calibration_name(trial, variant))
     before = seen.cpu_s                                 # the first trial without a file measures for all others too
 
@@ -123,8 +123,7 @@ def compressed(source, trial):
     model = empty(config, source.dtype)
     rows = initialise(model, source.config, source.state, how=Decomposition(
         variant.decompose, seen.text, variant.prune_before, variant.prune_fraction, device=source.device,
-        passes=seen.passes, dense=source.dense, wide=source.in_half,
-        orders={key: found[0] for key, found in seen.gains.items() if key[1] in units.METHODS}))
+        passes=seen.passes, orders=widths.orders(seen.gains), dense=source.dense, wide=source.in_half))
     if source.in_half:
         source.dense.to('cpu')                          # two models may be too much for the device
         wide.widened(model)
@@ -135,7 +134,7 @@ def rules_of(source, trial, variant, stats, known):
     """{setting of the model: rules} that fill the trial's budget."""
     share, pattern = source.study.budgets[trial.budget], source.study.sites
     if variant.narrow:
-        return widths.forms(source.config, source.dense, variant, share, pattern, stats, known)
+        return widths.forms(source.config, source.dense, variant, share, source.sites, stats, known)
     given = {key: getattr(variant, key) for key in ('mlp', 'attention') if getattr(variant, key)}
     return given | {'linear': sizes.fitted(dataclasses.replace(source.config, **given), variant, share, pattern, lambda site:
                                            source.sites[site].dense_weight(), stats, known)}

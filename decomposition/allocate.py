@@ -133,8 +133,7 @@ def gain_of(site, weight, stats=None):
     W = weight.detach().double()
     if stats is not None:
         C = stats.covariance + torch.outer(stats.mean, stats.mean)
-        values, Q = torch.linalg.eigh(with_ridge(C.to(W.device), stats.count))
-        W = W @ (Q * values.clamp_min(0).sqrt()) @ Q.t()
+        W = W @ root(with_ridge(C.to(W.device), stats.count))
     spec = parse_spec(site.spec.args[0][0]) if site.spec.name == 'sum' else site.spec
     if spec.name in KRONECKER:
         arguments = arguments_of(spec)
@@ -144,6 +143,12 @@ def gain_of(site, weight, stats=None):
     each = len(SIZES[spec.name])
     squares += [0.0] * (each * site.most)
     return [sum(squares[each * k:each * (k + 1)]) for k in range(site.most)]
+
+
+def root(matrix):
+    """The symmetric square root of a positive semidefinite matrix."""
+    values, Q = torch.linalg.eigh(matrix)
+    return (Q * values.clamp_min(0).sqrt()) @ Q.t()
 
 
 # ---------------------------------------------------------------------------------------------------

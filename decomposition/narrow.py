@@ -116,8 +116,11 @@ def method_of(methods):
 def walk(source, slim, how, runnable, config, state):
     """Yield (Part, Stats of its c_proj, a function that puts the narrow part into the model whose inputs are measured)."""
     by_site, (name, end) = {part.site: part for part in slim}, method_of(how.method)
+    known = all((site, name) in how.orders and shape(part.target)[1:] == shape(part.source)[1:]
+                for site, part in by_site.items())
+    curved = units.METHODS[name][1] and not known
     if not end:
-        for found in how.passes(source, list(by_site), how.batches, units.METHODS[name][1]):
+        for found in how.passes(source, list(by_site), how.batches, curved):
             yield from ((by_site[site], stats, lambda *_: None) for site, stats in found.items())
         return
     mixed = runnable(config, source.state_dict(), how.device)

@@ -21,7 +21,7 @@ def dry_run(config, job, found=None):
         source_config, source, _ = initialise.read_source(config.init_from) if config.rank_budget else (
             initialise.source_config(config.init_from), None, None)
         adopt(config, source_config)
-        calibrated = config.rank_budget and config.rank_allocation == 'spectrum'
+        calibrated = config.rank_budget and config.rank_allocation != 'uniform'
         choose_sizes(config, job, open_dataset(folder, job.say) if calibrated else None, source_config, source)
     model = check_shapes(config)
     job.say(f'{"site":24}{"spec":36}{"out x in":>14}{"parameters":>14}{"FLOPs/token":>14}{"share":>8}')

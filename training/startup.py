@@ -10,7 +10,7 @@ import variants
 from commandline import checks
 from data import identity
 from data.loader import Loader
-from decomposition import allocate, calibrate, initialise
+from decomposition import allocate, calibrate, initialise, widths
 from decomposition.sites import Decomposition, runnable, structure
 from growth import changes
 from kron import plan, timing
@@ -101,12 +101,13 @@ def build(config, dataset, state, job):
         identity.check(info['data'], source_config.vocab_size, dataset.tokenizer, dataset.folder, config.init_from, job.say)
         job.source = {'init_from': config.init_from, **{k: info.get(k) for k in ('kind', 'step', 'tokens', 'flops')}}
         adopt(config, source_config)
-        choose_sizes(config, job, dataset, source_config, source)
+        orders = choose_sizes(config, job, dataset, source_config, source)
         check_shapes(config)
         for name in ('attention', 'mlp'):               # once n_layer is known; of a run from scratch by the configurator
             variants.refuse_idle(name, getattr(config, name), checks.blocks(config))
         model = GPT(changes.model_config(config, changes.begin(config)))
-        initialise.initialise(model, source_config, source, progress=job.say, how=decomposition(config, dataset, job))
+        initialise.initialise(model, source_config, source, progress=job.say,
+                              how=decomposition(config, dataset, job, orders))
     else:
         built = changes.begin(config) if state is None else state['built']
         with contents.taken_from(config.out_dir) if state else contextlib.nullcontext():
@@ -153,11 +154,17 @@ def use_plans(model, config, job):
 
 
 def choose_sizes(config, job, dataset=None, source_config=None, source=None):
-    """Ranks and terms by rank_budget, into config.linear: from scratch, or for a source that will be decomposed."""
-    if not config.rank_budget or config.rank_allocation == 'uniform':
+    """Widths, ranks and terms by rank_budget, into the config: from scratch, or for a source that will be decomposed.
+
+    Returns the orders of units that were found, for the decomposition.
+    """
+    by_nats = config.narrow or config.rank_allocation == 'curvature'
+    if not config.rank_budget or config.rank_allocation == 'uniform' and not by_nats:
         allocate.resolve(config, job.say)
-        return
+        return {}
     how, dense = decomposition(config, dataset, job), runnable(source_config, source, job.device)
+    if by_nats:
+        return choose_widths(config, job, how, dense)
 
     def seen(names):
         """Statistics of the calibration text, if a method needs them."""
@@ -167,14 +174,30 @@ def choose_sizes(config, job, dataset=None, source_config=None, source=None):
             return {}
         return {site: s for found in calibrate.passes(dense, names, how.batches()) for site, s in found.items()}
     allocate.resolve(config, job.say, lambda site: dense.sites()[site].dense_weight(), seen)
+    return {}
 
 
-def decomposition(config, dataset, job):
+def choose_widths(config, job, how, dense):
+    """choose_sizes where parts become narrower, or sizes follow the curvature of the loss."""
+    if not how.batches and config.rank_allocation == 'curvature':
+        raise UserError("rank_allocation='curvature' needs text to calibrate on; set calibration_tokens above 0",
+                        'rank_allocation')
+    found, known = widths.for_run(config, dense, lambda sites, gradients: calibrate.passes(
+        dense, sites, how.batches(), gradients))
+    for name, rules in found.items():
+        setattr(config, name, rules)
+    slim = check_shapes(config)
+    job.say(f'rank_budget={config.rank_budget:g}, {config.rank_allocation}, narrow={config.narrow!r}: '
+            f'{slim.num_params():,} of {dense.num_params():,} parameters in the whole model')
+    return widths.orders(known)
+
+
+def decomposition(config, dataset, job, orders=None):
     """How dense weights become structured ones: the settings, the text they need, and a message about it."""
     def batches():
         return calibrate.batches(dataset, config.calibration_tokens, config.block_size, config.seed)
     how = Decomposition(config.decompose, config.calibration_tokens and batches, config.prune_before,
-                        config.prune_fraction, device=job.device)
+                        config.prune_fraction, device=job.device, orders=orders or {})
     if config.decompose_report:
         loader = Loader(dataset, 'val', config.block_size, max(1, 4096 // config.block_size), seed=config.seed)
         how.validation = list(loader.fixed(config.eval_iters or 20, 'val'))

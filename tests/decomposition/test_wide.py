@@ -15,8 +15,8 @@ from model import GPT
 
 SIZES = {'block_size': 16, 'vocab_size': 43, 'n_layer': 3, 'n_head': 4, 'n_embd': 32}
 LLAMA = GPTConfig(**SIZES, n_kv_head=2, norm='rmsnorm', rope=True, mlp='swiglu(56)', bias=False, tie_weights=False)
-CONFIGS = {'llama': LLAMA, 'gpt2': GPTConfig(**SIZES), 'qwen2': dataclasses.replace(
-    LLAMA, attention='causal(qkv_bias=True)', tie_weights=True), 'mixed values': dataclasses.replace(LLAMA, value_residual=True)}
+CONFIGS = {'llama': LLAMA, 'gpt2': GPTConfig(**SIZES), 'mixed values': dataclasses.replace(LLAMA, value_residual=True),
+           'qwen2': dataclasses.replace(LLAMA, attention='causal(qkv_bias=True)', tie_weights=True)}
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +68,8 @@ def test_statistics_are_those_of_the_float_model(name, memory):
     for half in (True, False):
         model = runnable(CONFIGS[name], state, 'cpu', half)
         before = {p: p.requires_grad for p in model.parameters()}
-        found.append({site: s for part in calibrate.passes(model, list(model.sites()), text(), True, memory if half else 1 << 30)
-                      for site, s in part.items()})
+        measured = calibrate.passes(model, list(model.sites()), text(), True, memory if half else 1 << 30)
+        found.append({site: s for part in measured for site, s in part.items()})
         assert {p: p.requires_grad for p in model.parameters()} == before and not wide.Again.now
     assert found[0].keys() == found[1].keys()
     for site, ours in found[0].items():

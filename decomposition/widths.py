@@ -1,13 +1,14 @@
 """Widths of MLPs and attention under one budget, alone or together with the sizes of structures on what stays."""
-import fnmatch
+import dataclasses
 
 import torch
 
 import lowrank.svd
 import variants
-from compression.sizes import root
-from decomposition import allocate, menus, narrow
-from specs import Spec, UserError, match, parse_spec
+from decomposition import allocate, menus, narrow, units
+from decomposition.allocate import root
+from decomposition.rules import rules
+from variants import UserError, match, parse_spec
 
 RATIOS = (1.0, 1.1, 1.2, 1.35, 1.6)     # of the budget: the widths that a part may take when structures follow
 MULTIPLE = 8                            # widths of MLPs: what matrix products like
@@ -15,9 +16,19 @@ EIGHTHS = 8                             # steps of v_head_dim
 KINDS = {'mlp': 'mlp', 'heads': 'attn', 'values': 'attn'}
 
 
-def parts_of(dense, narrowing, pattern):
-    """[narrow.Part] of the dense model that a variant may narrow: words of KINDS with commas."""
-    wanted = [word.strip() for word in narrowing.split(',')]
+@dataclasses.dataclass
+class Wanted:
+    """What forms() is asked for."""
+    narrow: str
+    linear: dict | str
+    decompose: str
+    sizes: str
+    split: float = 0.0
+
+
+def parts_of(dense, narrowing, counted=None):
+    """[narrow.Part] of the dense model that `narrowing`, words of KINDS with commas, names; all in `counted`, if given."""
+    wanted = [word.strip() for word in narrowing.split(',') if word.strip()]
     odd = [word for word in wanted if word not in KINDS]
     if odd:
         raise UserError(f'narrow takes {", ".join(KINDS)}, with commas, got {odd[0]!r}', 'narrow')
@@ -28,9 +39,8 @@ def parts_of(dense, narrowing, pattern):
             if kind in [KINDS[word] for word in wanted]:
                 if not part.source.units:
                     raise UserError(f'{part.name}: {type(part.source).__name__} has no units that can be removed', 'narrow')
-                if not all(fnmatch.fnmatchcase(site, pattern) for site in matrices(part)):
-                    raise UserError(f'narrow changes {part.site}, which sites={pattern!r} does not count; widen sites',
-                                    'narrow')
+                if counted is not None and matrices(part).keys() - counted.keys():
+                    raise UserError(f'narrow changes {part.site}, which `sites` does not count; widen it', 'narrow')
                 found.append(part)
     return found
 
@@ -79,14 +89,16 @@ def ordered(parts, variant, stats, known):
     return found
 
 
-def forms(config, dense, variant, share, pattern, stats, known):
+def forms(config, dense, variant, share, counted, stats, known):
     """{'linear', 'mlp', 'attention': rules} for `share` of the dense parameters of the counted matrices, never more.
 
-    dense: the model; variant: a study.Variant with `narrow`; stats and known as for sizes.fitted. Matrices that nothing
-    narrows and no rule of `linear` compresses stay as they are and use up the same budget. Raises UserError.
+    dense: the model; counted: {site: module}; variant: an object with linear, decompose and narrow as train.py takes
+    them, sizes 'uniform' or 'curvature', and split, the budget of the widths over the whole one (0: by predicted nats);
+    stats: [sites], gradients -> what calibrate.passes yields; known: a dict that serves the next budget on the same
+    statistics. Matrices that nothing narrows and no rule compresses stay as they are and use up the same budget.
+    Raises UserError for a budget out of reach.
     """
-    parts = parts_of(dense, variant.narrow, pattern)
-    counted = {s: m for s, m in dense.sites(experts=True).items() if fnmatch.fnmatchcase(s, pattern)}
+    parts = parts_of(dense, variant.narrow, counted)
     whole = sum(m.weight.numel() for m in counted.values())
     budget = int(share * whole) - sum(m.weight.numel() for s, m in counted.items()
                                       if not sized_rule(variant, s) and not any(s in matrices(part) for part in parts))
@@ -103,6 +115,21 @@ def forms(config, dense, variant, share, pattern, stats, known):
         raise UserError(f'a budget of {share:g} cannot be met: {error}', 'budgets') from None
     return rules(config, {c.part: c.width.units for c in found if c.width.units},
                  {site: size for c in found for site, size in c.sizes.items()}, variant)
+
+
+def for_run(config, dense, stats):
+    """(forms of a run by its rank_budget, known): the budget counts the matrices that become narrower or get a structure."""
+    wanted, known = Wanted(config.narrow, config.linear, config.decompose, config.rank_allocation), {}
+    taken = {site for part in parts_of(dense, config.narrow) for site in matrices(part)}
+    counted = {site: m for site, m in dense.sites(experts=True).items() if site in taken or sized_rule(wanted, site)}
+    if not counted:
+        raise UserError('rank_budget needs sites with a size to choose: neither narrow nor linear names any', 'rank_budget')
+    return forms(dense.config, dense, wanted, config.rank_budget, counted, stats, known), known
+
+
+def orders(known):
+    """{(site of a c_proj, method): order}, what Decomposition.orders takes."""
+    return {key: found[0] for key, found in known.items() if key[1] in units.METHODS}
 
 
 def uniform(parts, budget, variant):
@@ -196,43 +223,3 @@ def menu_of(site, spec, weight, stats, inputs, outputs):
     costs = torch.tensor([here.numel(k) for k in range(1, here.most + 1)], dtype=torch.float64)
     return menus.Menu(site, [*range(1, here.most + 1), None], torch.cat((costs, dense.costs)),
                       torch.cat((squares.cpu() * (1 - gained).clamp_min(0), dense.nats)))
-
-
-# ---------------------------------------------------------------------------------------------------
-# rules
-
-def rules(config, widths, sizes, variant):
-    """{'linear', 'mlp', 'attention'} for GPTConfig: one spec where all blocks agree."""
-    found = {'linear': variant.linear or {}, 'mlp': config.mlp, 'attention': config.attention}
-    if sizes:
-        specs = {site: 'dense' if size is None else str(allocate.sized(
-            parse_spec(match(variant.linear, site, 'dense')[1]), size)) for site, size in sizes.items()}
-        found['linear'] = allocate.merged(variant.linear, specs)
-    for key, kind in (('mlp', 'mlp'), ('attention', 'attn')):
-        specs = {part.rpartition('.')[0]: with_shape(config, key, part.rpartition('.')[0], shape)
-                 for part, shape in widths.items() if part.endswith(kind)}
-        if specs:
-            alike = len(specs) == config.n_layer and len(set(specs.values())) == 1
-            found[key] = next(iter(specs.values())) if alike else in_front(
-                specs, variants.as_rules(getattr(config, key)), config.n_layer)
-    return found
-
-
-def in_front(specs, rules, n_layer):
-    """The rules behind those of `specs`, without patterns that win at no block, which a GPT refuses."""
-    found = {**specs, **{pattern: spec for pattern, spec in rules.items() if pattern not in specs}}
-    idle = variants.idle_rules(found, [f'h.{i}' for i in range(n_layer)])
-    return {pattern: spec for pattern, spec in found.items() if pattern not in idle}
-
-
-def with_shape(config, key, block, shape):
-    """The spec of a block with those units and v_head_dim, without what is default."""
-    table, default = (variants.MLPS, 'gelu') if key == 'mlp' else (variants.ATTENTIONS, 'causal')
-    spec = parse_spec(match(getattr(config, key), block, default)[1], table)
-    changed = {'hidden': shape[0]} if key == 'mlp' else {'kv_heads': shape[0], 'v_head_dim': shape[1]}
-    neutral = {'kv_heads': config.n_kv_head or config.n_head, 'v_head_dim': config.n_embd // config.n_head}
-    plain, given = (variants.check_arguments(key, table[spec.name], block, each, config, block)
-                    for each in (Spec(spec.name), spec))
-    kept = {name: v for name, v in (given | changed).items() if v != plain[name] and neutral.get(name) != v}
-    first = next(iter(plain))
-    return str(Spec(spec.name, (kept.pop(first),) if first in kept else (), kept))

@@ -4,8 +4,8 @@ import dataclasses
 import pytest
 import torch
 
-from compression import sizes, study, widths
-from decomposition import calibrate, narrow
+from compression import sizes, study
+from decomposition import calibrate, narrow, widths
 from decomposition.initialise import initialise
 from decomposition.sites import Decomposition
 from model import GPT, GPTConfig
@@ -35,7 +35,7 @@ def model():
 def forms(model, share, pattern=MLP, known=None, **settings):
     given = {'narrow': 'mlp', 'decompose': 'neurons,svd_whitened_hessian', 'sizes': 'curvature'}
     variant, data = study.Variant(**{**given, **settings}), text()
-    return widths.forms(model.config, model, variant, share, pattern,
+    return widths.forms(model.config, model, variant, share, sizes.counted(model, pattern),
                         lambda sites, gradients: calibrate.passes(model, sites, data, gradients),
                         {} if known is None else known)
 
@@ -83,7 +83,7 @@ def test_values_and_structures_elsewhere_pay_too(model, settings):
 def test_predicted_nats_of_smaller_values_are_those_of_the_least_squares_fit(model):
     name, data = 'h.0.attn.c_proj', text()
     stats = next(calibrate.passes(model, [name], data, True))[name]
-    part = widths.parts_of(model, 'values', ALL)[0]
+    part = widths.parts_of(model, 'values')[0]
     order, nats = narrow.order_of(part, stats, 'neurons')
     found = narrow.value_nats(part, stats, order, [(2, 1), (2, 2), (2, 3), (2, 4)])
     assert list(found) == [(2, 1), (2, 2), (2, 3)]
@@ -131,7 +131,7 @@ def test_the_split_is_the_better_of_those_tried(model):
 
 @pytest.mark.parametrize('settings, pattern, words', [
     ({'narrow': 'neurons'}, MLP, 'narrow takes mlp, heads, values'),
-    ({'narrow': 'heads'}, MLP, 'widen sites'),
+    ({'narrow': 'heads'}, MLP, 'widen it'),
     ({'decompose': 'neurons_best'}, MLP, "no method 'neurons_best'"),
 ])
 def test_mistakes_are_one_line(model, settings, pattern, words):
@@ -144,4 +144,4 @@ def test_mistakes_are_one_line(model, settings, pattern, words):
 def test_other_attention_has_no_units():
     latent = GPT(dataclasses.replace(CONFIG, attention='mla(kv_lora_rank=4, qk_rope_head_dim=2)', n_kv_head=None))
     with pytest.raises(UserError, match='has no units'):
-        widths.parts_of(latent, 'heads', ALL)
+        widths.parts_of(latent, 'heads')
