@@ -62,3 +62,4 @@ def test_passes_are_those_that_a_calibration_takes():
         plan = memory.plan(config, study, rest + room)
         counts = [len(list(calibrate.passes(model, list(model.sites()), text, kind, plan.memory))) for kind in (False, True)]
         assert tuple(counts) == plan.passes and (counts[1] == 1) == (room == 10**9)
+    assert plan.sums == 3 * 8 * (3 * 32**2 + 40**2 + 5 * 32**2 + 2 * 40**2)             # all at once, with gradients

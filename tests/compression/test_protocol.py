@@ -28,8 +28,8 @@ def made(kind, folder):
     if kind == 'gpt2':
         config = transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4)
     else:
-        config = {'llama': transformers.LlamaConfig, 'mistral': transformers.MistralConfig, 'qwen2': transformers.Qwen2Config}[
-            kind](**SIZES, **({'sliding_window': None} if kind == 'mistral' else {}))
+        name = {'llama': 'LlamaConfig', 'mistral': 'MistralConfig', 'qwen2': 'Qwen2Config'}[kind]
+        config = getattr(transformers, name)(**SIZES, **({'sliding_window': None} if kind == 'mistral' else {}))
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for p in model.parameters():
