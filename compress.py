@@ -218,7 +218,7 @@ def stop_on_signals():
 
 def listing(study, todo):
     """What --dry_run prints: the trials with their parameters, where these can be known without weights."""
-    from compression import sizes
+    from compression import memory, sizes
     from compression.study import settings_of
     from decomposition import initialise
     config, lines = initialise.source_config(study.source) if study.source else None, []
@@ -230,7 +230,19 @@ def listing(study, todo):
                 rules = sizes.fitted(config, variant, study.budgets[trial.budget], study.sites)
                 words = f': {rules}'
         lines.append(f'{trial}{", healed" * bool(heal_settings(study, trial))}{words}')
+    if config and study.weights != 'float32':
+        config = dataclasses.replace(config, block_size=study.block_size or config.block_size)
+        lines += memory.described(memory.plan(config, study, memory.limit(study)))
     return lines
+
+
+def found_data(study):
+    """The folder of the data set; raises UserError with the command that makes it."""
+    folder = os.path.join(study.data_dir, study.dataset)
+    if study.prepare and not os.path.exists(folder):
+        command = study.prepare.replace('SOURCE', study.source).replace('FOLDER', folder)
+        raise UserError(f'there is no data set {folder}; make it: {command}', 'dataset')
+    return folder
 
 
 def main_run(arguments):
@@ -247,7 +259,7 @@ def main_run(arguments):
     from reporting import hardware
     from reporting.runlog import write_json
     torch.set_num_threads(study.threads)
-    dataset = open_dataset(os.path.join(study.data_dir, study.dataset))
+    dataset = open_dataset(found_data(study))
     lock = Lock(study.out_dir)
     try:
         write_json(os.path.join(study.out_dir, 'study.json'), configurator.as_dict(study))

@@ -10,6 +10,7 @@ from configurator import key
 from variants import UserError, did_you_mean
 
 DENSE = 'dense'                         # the variant that changes nothing; always present
+WHOLE = 1 << 62                         # stop of a text that is a whole split
 
 
 @dataclass
@@ -27,13 +28,21 @@ class Study:
     variants: dict = key({}, '{name: {setting: value}}, the settings of compression.study.Variant')
     calibration_tokens: int = key(65536, 'training tokens of a calibration', low=1)
     calibration_seeds: int = key(1, 'calibrations per variant, each on other text', low=1)
-    select: str = key('', 'tokens on which choices are made, SPLIT:START:STOP')
-    test: str = key('', 'tokens of the table, on which no choice is made, SPLIT:START:STOP')
+    gradient_tokens: int = key(0, 'of these the tokens that gradients are measured on, which takes longest; 0 = all', low=0)
+    select: str = key('', 'tokens on which choices are made, SPLIT:START:STOP, or SPLIT')
+    test: str = key('', 'tokens of the table, on which no choice is made, SPLIT:START:STOP, or SPLIT')
+    score: str = key('all', "scored tokens of a text: 'all' but its first; 'inside' = all but the first of each window, and "
+                     'whole windows only, as published perplexities', choices=('all', 'inside'))
     heal: dict = key({}, 'settings of train.py for the healing runs')
     baseline: str = key('', 'a method: the report has the share of its gap to the dense model that others close')
     only: str = key('', 'names of variants to run now, with commas, a * for any letters; default all')
     threads: int = key(1, 'CPU threads', low=1)
     device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1'")
+    weights: str = key('float32', 'type in which models are kept; in half precision they compute in float32, one block at a '
+                       'time', choices=('float32', 'bfloat16', 'float16'))
+    memory_gb: float = key(0.0, 'memory of the device to plan for, 10^9 bytes; 0 = what a GPU has', low=0)
+    prepare: str = key('', 'the command that makes the data set, said where it is missing; SOURCE and FOLDER are put in')
+    published: str = key('', "figures of others to show in the report beside one's own", choices=('', 'wikitext2'))
     dry_run: bool = key(False, 'print the trials, their rules and parameters, and stop')
     record: str = key('', 'name of a record to write to records/<date>_NAME')
     title: str = key('', 'title of the record')
@@ -70,6 +79,7 @@ class Variant:
 
 # settings that older results do not have: left out of signatures while they are off, so that those results stay valid
 LATER = ('narrow', 'split', 'mlp', 'attention', 'refine', 'refine_learning_rate', 'refine_parameters', 'refine_error')
+LATER_SHARED = ('score', 'weights', 'gradient_tokens')
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,7 @@ def signature(study, trial):
     values = {name: value for name, value in values.items() if name not in apart and (
         name not in LATER or value != plain[name])}
     shared = {name: getattr(study, name) for name in ('source', 'train', 'dataset', 'block_size', 'sites', 'select', 'test')}
+    shared |= {name: getattr(study, name) for name in LATER_SHARED if getattr(study, name) != getattr(Study(), name)}
     return json.dumps([values, study.budgets.get(trial.budget), shared], sort_keys=True)
 
 
@@ -145,11 +156,13 @@ def trials(study):
 
 
 def slice_of(text, name='select'):
-    """(split, start, stop) of SPLIT:START:STOP; raises UserError."""
+    """(split, start, stop) of SPLIT:START:STOP, or of SPLIT, whose stop is WHOLE; raises UserError."""
     parts = text.split(':')
+    if len(parts) == 1 and text:
+        return text, 0, WHOLE
     numbers = [int(part) for part in parts[1:] if part.isdecimal()]
     if len(parts) != 3 or not parts[0] or len(numbers) != 2 or numbers[1] - numbers[0] < 2:
-        raise UserError(f"{name} is SPLIT:START:STOP with at least 2 tokens, as 'val:0:8192', got {text!r}", name)
+        raise UserError(f"{name} is SPLIT:START:STOP with at least 2 tokens, as 'val:0:8192', or SPLIT, got {text!r}", name)
     return parts[0], *numbers
 
 
@@ -164,6 +177,8 @@ def check(study):
         raise UserError(f'models={study.models} needs `train`: one `source` is one model', 'models')
     if study.calibration_seeds > len(SEEDS) or study.models > len(SEEDS):
         raise UserError(f'there are {len(SEEDS)} seeds; lower calibration_seeds and models', 'calibration_seeds')
+    if study.memory_gb and study.weights == 'float32':
+        raise UserError(f"memory_gb={study.memory_gb:g} is for weights='bfloat16' or 'float16'; set one", 'memory_gb')
     check_settings('heal', study.heal, (), 'heal')
     for label, share in study.budgets.items():
         check_name('budgets', label)
@@ -195,6 +210,9 @@ def check_variant(study, name):
                 variant.sizes != 'curvature'):
             raise UserError(f"variants: {name!r}: narrow takes sizes='curvature', or 'uniform' without linear, got "
                             f'{variant.sizes!r}', 'variants')
+        if variant.refine and study.weights != 'float32':
+            raise UserError(f"variants: {name!r}: refine trains the weights; it needs weights='float32', got "
+                            f'{study.weights!r}', 'variants')
         if name != DENSE and study.budgets[label] == 0 and variant.sizes != 'given':
             raise UserError(f"variants: {name!r}: the budget {label!r} is 0, by which no sizes can be chosen; take "
                             "sizes='given' and write them", 'variants')

@@ -1,7 +1,9 @@
 """The report of a compression study: one table of all variants and budgets, the gap that methods close, the plot."""
+import os
 import statistics
 
 from ablation.tables import markdown
+from compression import published
 from compression.study import DENSE, settings_of
 from reporting.records import spread
 
@@ -117,6 +119,16 @@ def gap_text(study, found, text):
             'the same training\n\n' + markdown(['variant', 'zero-shot', 'healed'], lines))
 
 
+def own_rows(study, found):
+    """[(variant, {share of its budget: perplexity, and once healed})] for the table of published figures."""
+    rows = [(DENSE, {published.DENSE: shown(losses(found.get((DENSE, ''), []), 'test'), False)})]
+    for name in study.variants:
+        cells = {share: [shown(losses(found.get((name, label), []), 'test', healed), False) for healed in (False, True)]
+                 for label, share in study.budgets.items() if (name, label) in found}
+        rows += [(name, {share: ' → '.join(filter(None, pair)) for share, pair in cells.items()})] * bool(cells)
+    return rows
+
+
 def text(study, lines):
     """The whole report."""
     found = grouped(study, lines)
@@ -138,6 +150,8 @@ def text(study, lines):
               summary(study, found, 'select')]
     if study.baseline:
         parts += ['### Gap closed', gap_text(study, found, 'test')]
+    if study.published:
+        parts += ['### Published', published.text(study.published, os.path.basename(study.source), own_rows(study, found))]
     return '\n\n'.join(parts)
 
 

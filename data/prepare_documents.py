@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import tokenizer, workers
+from data import prepare_joined, tokenizer, workers
 from data.dataset import FORMAT, check_meta, read_meta
 from data.documents import Documents, in_files, on_hub
 from data.shard_writer import ShardWriter
@@ -31,6 +31,7 @@ class Recipe:
     splits: dict | None = None              # our name -> the published one; None: the beginning is for validation,
     val_documents: int = 0                  # ... this many documents, or 0: one shard
     begins: object = None                   # as in documents.Documents
+    joined: str = ''                        # the name whose lines --tokenizer joins; '': it takes no --tokenizer
 
 
 @dataclass
@@ -68,9 +69,12 @@ def main(recipe, argv=None):
     """The whole of a prepare.py: a user error is reported in one line and ends the program with exit code 2."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=f'Make shards of tokens of {recipe.path}.')
     say, name = parser.add_argument, recipe.names[0] if recipe.names else None
+    say('--tokenizer', metavar='PLACE', help="a model's tokens, with --out=DIR: a tokenizer.json, a folder with one, or a "
+        f'.gguf; each split is one text of joined lines then, and --name is {recipe.joined}'
+        if recipe.joined else argparse.SUPPRESS)
     say('--input', metavar='FILE_OR_FOLDER', help='local files of the same form: parquet, json, jsonl, arrow, txt, '
         'packed or not (default: streamed from the hub)')
-    say('--name', default=name, choices=recipe.names or None, help=f'which one (default: {name})')
+    say('--name', choices=recipe.names or None, help=f'which one (default: {name})')
     say('--tokens', metavar='N', help='most training tokens, such as 1B (default: all)')
     say('--shard_tokens', metavar='N', default='100M', help='tokens per shard (default: 100M)')
     say('--val_documents', metavar='N', default=str(recipe.val_documents), help='first documents, held out for validation'
@@ -80,7 +84,9 @@ def main(recipe, argv=None):
         f'<|endoftext|> (default: {tokenizer.MOST_GPT2})')
     say('--out', metavar='DIR', default=recipe.folder, help='where to write (default: beside the script)')
     say('--processes', type=int, default=workers.cores(), metavar='N', help='default: all cores')
-    workers.run_prepare(prepare, recipe, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    args.name = args.name or (recipe.joined if args.tokenizer else name)
+    workers.run_prepare(prepare, recipe, args)
 
 
 def number(text, option, low=1, most=10**15):
@@ -100,6 +106,9 @@ def prepare(recipe, args):
     args.shard_tokens = number(args.shard_tokens, 'shard_tokens', most=MOST_TOKENS)
     args.tokens = None if args.tokens is None else number(args.tokens, 'tokens')
     args.val_documents = number(args.val_documents, 'val_documents', low=min(1, recipe.val_documents))
+    if args.tokenizer:
+        prepare_joined.prepare(recipe, checked(recipe, args), phases_of(recipe, args))
+        return
     described = {'tokenizer': 'gpt2', 'vocab_size': args.vocab_size, 'source': f'{recipe.path} {args.name or ""}'.strip()}
     tokenizer.load(described)
     phases = phases_of(recipe, args)
@@ -115,6 +124,16 @@ def prepare(recipe, args):
         documents = Documents(phase.sources, recipe.load, args.column, recipe.begins, writer.state['at']['position'])
         writer.fill(phase, documents, args.processes)
     finish(out, writer, described)
+
+
+def checked(recipe, args):
+    """The options where the lines of a split are joined; raises UserError for one that has no meaning then."""
+    if not recipe.joined:
+        raise UserError(f'--tokenizer is for lines that are joined, and {recipe.path} has documents; leave it out')
+    for name, usual in (('shard_tokens', number('100M', 'shard_tokens')), ('vocab_size', tokenizer.MOST_GPT2)):
+        if getattr(args, name) != usual:
+            raise UserError(f'--{name} does not go with --tokenizer; leave it out')
+    return args
 
 
 def what_matters(phases, args, source):

@@ -4,74 +4,32 @@ One pass over the calibration tokens serves all sites. Sites with the very same 
 *group* and share one covariance. Sums are kept in float64 and added batch by batch, so that memory does not grow with
 the number of tokens: 8 in^2 bytes per group, plus 8 out^2 per site with gradients.
 """
+import contextlib
 import dataclasses
-from dataclasses import dataclass
 
 import torch
 
 from data.loader import Loader
+from decomposition import wide
+from decomposition.moments import Moments, Stats
 from variants import UserError
 
 BATCH_TOKENS = 4096
 MEMORY = 2 << 30                        # bytes of sums; more sites are taken in several passes
-
-
-@dataclass
-class Stats:
-    """Statistics of one site: x its inputs, one row per token; g the gradient of the summed loss at its outputs.
-
-    All in float64, and covariances about the means. With two models x is the input in the compressed one, and source
-    that of the dense one at the same token.
-    """
-    count: int                                          # tokens
-    mean: torch.Tensor                                  # E[x], (in,)
-    covariance: torch.Tensor                            # E[(x - mean)(x - mean)^T], (in, in)
-    gradient: torch.Tensor | None = None                # E[g g^T], (out, out), not about its mean, which is near 0
-    cross: torch.Tensor | None = None                   # E[(source - source_mean)(x - mean)^T], (in, in)
-    source_mean: torch.Tensor | None = None             # E[source], (in,)
-    source_covariance: torch.Tensor | None = None       # (in, in)
-
-
-class Moments:
-    """Running sums of x, y and x y^T over rows, in float64; y = x unless given.
-
-    Rows are taken relative to the first one, so that a mean far from 0 costs the covariance no precision.
-    """
-
-    def __init__(self):
-        self.count, self.x, self.y, self.xy, self.origin = 0, 0, 0, 0, None
-
-    def add(self, x, y=None):
-        """x (..., features), y (..., features of y) or None: one more batch of rows."""
-        x = x.detach().flatten(0, -2).double()
-        y = x if y is None else y.detach().flatten(0, -2).double()
-        if self.origin is None:
-            self.origin = x[0].clone(), y[0].clone()
-        x, y = x - self.origin[0], y - self.origin[1]
-        self.count += len(x)
-        self.x, self.y, self.xy = self.x + x.sum(0), self.y + y.sum(0), self.xy + x.t() @ y
-
-    @property
-    def mean(self):
-        """E[x]"""
-        return self.origin[0] + self.x / self.count
-
-    @property
-    def covariance(self):
-        """E[(x - E x)(y - E y)^T]"""
-        return self.xy / self.count - torch.outer(self.x, self.y) / self.count ** 2
+FEW = 8                                 # tokens by which a large model shows which sites share an input
 
 
 # ---------------------------------------------------------------------------------------------------
 # the text
 
-def batches(dataset, tokens, block_size, seed=1337, split='train'):
+def batches(dataset, tokens, block_size, seed=1337, split='train', at_once=BATCH_TOKENS):
     """[(x, y)] of int64 (B, T): `tokens` tokens, up to a whole window, in windows drawn without replacement.
 
-    A pure function of its arguments, independent of training's random numbers. Raises UserError when the split is too short.
+    A pure function of its arguments, independent of training's random numbers. at_once: tokens of a batch, at least a
+    window. Raises UserError when the split is too short.
     """
     rows = -(-tokens // block_size)
-    size = max(1, min(rows, BATCH_TOKENS // block_size))
+    size = max(1, min(rows, at_once // block_size))
     loader = Loader(dataset, split, block_size, size, seed=seed)
     if rows > loader.windows:
         raise UserError(f'calibration_tokens can be at most {loader.windows * block_size:,}, the size of split {split!r} of '
@@ -96,18 +54,20 @@ def check_enough(model, sites, batches):
 # hooks
 
 class Hooks:
-    """Context with hooks on some modules and the model in eval mode."""
+    """Context with hooks on some modules and the model in eval mode. A second forward pass for gradients calls none."""
 
     def __init__(self, *models):
         self.models, self.handles = models, []
 
     def before(self, module, function):
         """function(input) at every call of the module."""
-        self.handles.append(module.register_forward_pre_hook(lambda _, inputs: function(inputs[0])))
+        self.handles.append(module.register_forward_pre_hook(
+            lambda _, inputs: None if wide.Again.now else function(inputs[0])))
 
     def behind(self, module, function):
         """function(output) at every call of the module; its result, if not None, replaces the output."""
-        self.handles.append(module.register_forward_hook(lambda _, inputs, output: function(output)))
+        self.handles.append(module.register_forward_hook(
+            lambda _, inputs, output: None if wide.Again.now else function(output)))
 
     def __enter__(self):
         self.training = [model.training for model in self.models]
@@ -133,7 +93,7 @@ def groups(model, x):
     with Hooks(model) as hooks:
         for site, module in model.sites(experts=True).items():
             hooks.before(module, lambda x, site=site: calls.append((site, x)))
-        model(x.to(device_of(model)))
+        model(x[:, :FEW].to(device_of(model)) if wide.is_wide(model) else x.to(device_of(model)))
     found = {}
     for site, x in calls:
         if not any(site in sites for sites in found.values()):
@@ -154,18 +114,29 @@ def passes(model, sites, batches, gradients=False, memory=MEMORY):
     Raises UserError for too few tokens, or a site that the model never calls.
     """
     check_enough(model, sites, batches)
+    for chunk in chunks(model, groups(model, batches[0][0][:1]), sites, gradients, memory):
+        yield one_pass(model, chunk, batches, gradients)
+
+
+def chunks(model, groups, sites, gradients, memory):
+    """Yield the groups [[site, ...]] of each pass, whose sums take at most `memory` bytes (a single group may take more)."""
     modules, chunk, used = model.sites(experts=True), [], 0
-    for group in groups(model, batches[0][0][:1]):
+    for group in groups:
         group = [site for site in group if site in sites]
         if not group:
             continue
-        size = 8 * modules[group[0]].in_features ** 2 + gradients * sum(8 * modules[s].out_features ** 2 for s in group)
+        size = sums_of(modules, group, gradients)
         if chunk and used + size > memory:
-            yield one_pass(model, chunk, batches, gradients)
+            yield chunk
             chunk, used = [], 0
         chunk, used = chunk + [group], used + size
     if chunk:
-        yield one_pass(model, chunk, batches, gradients)
+        yield chunk
+
+
+def sums_of(modules, group, gradients):
+    """Bytes of the sums of a group."""
+    return 8 * modules[group[0]].in_features ** 2 + gradients * sum(8 * modules[s].out_features ** 2 for s in group)
 
 
 def one_pass(model, groups, batches, gradients):
@@ -178,7 +149,7 @@ def one_pass(model, groups, batches, gradients):
             hooks.before(modules[group[0]], moments.add)
         for site, moments in outputs.items():
             hooks.behind(modules[site], lambda y, moments=moments: watch(y, moments))
-        run(model, hooks, batches, gradients)
+        run(model, hooks, batches, gradients, sorted({int(site.split('.')[1]) for group in groups for site in group}))
     found = {}
     for group, moments in zip(groups, inputs):
         if not moments.count:
@@ -200,16 +171,23 @@ def watch(y, moments):
     y.register_hook(lambda gradient: moments.add(gradient))
 
 
-def run(model, hooks, batches, gradients):
-    """The model over all batches; with gradients backwards too, through activations alone."""
+class Reached(Exception):
+    """Raised when what is needed is there: the rest of the forward pass is skipped."""
+
+
+def run(model, hooks, batches, gradients, blocks):
+    """The model over all batches as far as `blocks`, rising; with gradients backwards down to them, through activations."""
     device = device_of(model)
     if not gradients:
+        if blocks[-1] + 1 < len(model.transformer.h):
+            hooks.before(model.transformer.h[blocks[-1] + 1], stop)
         with torch.no_grad():
             for x, _ in batches:
-                model(x.to(device))
+                with contextlib.suppress(Reached):
+                    model(x.to(device))
         return
     wanted, config = {p: p.requires_grad for p in model.parameters()}, model.config
-    hooks.behind(model.transformer.wte, lambda x: x.requires_grad_())
+    hooks.before(model.transformer.h[blocks[0]], begin)
     try:
         model.config = dataclasses.replace(config, recompute=False)     # recomputation would call the hooks twice
         for p in wanted:
@@ -222,3 +200,12 @@ def run(model, hooks, batches, gradients):
         model.config = config
         for p, flag in wanted.items():
             p.requires_grad_(flag)
+
+
+def stop(x):
+    raise Reached
+
+
+def begin(x):
+    """The block's input x is where gradients end."""
+    x.requires_grad_()

@@ -96,11 +96,12 @@ def cuts_of(part, kept, cut):
 
 
 def cut_passes(passes, source, cuts):
-    """A `passes` that measures the source and gives the statistics of what stays."""
+    """A `passes` that measures the source, whatever model it is given, and gives the statistics of what stays."""
     def found(model, sites, batches, gradients=False):
         with contextlib.closing(passes(source, sites, batches, gradients)) as given:
             for seen in given:
                 yield {site: cut_stats(stats, *cuts.get(site, (None, None))) for site, stats in seen.items()}
+    found.measures = source
     return found
 
 

@@ -3,6 +3,7 @@
 The other one may be a source of pretrained/sources.py, which is checked against the model of its config.
 """
 import contextlib
+import functools
 import os
 import sys
 
@@ -10,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import configurator
-from decomposition import narrow
+from decomposition import narrow, wide
 from decomposition.sites import Decomposition, Work, fillable, runnable, structure, tensors_of
 from model import GPT
 from pretrained import gpt2, sources
@@ -28,16 +29,21 @@ def pretrained_gpt(name_or_folder, override_args):
 
 
 def build(config, source_config, source_state):
-    """GPT(config) on the CPU, initialised from a source; no time goes into random numbers that would be replaced."""
+    """GPT(config) on the CPU, initialised from a source."""
+    model = empty(config)
+    initialise(model, source_config, source_state)
+    return model
+
+
+def empty(config, dtype=torch.float32):
+    """GPT(config) on the CPU in that type, without values, as all will be filled: no time for random numbers."""
     with torch.device('meta'):
         model = GPT(config)
     if any(True for _ in model.buffers()):              # tables that a layer computes at construction
-        model = GPT(config)
-    else:
-        model.to_empty(device='cpu')
+        return wide.halve(GPT(config), dtype)
+    wide.halve(model, dtype).to_empty(device='cpu')
     if config.tie_weights:
         model.lm_head.weight = model.transformer.wte.weight
-    initialise(model, source_config, source_state)
     return model
 
 
@@ -98,7 +104,8 @@ def initialise(model, source_config, source_state, method='van_loan', progress=N
     """
     how = how or Decomposition(method)
     check_sizes(model.config, source_config)
-    source_config, source_state, how, slim = narrow.narrowed(model, source_config, source_state, how, runnable)
+    build_source = functools.partial(runnable, in_half=how.wide)
+    source_config, source_state, how, slim = narrow.narrowed(model, source_config, source_state, how, build_source)
     with torch.device('meta'):
         sources = fillable(GPT(source_config))
     sites = fillable(model)

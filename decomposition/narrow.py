@@ -90,15 +90,15 @@ def narrowed(model, config, state, how, runnable):
         raise UserError(f'{slim[0].name} becomes narrower, which needs text to calibrate on; set calibration_tokens above 0',
                         'decompose')
     how = dataclasses.replace(how, batches=batches)
-    source = runnable(config, state, how.device)
+    source, here = how.dense or runnable(config, state, how.device), next(model.parameters()).device
     slim, state, cuts, rows = parts(model, source), dict(state), {}, {}
     target = dataclasses.replace(config, mlp=model.config.mlp, attention=model.config.attention)
     for part, stats, place in walk(source, slim, how, runnable, config, state):
         tensors, found, rows[part.site] = narrow_part(part, stats, how)
         cuts |= found
-        state |= {f'transformer.{part.name}.{name}': t for name, t in tensors.items()}
+        state |= {f'transformer.{part.name}.{name}': t.to(here) for name, t in tensors.items()}
         place(target, part, tensors)
-    return target, state, dataclasses.replace(how, passes=cut_passes(how.passes, source, cuts)), rows
+    return target, state, dataclasses.replace(how, passes=cut_passes(how.passes, source, cuts), dense=None), rows
 
 
 def method_of(methods):
@@ -123,7 +123,7 @@ def walk(source, slim, how, runnable, config, state):
         for found in how.passes(source, list(by_site), how.batches, curved):
             yield from ((by_site[site], stats, lambda *_: None) for site, stats in found.items())
         return
-    mixed = runnable(config, state, how.device)
+    mixed = runnable(config, source.state_dict(), how.device)
 
     def place(target, part, tensors):
         block = part.name.rpartition('.')[0]

@@ -9,12 +9,8 @@ import contextlib
 import torch
 
 from decomposition import calibrate
-from decomposition.calibrate import Hooks, Moments, Stats, device_of
+from decomposition.calibrate import Hooks, Moments, Reached, Stats, device_of
 from variants import UserError
-
-
-class Reached(Exception):
-    """Raised when the needed tensor is available: the rest of the forward pass is skipped."""
 
 
 class Streams:

@@ -1,12 +1,13 @@
 """Dense weights to structured ones: which method at which site, in which order, with which input statistics."""
 import dataclasses
+import functools
 import inspect
 from dataclasses import dataclass
 
 import torch
 
 import variants
-from decomposition import calibrate, sequential
+from decomposition import calibrate, sequential, wide
 from kron.methods import moved
 from layers import sums
 from layers.sums import SEQUENTIAL, STREAMED
@@ -27,6 +28,7 @@ class Decomposition:
     validation: [(x, y)] on which the loss increase of each site alone is measured, or None.
     device: of calibration and fits, None = the model's.
     passes: collects the statistics of the dense model, as calibrate.passes does; for callers that cache them.
+    dense: the source as a model that runs, for callers that have it; wide: keep a source in half precision so (wide.py).
     orders: {(site of a c_proj, method): order of its units} of narrow.order_of, for callers that know them.
     """
     method: str = 'van_loan'
@@ -36,6 +38,8 @@ class Decomposition:
     validation: list | None = None
     device: object = None
     passes: object = calibrate.passes
+    dense: object = None
+    wide: bool = False
     orders: dict = dataclasses.field(default_factory=dict)
 
 
@@ -45,7 +49,12 @@ class Work:
     def __init__(self, model, config, state, how):
         self.sites, self.how, self.config, self.state = fillable(model), how, config, state
         check_pruning(how)
-        self.dense = self.mixed = self.dense_loss = None
+        self.mixed = self.dense_loss = None
+
+    @functools.cached_property
+    def dense(self):
+        """The source as a model that runs."""
+        return self.how.dense or runnable(self.config, self.state, self.how.device, self.how.wide)
 
     def walk(self, todo):
         """Yield (site, Stats or None) in the order in which the sites are to be filled."""
@@ -53,8 +62,6 @@ class Work:
         compared = any(SEQUENTIAL in name for name, _ in methods)
         layerwise = compared or any(STREAMED in name for name, _ in methods)
         seen = layerwise or self.how.prune_before == 'wanda' or any(needs for _, needs in methods)
-        if todo and (seen or self.how.validation):
-            self.dense = runnable(self.config, self.state, self.how.device)
         if todo and self.how.validation:
             self.dense_loss = mean_loss(self.dense, self.how.validation)
         if not todo or not seen:
@@ -67,10 +74,11 @@ class Work:
             raise UserError(f'{what} needs text to calibrate on; set calibration_tokens above 0', 'decompose')
         gradients = any('hessian' in name for name, _ in methods)
         if layerwise:
-            self.mixed = runnable(self.config, self.state, self.how.device)
+            self.mixed = runnable(self.config, self.dense.state_dict(), self.how.device, self.how.wide)     # shares tensors
             yield from sequential.walk(self.dense, self.mixed, todo, batches, gradients, self.how.passes, compared)
             return
-        for found in self.how.passes(self.dense, todo, batches, gradients):
+        measured = getattr(self.how.passes, 'measures', None)           # a wider model, and ours is not needed
+        for found in self.how.passes(measured or self.dense, todo, batches, gradients):
             yield from found.items()
 
     def method(self, site):
@@ -126,8 +134,11 @@ class Work:
             self.dense.transformer.set_submodule(site, whole)
 
 
-def runnable(config, state, device):
-    """The source as a separate model that shares the tensors of `state` (those that are on the device)."""
+def runnable(config, state, device, in_half=False):
+    """The source as a separate model that shares the tensors of `state` (those that are on the device).
+
+    Half precision becomes float32, or with in_half stays and computes in float32 (wide.py).
+    """
     config = dataclasses.replace(config, dropout=0.0, recompute=False)
     with torch.device('meta'):
         model = GPT(config)
@@ -140,9 +151,12 @@ def runnable(config, state, device):
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise UserError(f'the source does not fit its config: {error}'.replace('\n', ' '), 'init_from') from None
-    if next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
+    if config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight             # one tensor on another device too
+    half = next(model.parameters()).dtype in wide.HALF
+    if half and not in_half:
         model.float()                                   # a copy: covariances need digits, and CPUs are slow in half
-    return model.to(device).eval()
+    return wide.widened(model.to(device).eval()) if half and in_half else model.to(device).eval()
 
 
 def alone(stats):

@@ -371,7 +371,7 @@ def test_a_refined_trial_is_better_and_heals_by_the_sources_logits(place, tmp_pa
 
 MISTAKES = {
     '--test=val:100:300': 'select (val:0:200) and test (val:100:300) overlap',
-    '--test=val:5': "test is SPLIT:START:STOP with at least 2 tokens, as 'val:0:8192', got 'val:5'",
+    '--test=val:5': "test is SPLIT:START:STOP with at least 2 tokens, as 'val:0:8192', or SPLIT, got 'val:5'",
     '--budgets={"a": 1.5}': "budgets: 'a' needs a share from 0 to below 1, got 1.5",
     '--budgets={"75%": 0, "50%": 0.5}': "by which no sizes can be chosen; take sizes='given'",
     '--variants={"a": {"method": "als"}}': "there is no setting 'method'",
