@@ -119,10 +119,10 @@ class Runner:
 
     def source_of(self, index):
         """The dense model; None when a signal stopped its training."""
-        from compression import squeeze
+        from compression import healing, squeeze
         if self.source is None or self.source[0] != index:
             self.source = None                          # frees the one before
-            place = self.study.source or squeeze.trained(self.study, index)
+            place = self.study.source or healing.trained(self.study, index)
             if not place:
                 return None
             self.source = index, squeeze.Source(self.study, place, self.dataset)
@@ -130,19 +130,21 @@ class Runner:
 
     def carry_out(self, trial, what):
         """Run what a trial still needs; False when a signal stopped it."""
-        from compression import squeeze
+        from compression import healing, squeeze
         study, key, model = self.study, dict(signature=signature(self.study, trial), time=now()), None
         source = self.source[1]
         if what == 'zero':
             line, model = squeeze.carry_out(source, trial)
             self.write({'kind': 'zero', **key, **line})
             say(f'{trial}: {described(line)}')
+            if study.keep:
+                healing.save_start(source, model, healing.model_folder(study, trial), trial)
         if not heal_settings(study, trial):
             return True
         zero = self.done[trial_key(study, trial)]['zero']
-        if model is None and not squeeze.has_start(study, trial):
+        if model is None and not healing.has_start(study, trial):
             model = source.dense if trial.variant == DENSE else squeeze.compressed(source, trial)[0]
-        healed = squeeze.heal(source, trial, model, zero['linear'])
+        healed = healing.heal(source, trial, model, zero['linear'])
         if not healed:
             return False
         self.write({'kind': 'healed', **key, **{name: zero[name] for name in ('variant', 'budget', 'source', 'seed')},
@@ -206,7 +208,7 @@ def described(line):
 def stop_on_signals():
     """Ctrl-C and SIGTERM end a decomposition at once, and let a healing run save first."""
     from ablation.runner import STOP
-    from compression.squeeze import CHILD
+    from compression.healing import CHILD
 
     def stop(number, frame):
         STOP.set()

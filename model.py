@@ -15,17 +15,7 @@ from torch.nn import functional as F
 import variants
 from attention.context import Context, again
 from attention.decoding import Kept, stream
-from attention.heads import (
-    QueryKeyNorm,
-    ValueMix,
-    attend,
-    extend_cache,
-    merge_heads,
-    narrower,
-    padded,
-    split_heads,
-    stretch_of,
-)
+from attention.heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, padded, sizes, split_heads, stretch_of
 from configurator import GPTConfig
 from layers.base import BaseAttention, BaseMLP, whole
 from layers.basic import Learned, RMSNorm, as_stream, choose, hidden_scale, norm, tags_of, unit, zero_
@@ -57,7 +47,7 @@ class CausalSelfAttention(BaseAttention):
         if rope_llama3 and not config.rope:
             raise ValueError('rope_llama3 stretches rotary positions; set rope=True')
         width, self.head_dim, self.stretch = config.n_embd, config.n_embd // config.n_head, stretch_of(rope_llama3)
-        self.n_head, self.n_kv_head, self.v_head_dim = narrower(config, self.head_dim, kv_heads, v_head_dim)
+        self.n_head, self.n_kv_head, self.v_head_dim = sizes(config, self.head_dim, kv_heads, v_head_dim)
         bias = config.bias or qkv_bias
         self.c_q = variants.linear(config, f'{site}.c_q', width, self.n_head * self.head_dim, bias)
         self.c_k = variants.linear(config, f'{site}.c_k', width, self.n_kv_head * self.head_dim, bias)

@@ -119,7 +119,7 @@ def rotate(x, table):
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 
-def narrower(config, head_dim, kv_heads=None, v_head_dim=None):
+def sizes(config, head_dim, kv_heads=None, v_head_dim=None):
     """(query heads, key-value heads, size of a value head) of a block that keeps `kv_heads` groups."""
     groups = config.n_kv_head or config.n_head
     for name, value, most in (('kv_heads', kv_heads, groups), ('v_head_dim', v_head_dim, head_dim)):

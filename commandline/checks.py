@@ -46,6 +46,47 @@ def check_optimizer(config):
                              "and ngpt='none'")
 
 
+def check_budget(config):
+    """What a budget of parameters can be, and what it needs."""
+    if config.rank_budget >= 1:
+        yield 'rank_budget', f'rank_budget must be below 1, got {config.rank_budget}'
+    if config.rank_budget and config.rank_allocation != 'uniform' and config.init_from == 'scratch':
+        yield 'rank_allocation', (f'rank_allocation={config.rank_allocation!r} looks at trained weights, and '
+                                  "init_from='scratch' has none; take rank_allocation='uniform'")
+    yield from check_narrow(config)
+
+
+def check_narrow(config):
+    """Parts that become narrower: which, and by what budget."""
+    odd = [word for word in map(str.strip, config.narrow.split(',')) if word not in ('mlp', 'heads', 'values', '')]
+    if odd:
+        yield 'narrow', f'narrow takes mlp, heads and values, with commas, got {odd[0]!r}'
+    if config.narrow and not (config.rank_budget and config.init_from != 'scratch'):
+        yield 'narrow', 'narrow removes units of a trained model by a budget; set rank_budget and init_from, or drop it'
+    if config.narrow and config.rank_allocation == 'spectrum' or config.narrow and config.linear and (
+            config.rank_allocation != 'curvature'):
+        yield 'rank_allocation', (f"narrow takes rank_allocation='curvature', or 'uniform' without linear, got "
+                                  f'{config.rank_allocation!r}')
+
+
+def check_growth(config):
+    """Guided structures, blocks that are added, and dense matrices at the end."""
+    if config.self_guided >= 1:
+        yield 'self_guided', f'self_guided must be below 1, got {config.self_guided}'
+    rivals = {'grow_from': config.grow_from, 'ngpt': config.ngpt != 'none', 'drop_in': config.drop_in != 'none'}
+    if config.self_guided and any(rivals.values()):
+        yield 'self_guided', f'self_guided does not go with {next(n for n, on in rivals.items() if on)}; drop one of them'
+    if 0 < config.finish_dense_at <= config.self_guided:
+        yield 'finish_dense_at', (f'finish_dense_at must be after self_guided ({config.self_guided}), got '
+                                  f'{config.finish_dense_at}')
+    if config.grow_from > config.n_layer:
+        yield 'grow_from', f'grow_from must not exceed n_layer ({config.n_layer}), got {config.grow_from}'
+    if config.grow_from and config.grow_from < config.n_layer and not (config.grow_every or config.grow_on_plateau):
+        yield 'grow_from', 'grow_from needs grow_every=STEPS or grow_on_plateau=True, or no block is ever added'
+    if config.grow_from and config.init_from not in ('scratch', 'resume'):
+        yield 'grow_from', f"grow_from grows a model from scratch, and init_from is {config.init_from!r}; drop one of them"
+
+
 def check_drop_in(config):
     """What a run that drops structures in cannot do; dropin.begin checks the schedule once the sites are known."""
     specs = variants.as_rules(config.linear).values()

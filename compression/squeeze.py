@@ -1,31 +1,24 @@
-"""One trial: the dense model, its calibration, the decomposition, the loss on the study's texts, and the healing run."""
+"""One trial: the dense model, its calibration, the decomposition, the loss on the study's texts."""
 import dataclasses
 import math
 import os
 import shutil
-import threading
 import time
 
 import torch
 
-import configurator
 import evaluate
-from ablation import runner
-from ablation.grid import SEEDS, argument
-from checkpoints import checkpoint
 from compression import memory, sizes
 from compression.calibration import Calibration, StreamedCalibration, digest
-from compression.study import DENSE, WHOLE, heal_settings, settings_of, slice_of
+from compression.study import DENSE, WHOLE, settings_of, slice_of
 from data import identity
 from decomposition import calibrate, wide, widths
-from decomposition.initialise import build, empty, initialise, read_folder, read_source
+from decomposition.initialise import empty, initialise, read_source
 from decomposition.refine import Refinement, refine
 from decomposition.sites import Decomposition, runnable
 from pretrained import said
 from reporting import hardware
 from variants import UserError
-
-CHILD = threading.Event()               # while train.py runs: a signal is passed on to it
 
 
 class Source:
@@ -176,81 +169,3 @@ def perplexity(model, source, text):
     model.train(training)
     loss = found['nats'] / found['scored']
     return {'loss': loss, 'perplexity': math.exp(loss) if loss < 700 else None, 'tokens': found['scored']}
-
-
-# ----------------------------------------------------------------------------------------------------
-# healing
-
-def folder_of(study, trial):
-    return os.path.join(study.out_dir, 'healed', f'{trial.variant} {trial.budget} {trial.source}'.replace('/', '_'))
-
-
-def heal(source, trial, model, rules):
-    """The same losses after a training run by train.py in a separate process, {} when a signal stopped it.
-
-    model: the compressed one, or None when the run has begun already. Raises UserError when the run fails.
-    """
-    study, folder = source.study, folder_of(source.study, trial)
-    start = os.path.join(folder, 'start')
-    if model is not None:
-        save_start(source, model, start, trial)
-        shutil.rmtree(refined_folder(study, trial), ignore_errors=True)
-    given = heal_settings(study, trial)
-    if given.get('distill') == DENSE:
-        given['distill'] = source.place
-    arguments = [argument(name, value) for name, value in {
-        'dataset': study.dataset, 'data_dir': study.data_dir, 'block_size': source.config.block_size,
-        'device': str(source.device), **given, 'init_from': start, **({'linear': rules} if rules else {})}.items()]
-    run = os.path.join(folder, 'run')
-    state, loss, words = train(str(trial), run, arguments, study.threads)
-    if state == 'stopped':
-        return {}
-    if state != 'done':
-        raise UserError(f'healing failed: {words}')
-    config, weights, _ = read_folder(run)
-    healed = build(config, config, weights)
-    losses = perplexities(healed.to(source.device), source)
-    for name in [start, *(os.path.join(run, n) for n in os.listdir(run) if n.startswith('ckpt_'))]:
-        shutil.rmtree(name) if os.path.isdir(name) else os.remove(name)         # large, and everything in them is recorded
-    return {'val_loss': loss, 'settings': given, 'seconds': runner.outcome(run).get('seconds'), **losses}
-
-
-def save_start(source, model, folder, trial):
-    """The compressed model as a checkpoint that train.py starts from, with what its source said and what was done to it."""
-    done = f'compress.py, {trial}'
-    if trial.variant != DENSE:
-        variant = settings_of(source.study, trial.variant, trial.budget)
-        done += (f': {variant.decompose} on {variant.calibration_tokens:,} calibration tokens, '
-                 f'{model.num_params():,} parameters')
-    checkpoint.save(folder, {'step': 0, 'config': configurator.as_dict(model.config), 'model': model.state_dict(),
-                             'data': source.dataset.tokenizer,
-                             'source': {**source.said, 'history': [*source.said['history'], done]}})
-
-
-def has_start(study, trial):
-    """Whether a healing run can start, or resume, without the compressed model."""
-    folder = folder_of(study, trial)
-    return any(checkpoint.steps(os.path.join(folder, part)) for part in ('start', 'run')
-               if os.path.isdir(os.path.join(folder, part)))
-
-
-# ----------------------------------------------------------------------------------------------------
-# train.py
-
-def train(name, folder, arguments, threads):
-    """runner.carry_out while CHILD is set."""
-    CHILD.set()
-    try:
-        return runner.carry_out(name, folder, arguments, threads)
-    finally:
-        CHILD.clear()
-
-def trained(study, index):
-    """The folder of the index-th dense model of `train`, trained now if missing; '' when a signal stopped it."""
-    folder = os.path.join(study.out_dir, 'dense', f'seed={SEEDS[index]}')
-    state, _, words = train(f'dense seed={SEEDS[index]}', folder, [
-        study.train, f'--dataset={study.dataset}', f'--data_dir={study.data_dir}', f'--device={study.device}',
-        f'--seed={SEEDS[index]}'], study.threads)
-    if state == 'failed':
-        raise UserError(f'{study.train}: {words}', 'train')
-    return folder if state == 'done' else ''

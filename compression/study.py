@@ -36,6 +36,7 @@ class Study:
     heal: dict = key({}, 'settings of train.py for the healing runs')
     baseline: str = key('', 'a method: the report has the share of its gap to the dense model that others close')
     only: str = key('', 'names of variants to run now, with commas, a * for any letters; default all')
+    keep: bool = key(False, 'keep compressed and healed models as checkpoints, for export.py and sample.py')
     threads: int = key(1, 'CPU threads', low=1)
     device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1'")
     weights: str = key('float32', 'type in which models are kept; in half precision they compute in float32, one block at a '

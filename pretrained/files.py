@@ -1,4 +1,5 @@
 """What a model's file is, by what is in it and not by its name, and tensors by the names that a wrapper left out."""
+import json
 import os
 import re
 
@@ -48,3 +49,14 @@ def plain_names(tensors, where):
             raise UserError(f'{where} holds {short} twice, under two prefixes', 'init_from')
         found[short] = tensor
     return found
+
+
+def read_json(path):
+    try:
+        with open(path, encoding='utf-8') as file:
+            value = json.load(file)
+        if not isinstance(value, dict):
+            raise ValueError('it is no object')
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{path}: not readable as JSON: {error}', 'init_from') from None
+    return value

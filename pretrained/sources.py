@@ -4,7 +4,6 @@ A *source* is (GPTConfig, state dict in our names, info). No model is imported h
 names and shapes against it and builds it. No code in a file is run: safetensors, JSON, and torch.save's format as
 checkpoints/torchfile.py reads it.
 """
-import json
 import os
 from pathlib import Path
 
@@ -156,7 +155,7 @@ def parts(saved, key, where):
 
 def read_safetensors(folder, names, only=None):
     """config.json and safetensors: Hugging Face's layouts, or our own as export.py writes it; only: these files."""
-    raw = read_json(os.path.join(folder, 'config.json'))
+    raw = files.read_json(os.path.join(folder, 'config.json'))
     kind = str(raw.get('model_type', 'gpt2'))
     if kind == 'nanokron':
         if not isinstance(raw.get('config'), dict):
@@ -197,22 +196,11 @@ def read_gguf(path):
     return config, state, {'kind': 'gguf', 'step': None, 'data': data, 'source': source}
 
 
-def read_json(path):
-    try:
-        with open(path, encoding='utf-8') as file:
-            value = json.load(file)
-        if not isinstance(value, dict):
-            raise ValueError('it is no object')
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f'{path}: not readable as JSON: {error}', 'init_from') from None
-    return value
-
-
 def read_tensors(folder, names, only=None):
     """The tensors of `only`, of model.safetensors, or of all the files that model.safetensors.index.json lists."""
     wanted = only or ['model.safetensors']
     if wanted[0] not in names or wanted[0] != 'model.safetensors' and 'model.safetensors.index.json' in names:
-        index = read_json(os.path.join(folder, 'model.safetensors.index.json')).get('weight_map')
+        index = files.read_json(os.path.join(folder, 'model.safetensors.index.json')).get('weight_map')
         wanted = sorted({str(name) for name in index.values()}) if isinstance(index, dict) else wanted
     tensors = {}
     for name in wanted:

@@ -11,7 +11,7 @@ import configurator
 import export
 import train
 from checkpoints import checkpoint
-from compression import squeeze
+from compression import healing
 from compression.study import Trial
 from configurator import GPTConfig
 from data import identity, prepare_text, tokenizer_json
@@ -271,8 +271,8 @@ def test_compress_hands_it_on(tmp_path, monkeypatch):
     source = SimpleNamespace(study=None, said=said.sound({'name': 'a', 'licence': 'mit'}),
                              dataset=SimpleNamespace(tokenizer=None))
     variant = SimpleNamespace(decompose='svd', calibration_tokens=512)
-    monkeypatch.setattr(squeeze, 'settings_of', lambda study, name, label: variant)
-    squeeze.save_start(source, model, tmp_path / 'start', Trial('v', 'half', 0, 1))
+    monkeypatch.setattr(healing, 'settings_of', lambda study, name, label: variant)
+    healing.save_start(source, model, tmp_path / 'start', Trial('v', 'half', 0, 1))
     kept = initialise.read_folder(str(tmp_path / 'start'))[2]['source']
     assert kept['licence'] == 'mit' and kept['history'] == [
         f'compress.py, v half seed=1: svd on 512 calibration tokens, {model.num_params():,} parameters']
