@@ -290,16 +290,16 @@ def main_run(arguments):
 
 def report(folder):
     """(study, text) of the results in a study's folder; writes report.md and the plot there."""
+    from compression import tables  # needs torch, which is told before anything is read
     from reporting.written import read_settings, understood
     study = read_settings(os.path.join(folder, 'study.json'), Study, 'name the out_dir of a study')
     with understood(folder):
         check(study)
-        return report_of(study, folder)
+        return report_of(study, folder, tables)
 
 
-def report_of(study, folder):
+def report_of(study, folder, tables):
     """report() of a study that has been read."""
-    from compression import tables
     study.out_dir, found = folder, results(folder)
     known = {trial_key(study, trial) for trial in trials(study)}
     lines = [pair for key, pair in found.items() if key in known]

@@ -227,7 +227,7 @@ def roots(dense, batches, place=None):
         with Hooks(dense) as hooks:
             for block, moment in zip(dense.transformer.h, moments):
                 hooks.behind(block, lambda y, moment=moment: calibrate.watch(y, moment))
-            calibrate.run(dense, hooks, seen, True)
+            calibrate.run(dense, hooks, seen, True, range(len(dense.transformer.h)))
         found = [calibrate.second(moment) for moment in moments]
         if place:
             place.keep_curvature(found)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from checkpoints.gguf_file import ARCHITECTURE, BYTES, CUTS
+from checkpoints.gguf_file import BYTES, CUTS
 from data import identity
 from pretrained import llama
 from variants import UserError
@@ -27,7 +27,7 @@ def write(path, found, info, text):
     gguf, raw, kind = library(), found.raw, found.raw['dtype']
     check(found)
     aside = f'{path}.part'
-    writer = gguf.GGUFWriter(aside, ARCHITECTURE)
+    writer = gguf.GGUFWriter(aside, 'llama')
     settings(writer, gguf, raw, info, kind)
     tokens = tokenizer(writer, raw, info, text)
     for name, tensor in named(found.tensors, raw):
@@ -57,7 +57,7 @@ def check(found):
         odd = f'this is {raw["model_type"]!r}' if found.dense else found.line.partition(':')[0]
         raise UserError(f'a .gguf is written of plain Llamas alone, and {odd}; pass --dense=True where matrices are '
                         'structured, or a folder as --to', 'to')
-    rope = raw.get('rope_parameters') or {}
+    rope = raw.get('rope_parameters') or raw.get('rope_scaling') or {}
     if rope.get('rope_type', 'default') != 'default' or raw.get('attention_bias') != raw.get('mlp_bias'):
         raise UserError('a .gguf is written of Llamas with plain rotary positions, and biases in all linears or in none; '
                         'pass a folder as --to', 'to')
@@ -92,7 +92,7 @@ def packed(tensor, gguf, kind):
 def named(tensors, raw):
     """(name in a GGUF, tensor) of Hugging Face's tensors."""
     heads = SimpleNamespace(n_head=raw['num_attention_heads'], n_kv_head=raw['num_key_value_heads'])
-    for name, tensor in llama.renamed(iter(tensors.items()), heads, llama.HUB).items():
+    for name, tensor in llama.renamed(iter(tensors.items()), heads, llama.HUB, True).items():
         owner, _, kind = name.rpartition('.')
         yield f'{their_name(owner)}.{kind}', tensor.contiguous()
 

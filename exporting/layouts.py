@@ -43,7 +43,9 @@ def made(source, dense=False, dtype='source'):
         rows = known_tokens(info['data'] if info['kind'] == 'nanokron' else None, config.vocab_size)
         dropped = config.vocab_size - rows
         padding = f', {dropped} padding rows of the vocabulary dropped' if dropped else ''
-        found = Export(*layout.from_ours(model, rows), f'dense {name} for transformers{padding}')
+        raw, tensors = layout.from_ours(model, rows)
+        name = 'Qwen2' if raw['model_type'] == 'qwen2' else name
+        found = Export(raw, tensors, f'dense {name} for transformers{padding}')
         if config.rope:
             longer(found.raw, 'max_position_embeddings', info)
     cast(found, info, dtype)

@@ -234,9 +234,8 @@ def load_state_by_name(optimizer, model, state):
             continue                                    # frozen now
         part, group = trained[id(p)]
         if not MOMENTS[type(part)] <= entries.keys():
-            raise UserError(f"optimizer: the checkpoint's state of {name} ({', '.join(sorted(map(str, entries)))[:60]}) is "
-                            f"not {type(part).__name__}'s; a run keeps its optimizer, another takes init_from=FOLDER",
-                            'optimizer')
+            raise ValueError(f"the optimizer's state of {name} ({', '.join(sorted(map(str, entries)))[:60]}) is not "
+                             f"{type(part).__name__}'s; a run keeps its optimizer, another takes init_from=FOLDER")
         on_device = group.get('fused') or group.get('capturable')
         steps = {key: value.to(p.device) if on_device else value for key, value in entries.items() if key == 'step'}
         part.state[p] = {key: steps[key] if key == 'step' else like(p, value) for key, value in entries.items()}

@@ -42,10 +42,12 @@ def is_drop(line):
 def read_lines(folder):
     """The lines of a run's log.jsonl that are sound; others are counted in a warning."""
     path = os.path.join(folder, 'log.jsonl')
-    lines = read_log(path)
+    bad = []
+    lines = read_log(path, bad)
     kept = [line for line in lines if sound(line)]
-    if len(kept) < len(lines):
-        print(f'{path}: {len(lines) - len(kept)} damaged lines are left out', file=sys.stderr, flush=True)
+    lost = len(bad) + len(lines) - len(kept)
+    if lost:
+        print(f'{path}: {lost} damaged lines are left out', file=sys.stderr, flush=True)
     return kept
 
 

@@ -334,7 +334,7 @@ def test_relatives_there_and_back_bit_by_bit(name, kind, tmp_path, run):
                                        'causal(qkv_bias=True, rope_llama3=(8.0, 1.0, 4.0, 16))'])
 def test_transformers_computes_the_same_as_a_run_with_biases_on_queries_keys_and_values(attention, tmp_path, run):
     model = save(tmp_path / 'run', attention=attention, linear=KRON)
-    assert 'dense Qwen2 for' in run(export, f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new')[1]
+    assert 'dense Qwen2 for' in run(export, f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new', '--dense=True')[1]
     assert distance(logits_of(in_transformers(tmp_path / 'new')), logits_of(model)) < 1e-5
 
 

@@ -175,7 +175,8 @@ def test_r18_sample_and_export_of_a_killed_run_are_those_of_the_whole_one(data, 
         assert texts[0] == texts[1] and len(texts[0]) > 100
     with count():
         for name in ('whole', 'killed'):
-            said(export, monkeypatch, capsys, f'--out_dir={tmp_path / name}', f'--to={tmp_path / name / "hf"}')
+            said(export, monkeypatch, capsys, f'--out_dir={tmp_path / name}', f'--to={tmp_path / name / "hf"}',
+                 '--dense=True')
         both = [(tmp_path / name / 'hf' / 'model.safetensors').read_bytes() for name in ('whole', 'killed')]
         assert both[0] == both[1]
     with count():                                       # the dense weights of the export against the factors

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from attention.window import WindowAttention
+from decomposition import wide
 from kron import fused, lean, products
+from layers.distillation import Distilled
 from layers.losses import ChunkedCrossEntropy
 from lowrank.pivot import Reordered
 from tests import compiled
@@ -34,6 +36,10 @@ FUNCTIONS = {
     'Reordered': (Reordered, lambda a, b, c, d: (random(a, b), torch.arange(b))),
     'ChunkedCrossEntropy': (ChunkedCrossEntropy,
                             lambda a, b, c, d: (random(a, b), random(c, b), torch.zeros(a).long(), 0.0, d)),
+    'Distilled': (Distilled, lambda a, b, c, d: (random(a, b), random(c, b), torch.zeros(a).long(), random(a, b).detach(),
+                                                 None, random(c, b).detach(), (0.0, 0.0, 0.5, 1.0, d))),
+    'Product': (wide.Product, lambda a, b, c, d: (random(a, b).detach().float().requires_grad_(),
+                                                  random(c, b).detach().half())),
     'Mix': (fused.Mix, lambda a, b, c, d: (random(a, b, c), random(b, d))),
     'Unmix': (fused.Unmix, lambda a, b, c, d: (random(a, b, c), random(d, c))),
 }
