@@ -229,8 +229,8 @@ def listing(study, todo):
         if trial.variant != DENSE and config:
             variant = settings_of(study, trial.variant, trial.budget)
             if variant.sizes in ('uniform', 'given'):
-                rules = sizes.fitted(config, variant, study.budgets[trial.budget], study.sites)
-                words = f': {rules}'
+                rules = sizes.rules_of(sizes.shapes(config), config, variant, study.budgets[trial.budget], study.sites)
+                words = f": {rules['linear'] or rules['mlp']}"
         lines.append(f'{trial}{", healed" * bool(heal_settings(study, trial))}{words}')
     if config and study.weights != 'float32':
         config = dataclasses.replace(config, block_size=study.block_size or config.block_size)

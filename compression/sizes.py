@@ -5,7 +5,7 @@ import fnmatch
 import torch
 
 import lowrank.svd
-from decomposition import allocate
+from decomposition import allocate, widths
 from model import GPT
 from variants import UserError
 
@@ -20,6 +20,12 @@ def counted(model, pattern):
     return found
 
 
+def shapes(config):
+    """The model without memory."""
+    with torch.device('meta'):
+        return GPT(config)
+
+
 def weights_of(module):
     """Parameters of a linear without its bias."""
     return sum(p.numel() for name, p in module.named_parameters() if not name.endswith('bias'))
@@ -27,11 +33,21 @@ def weights_of(module):
 
 def cost(config, pattern):
     """(parameters of the counted matrices, their dense parameters, those of the whole model) for a GPTConfig."""
-    with torch.device('meta'):
-        model = GPT(config)
+    model = shapes(config)
     sites = counted(model, pattern)
     return (sum(map(weights_of, sites.values())), sum(m.in_features * m.out_features for m in sites.values()),
             model.num_params())
+
+
+def rules_of(dense, config, variant, share, pattern, weights=None, stats=None, known=None):
+    """{'linear' and where they change 'mlp', 'attention': rules} of a variant for a budget: fitted, or widths.forms.
+
+    dense: the dense model, on any device; the rest as for fitted.
+    """
+    if variant.narrow:
+        return widths.forms(config, dense, variant, share, counted(dense, pattern), stats, {} if known is None else known)
+    given = {key: getattr(variant, key) for key in ('mlp', 'attention') if getattr(variant, key)}
+    return given | {'linear': fitted(dataclasses.replace(config, **given), variant, share, pattern, weights, stats, known)}
 
 
 def fitted(config, variant, share, pattern, weights=None, stats=None, known=None):

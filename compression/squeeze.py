@@ -116,7 +116,9 @@ def compressed(source, trial):
 
     def stats(sites, gradients):
         return seen.passes(source.dense, sites, seen.text, gradients)
-    config = dataclasses.replace(source.config, **rules_of(source, trial, variant, stats, seen.gains))
+    config = dataclasses.replace(source.config, **sizes.rules_of(
+        source.dense, source.config, variant, study.budgets[trial.budget], study.sites,
+        lambda site: source.sites[site].dense_weight(), stats, seen.gains))
     model = empty(config, source.dtype)
     rows = initialise(model, source.config, source.state, how=Decomposition(
         variant.decompose, seen.text, variant.prune_before, variant.prune_fraction, device=source.device,
@@ -135,16 +137,6 @@ def compressed(source, trial):
 def refined_folder(study, trial):
     """Where finished blocks of a refinement are until the trial has no more use for them."""
     return os.path.join(study.out_dir, 'refined', str(trial).replace('/', '_'))
-
-
-def rules_of(source, trial, variant, stats, known):
-    """{setting of the model: rules} that fill the trial's budget."""
-    share, pattern = source.study.budgets[trial.budget], source.study.sites
-    if variant.narrow:
-        return widths.forms(source.config, source.dense, variant, share, source.sites, stats, known)
-    given = {key: getattr(variant, key) for key in ('mlp', 'attention') if getattr(variant, key)}
-    return given | {'linear': sizes.fitted(dataclasses.replace(source.config, **given), variant, share, pattern, lambda site:
-                                           source.sites[site].dense_weight(), stats, known)}
 
 
 def calibration_name(trial, variant):

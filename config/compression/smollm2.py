@@ -38,11 +38,38 @@ _gently = {'75%': {'heal_settings': {'learning_rate': 5e-5, 'min_lr': 5e-6,     
                                      'max_iters': 40, 'lr_decay_iters': 40, 'eval_interval': 40}},
            '50%': {'calibration_seeds': 3}}
 _thrice = {'50%': {'calibration_seeds': 3}}
+_near_inputs = {'h.*.mlp.c_proj': 'pivot', 'h.*.mlp.*': 'kron(2, 576)'}
+_logits = {'distill': 'dense', 'trainable': 'h.*.mlp.*'}        # KL to the dense model's predictions, MLPs alone
+_logits_75 = {'distill': 'dense', 'trainable': 'h.*.mlp.*', 'learning_rate': 5e-5, 'min_lr': 5e-6, 'max_iters': 40,
+              'lr_decay_iters': 40, 'eval_interval': 40}
+_logits_25 = {'distill': 'dense', 'trainable': 'h.*.mlp.*', 'learning_rate': 2e-4, 'min_lr': 2e-5, 'max_iters': 40,
+              'lr_decay_iters': 40, 'eval_interval': 40}
+_by_budget = {'75%': {'heal_settings': _logits_75}, '50%': {'calibration_seeds': 3}, '25%': {'heal_settings': _logits_25}}
+_one = 'neurons,svd_whitened_hessian'
 _hessian = 'svd_whitened_hessian,als_hessian'
 _hessian_streamed = 'svd_whitened_hessian_streamed,als_hessian_streamed'
 
 variants = {
-    # the best: ranks and terms by the curvature of the loss, errors weighed by it
+    # fewer hidden neurons: a narrower dense SwiGLU, c_proj refitted to what stays
+    'neurons': {'narrow': 'mlp', 'decompose': 'neurons', 'sizes': 'curvature', 'at': _thrice},
+    'neurons + pivot': {'narrow': 'mlp', 'linear': _pivot, 'decompose': _one, 'sizes': 'curvature', 'heal': '75%',
+                        'heal_settings': _logits, 'at': _by_budget},
+    'neurons refined': {'narrow': 'mlp', 'decompose': 'neurons', 'sizes': 'curvature', 'refine': 200, 'heal': '50%, 25%',
+                         'heal_settings': _logits, 'at': _by_budget},
+    'neurons + pivot refined': {'narrow': 'mlp', 'linear': _pivot, 'decompose': _one, 'sizes': 'curvature', 'refine': 200},
+    'neurons of equal widths': {'narrow': 'mlp', 'decompose': 'neurons'},
+    'neurons streamed': {'narrow': 'mlp', 'decompose': 'neurons_streamed', 'sizes': 'curvature'},
+    'neurons by leverage': {'narrow': 'mlp', 'decompose': 'neurons_leverage', 'sizes': 'curvature', 'budgets': '50%'},
+    'neurons by norms': {'narrow': 'mlp', 'decompose': 'neurons_norm', 'sizes': 'curvature', 'budgets': '50%'},
+    'neurons by Taylor': {'narrow': 'mlp', 'decompose': 'neurons_taylor', 'sizes': 'curvature', 'budgets': '50%'},
+    'neurons healed by logits': {'narrow': 'mlp', 'decompose': 'neurons', 'sizes': 'curvature', 'budgets': '50%',
+                                  'heal': '50%', 'heal_settings': _logits},
+    'neurons healed by labels': {'narrow': 'mlp', 'decompose': 'neurons', 'sizes': 'curvature', 'budgets': '50%',
+                                  'heal': '50%'},
+    'neurons + low rank': {'narrow': 'mlp', 'linear': _low, 'decompose': _one, 'sizes': 'curvature', 'budgets': '50%'},
+    'neurons + kron': {'narrow': 'mlp', 'linear': _near_inputs, 'decompose': 'neurons,svd_whitened_hessian,als_hessian',
+                       'sizes': 'curvature', 'budgets': '50%'},
+    # ranks and terms by the curvature of the loss, errors weighed by it
     'pivot curvature: svd_hessian': {'linear': _pivot, 'decompose': 'svd_whitened_hessian', 'sizes': 'curvature',
                                      'heal': '50%, 75%', 'at': _gently},
     'pivot curvature: svd_hessian_streamed': {'linear': _pivot, 'decompose': 'svd_whitened_hessian_streamed',
