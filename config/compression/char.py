@@ -30,6 +30,10 @@ _both = 'als_sequential_hessian'
 
 variants = {
     'dense': {'heal': '25%'},
+    # the control: a quarter of the hidden neurons
+    'hidden 128: neurons': {'mlp': 'gelu(128)', 'sizes': 'given', 'heal': '25%', 'decompose': 'neurons'},
+    'hidden 128: neurons refined': {'mlp': 'gelu(128)', 'sizes': 'given', 'heal': '25%', 'decompose': 'neurons',
+                                    'refine': 200},
     '256 x 64: nVL': {'linear': _256, 'sizes': 'given', 'heal': '25%', 'decompose': _nvl},
     '128 x 32: nVL': {'linear': _128, 'sizes': 'given', 'heal': '25%', 'decompose': _nvl},
     '64 x 16: nVL': {'linear': _64, 'sizes': 'given', 'heal': '25%', 'decompose': _nvl},
