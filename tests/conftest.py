@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 # tests run side by side and must not reach for a hub; programs that they start inherit both
 os.environ['OMP_NUM_THREADS'] = '1'
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+signal.signal(signal.SIGHUP, signal.SIG_DFL)        # nohup's "ignored", which train.py respects, would be inherited
 
 try:
     import torch
