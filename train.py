@@ -273,6 +273,7 @@ def assemble(config, model, dataset, state, job, ways, teacher=None):
             run.scaler.load_state_dict(state['scaler'])
             run.outliers.state = state['outliers']
             progress.update({k: state[k] for k in ('step', 'tokens', 'flops', 'seconds', 'best_val_loss', 'evaluated')})
+    job.data = dataset.digest
     run.log = RunLog(config, model, progress, job, ways)
     return run
 

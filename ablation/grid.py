@@ -46,6 +46,8 @@ class Grid:
     baseline: str = key('', 'the variant that others are compared with; default dense, or the first')
     dry_run: bool = key(False, 'list the runs and stop')
     record: str = key('', 'name of a record to write to records/<date>_NAME')
+    claim: str = key('loss', "what a record claims; 'none' records runs as they are, fewer than three seeds for example",
+                     choices=('loss', 'speed', 'none'))
     title: str = key('', 'title of the record')
     note: str = key('', 'a paragraph for the record: what a reader needs to know')
 

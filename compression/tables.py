@@ -26,7 +26,7 @@ def losses(lines, text, healed=False):
 
 
 def shown(values, as_loss):
-    """Mean and half range over seeds, of losses or of perplexities; '' for none."""
+    """Mean and standard deviation over seeds, of losses or of perplexities; '' for none."""
     import math
     if not values:
         return ''
@@ -141,7 +141,8 @@ def text(study, lines):
                      f'{selected} on select' + f'; after the healing run {healed} on test' * bool(healed) + '.')
     tokens = lines[0]['zero']['test']['tokens']
     parts += [f'Test text ({study.test}, {tokens:,} tokens, on which no choice was made), zero-shot and → healed; '
-              f'± is half the range over calibration seeds and dense models; {study.calibration_tokens:,} tokens of '
+              '± is the standard deviation over calibration seeds and dense models (n - 1), a figure without it is one '
+              f'draw and no claim; {study.calibration_tokens:,} tokens of '
               'calibration unless a variant says otherwise.', summary(study, found, 'test')]
     for label in study.budgets:
         if any(budget == label for _, budget in found):

@@ -106,7 +106,7 @@ def text_of(runs):
                  'when nothing else is replaced, measured before the first replacement. `at the end`: before the '
                  'next replacement, or at the end of the run. `back after`: steps until the loss was first measured at or '
                  'below what it was before. Errors are means over the matrices, relative to the norm of the weight and to '
-                 'the size of the outputs; ± is half the range over the runs of a group.')
+                 'the size of the outputs; ± is the standard deviation over the runs of a group (n - 1).')
     return '\n\n'.join(parts) + '\n'
 
 

@@ -109,7 +109,7 @@ class RunLog:
         config, folder, attempt = self.config, self.config.out_dir, self.outlets.attempt
         attempt('out_dir', functools.partial(os.makedirs, folder, exist_ok=True))
         attempt('config.json', write_json, os.path.join(folder, 'config.json'), configurator.as_dict(config))
-        facts = {'parameters': model.num_params(), 'flops_per_token': self.flops}
+        facts = {'parameters': model.num_params(), 'flops_per_token': self.flops, 'data': self.job.data}
         place = os.path.join(folder, 'env.json')
         notes = {'from': self.job.source or noted(place, 'from'), 'wandb': self.outlets.wandb_id}
         facts |= {name: value for name, value in notes.items() if value}
