@@ -173,12 +173,14 @@ def main_run(arguments):
 # ----------------------------------------------------------------------------------------------------
 # the report
 
-def report(folder, part=''):
+def report(folder, part='', figures='png'):
     """(grid, found runs, text, names of the files) of the finished runs in a grid's folder; writes the files there."""
     from ablation import results
     from reporting.written import understood
     with understood(folder):
-        return report_of(results.read_grid(folder, part), folder)
+        grid = results.read_grid(folder, part)
+        grid.figures = grid.figures if figures == 'png' else figures
+        return report_of(grid, folder)
 
 
 def report_of(grid, folder):
@@ -231,7 +233,7 @@ def main_report(arguments):
         raise UserError('name the folder of a grid: python ablate.py report DIR')
     options = configurator.load([f'--part={a[7:]}' if a.startswith('--axes=') else a for a in arguments[1:]], Grid,
                                 'python ablate.py report DIR [--axes=NAME] [--record=NAME --claim= --title= --note=]')
-    grid, found, text, files = report(arguments[0], options.part)
+    grid, found, text, files = report(arguments[0], options.part, options.figures)
     print(text)
     print(f'\nwritten to {os.path.join(arguments[0], PAGE)}, {TEXT} and {len(files) - 2} plots')
     if options.record:

@@ -369,7 +369,7 @@ def finish(run, words):
     dropin.watch(run, run.progress['step'])
     run.log.close(words)
     if run.job.main and run.config.drop_in_report and not run.config.eval_only:
-        run.log.outlets.attempt('drop_in', recovery.write, run.config.out_dir)
+        run.log.outlets.attempt('drop_in', recovery.write, run.config.out_dir, None, run.config.figures)
 
 
 def give_up(run, result, rate):

@@ -69,8 +69,8 @@ def check_seeds(row):
     twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
     if twice is not None:
         folders = [run['folder'] for run in row if run['config'].get('seed') == twice]
-        raise UserError(f'{name_of(row)}: seed {twice} twice ({folders[0]}, {folders[1]}), which is one draw; leave one out, '
-                        + REMEDY, 'claim')
+        raise UserError(f'{name_of(row)}: seed {twice} twice ({folders[0]}, {folders[1]}), which is one draw; leave one '
+                        f'out, {REMEDY}', 'claim')
     if len(seeds) < SEEDS:
         raise UserError(f'{name_of(row)}: {len(seeds)} seed{"s" * (len(seeds) > 1)} ({", ".join(map(str, seeds))}); a claim '
                         f'needs {SEEDS} in every row: train more with --seed=N, {REMEDY}', 'claim')
@@ -88,14 +88,15 @@ def check_code(run):
     """The commit, and the whole of what differed from it, must be known."""
     env, where = run['env'], run['folder']
     if not env.get('commit'):
-        raise UserError(f'{where}: env.json names no commit, so its code is unknown; train in a git clone, {REMEDY}', 'claim')
+        raise UserError(f'{where}: env.json names no commit, so its code is unknown; train in a git clone, '
+                        + REMEDY, 'claim')
     diff = env.get('diff')
     if not isinstance(diff, str) or env.get('dirty') and not diff:
         raise UserError(f'{where}: the working tree had uncommitted changes and env.json does not hold them; commit and '
                         f'train again, {REMEDY}', 'claim')
     if len(diff) >= CUT:
-        raise UserError(f'{where}: its uncommitted changes are longer than the {CUT:,} characters that env.json keeps; commit '
-                        f'and train again, {REMEDY}', 'claim')
+        raise UserError(f'{where}: its uncommitted changes are longer than the {CUT:,} characters that env.json keeps; '
+                        f'commit and train again, {REMEDY}', 'claim')
 
 
 def evaluation(run):

@@ -11,7 +11,7 @@ from variants import UserError
 
 COUNTED = 'step', 'tokens', 'flops', 'loss', 'train_loss', 'val_loss', 'tokens_per_s', 'probe_loss'
 LINES = 8000                            # of a record's log: a few megabytes
-APART = ('seed', 'out_dir', 'init_from', 'device', 'debug', 'wandb_run_name')    # may differ within a row
+APART = ('seed', 'out_dir', 'init_from', 'device', 'debug', 'figures', 'wandb_run_name')    # may differ within a row
 
 
 def is_number(value):
@@ -109,8 +109,8 @@ def table(runs, baseline='', claim='loss'):
         cells, said = claims.comparison(rows, baseline, claim)
     head = HEAD + claims.HEAD * bool(baseline)
     notes = list(dict.fromkeys(filter(None, (origin(run) for group in rows for run in group))))
-    lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|', *(row(group, cells.get(id(group[0]), ())) for group in rows)]
-    return '\n'.join(lines + notes) + f'\n\n{said}' * bool(said)
+    body = [row(group, cells.get(id(group[0]), ())) for group in rows]
+    return '\n'.join([f'| {" | ".join(head)} |', '|---' * len(head) + '|', *body, *notes]) + f'\n\n{said}' * bool(said)
 
 
 def origin(run):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import configurator
 from checkpoints.durable import DISK, write_whole
-from reporting import hardware
+from reporting import curves, hardware
 from reporting.outlets import Lines, Outlets, noted
 
 
@@ -62,23 +62,6 @@ def rewind(path, step, evaluated):
         with open(f'{path}.damaged', 'ab') as file:
             file.write(b''.join(text + b'\n' for text in bad))
     write_whole(Path(path), ''.join(json.dumps(line) + '\n' for line in kept).encode(), DISK)
-
-
-def draw(folder):
-    """loss.png from log.jsonl: training loss per step, training and validation loss at evaluations."""
-    from matplotlib.figure import Figure  # without pyplot, which is slow to import
-    lines = read_log(os.path.join(folder, 'log.jsonl'))
-    steps = [line for line in lines if 'loss' in line]
-    evals = [line for line in lines if 'val_loss' in line]
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
-    axes.plot([s['step'] for s in steps], [s['loss'] for s in steps], color='0.75', linewidth=0.8, label='training step')
-    for name, style in (('train_loss', 'o--'), ('val_loss', 'o-')):
-        axes.plot([e['step'] for e in evals], [e[name] for e in evals], style, markersize=3, label=name.replace('_', ' '))
-    axes.set(xlabel='step', ylabel='loss, nats per token', title=os.path.basename(os.path.normpath(folder)))
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(os.path.join(folder, 'loss.png'), dpi=120)
 
 
 @functools.cache
@@ -229,6 +212,8 @@ class RunLog:
         if words:
             print(words, flush=True) if self.job.main else None
         if self.file:
+            config = self.config
             self.file.close()
-            self.outlets.attempt('loss.png', draw, self.config.out_dir)
+            self.outlets.attempt('loss.png', lambda: curves.draw(config.out_dir, read_log(os.path.join(
+                config.out_dir, 'log.jsonl')), config.figures))
         self.outlets.close()

@@ -1,4 +1,4 @@
-"""Statistics of a few seeds: t intervals, one-sided tests of means (Welch) and of differences seed by seed. Imports no torch."""
+"""Statistics of a few seeds: t intervals, one-sided tests of means (Welch) and of differences seed by seed. No torch."""
 import functools
 import math
 import statistics

@@ -99,7 +99,8 @@ def test_a_whole_pair_is_recorded(words, pair, tmp_path, monkeypatch, capsys):
     assert code == 0 and not err and [name.rpartition('/')[2] for name in kept] == ['README.md', 'config.json', 'env.json',
                                                                                     'log.jsonl']
     text = (tmp_path / kept[0]).read_text()
-    assert 'standard deviation over seeds' in text and ('No claim: n = 5.' if '--claim=none' in words else 'A claim on') in text
+    assert 'standard deviation over seeds' in text
+    assert ('No claim: n = 5.' if '--claim=none' in words else 'A claim on') in text
 
 
 @pytest.mark.parametrize('env', [{'cpu': 'y', 'threads': 2}, {'diff': 'diff --git', 'dirty': ['model.py']},
