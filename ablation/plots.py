@@ -2,6 +2,8 @@
 import os
 import statistics
 
+import numpy as np
+
 from ablation import results
 from ablation.effects import pareto
 from reporting import labels, palette
@@ -12,7 +14,7 @@ KINDS = ((False, BLUE, 'o', 'variants'), (True, ORANGE, 's', 'controls: dense, n
 
 
 def is_control(row):
-    return row['variant'] == 'dense' or row['variant'].startswith('narrow ')
+    return row['variant'].split(' ')[0] in ('dense', 'narrow')
 
 
 def front(rows, cost, title):
@@ -22,19 +24,25 @@ def front(rows, cost, title):
     axes = figure.subplots()
     bars = [(row[cost], min(row['losses'].values()), max(row['losses'].values())) for row in rows]
     for control, colour, marker, words in KINDS:
-        chosen = [(row, bar) for row, bar in zip(rows, bars) if is_control(row) == control]
+        chosen = [(row['loss'], *bar) for row, bar in zip(rows, bars) if is_control(row) == control]
         if chosen:
-            errors = [[row['loss'] - low for row, (_, low, _) in chosen], [high - row['loss'] for row, (_, _, high) in chosen]]
-            axes.errorbar([r[cost] for r, _ in chosen], [r['loss'] for r, _ in chosen], yerr=errors, fmt=marker, ms=6, lw=0.8,
-                          color=colour, mec=BLACK, mew=0.6 if control else 0, label=f'{words} (bar: range of the seeds)')
+            means, xs, low, high = map(np.array, zip(*chosen))
+            axes.errorbar(xs, means, yerr=[means - low, high - means], fmt=marker, ms=6, lw=0.8, color=colour, mec=BLACK,
+                          mew=0.6 if control else 0, label=f'{words} (bar: range of the seeds)')
     best = [rows[i] for i in pareto([(row[cost], row['loss']) for row in rows])]
     axes.step([r[cost] for r in best], [r['loss'] for r in best], where='post', color=BLACK, lw=1, label='Pareto front')
     axes.set(xlabel=COSTS[cost], ylabel='validation loss, nats per token', title=title)
+    axes.xaxis.set_major_formatter('{x:,.0f}' if cost == 'parameters' else '{x:.3g}')
     axes.margins(x=0.12, y=0.08)
     axes.grid(alpha=0.25)
     figure.legend(fontsize=9, loc='outside lower center', ncols=3)
     wanted = {row['variant'] for row in rows if is_control(row)} | {row['variant'] for row in best}
-    labels.name_points(figure, axes, [(row[cost], row['loss']) for row in rows], [row['variant'] for row in rows], wanted, bars)
+    sticks = [((x, low), (x, high)) for x, low, high in bars]
+    for one, two in zip(best, best[1:]):                # the steps of the front
+        corner = two[cost], one['loss']
+        sticks += [((one[cost], one['loss']), corner), (corner, (two[cost], two['loss']))]
+    labels.name_points(figure, axes, [(row[cost], row['loss']) for row in rows], [row['variant'] for row in rows], wanted,
+                       sticks)
     return figure
 
 
@@ -57,15 +65,17 @@ def losses(rows, title):
 
 def cut_marks(axes, ends, limit, colour):
     """A triangle on the frame where an interval (low, high, place) goes on beyond -limit or limit; returns how many."""
-    cut = [(side * limit, place, '<>'[side > 0]) for low, high, place in ends for side, end in ((-1, low), (1, high))
-           if side * end > limit]
-    for x, place, marker in cut:
+    both = [(side, end, place) for low, high, place in ends for side, end in ((-1, low), (1, high))]
+    cut = [(side * limit, place, '<>'[side > 0], end) for side, end, place in both if side * end > limit]
+    for x, place, marker, end in cut:
         axes.plot(x, place, marker, color=colour, ms=7, clip_on=False, zorder=5)
+        axes.annotate(f'to {end:+.2g}', (x, place), xytext=(-9 if x > 0 else 9, -3), textcoords='offset points', fontsize=7,
+                      ha='right' if x > 0 else 'left', va='top')
     return len(cut)
 
 
 def effect_plot(found, title):
-    """Effects with both intervals, over pairs and over seeds; a triangle on the frame where an interval goes on beyond it."""
+    """Effects with both intervals, over pairs and over seeds; a triangle on the frame where an interval is cut."""
     ordered = list(reversed(found))
     figure = palette.figure(8, 1.6 + 0.3 * len(ordered))
     axes = figure.subplots()
@@ -74,7 +84,8 @@ def effect_plot(found, title):
     axes.set_xlim(-limit, limit)
     cut = 0
     for key, colour, width, shift, style in (('over_pairs', BLUE, 2.6, 0.14, '-'), ('over_seeds', ORANGE, 1.6, -0.14, '--')):
-        ends = [(e['mean'] - e[key], e['mean'] + e[key], place + shift) for place, e in enumerate(ordered) if e[key] is not None]
+        known = [(e['mean'], e[key], place + shift) for place, e in enumerate(ordered) if e[key] is not None]
+        ends = [(mean - half, mean + half, place) for mean, half, place in known]
         for low, high, place in ends:
             axes.plot([low, high], [place, place], style, color=colour, lw=width, marker='|', ms=7,
                       label=f'95 % {key.replace("_", " ")}' if (low, high, place) == ends[0] else None)
@@ -93,13 +104,17 @@ def effect_plot(found, title):
 
 def trial_plot(grid, found, pruned, task):
     """A rank search: loss against each rank, pruned trials hollow, a colour and marker per variant; the legend below."""
-    count = len(grid.ranks)
-    figure = palette.figure(max(6, 4.2 * count), 4.4)
-    panels = figure.subplots(1, count, squeeze=False)[0]
+    columns = min(3, len(grid.ranks))
+    lines = -(-len(grid.ranks) // columns)
+    figure = palette.figure(max(6, 4.2 * columns), 0.6 + 3.8 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in panels[len(grid.ranks):]:
+        axes.set_axis_off()
     done = [(variant, dict(values), results.last_losses(runs)[0]) for (t, variant), searched in found.items() if t == task
             for values, runs in searched.items()]
     cut = [(run.variant, dict(run.searched), loss) for run, _, loss in pruned if run.task == task and loss is not None]
-    styles = {v: {**palette.style(i), 'linestyle': ''} for i, v in enumerate(dict.fromkeys(v for v, _, _ in done + cut))}
+    styles = {v: {**palette.style(i), 'linestyle': ''} for i, v in enumerate(
+        dict.fromkeys(v for v, values, _ in done + cut if values.keys() & {*grid.ranks}))}
     for axes, rank in zip(panels, grid.ranks):
         for variant, style in styles.items():
             for group, more in ((done, {}), (cut, {'mfc': 'none'})):
@@ -116,27 +131,34 @@ def trial_plot(grid, found, pruned, task):
     return figure
 
 
-def search_plot(found, setting, task):
-    """Loss against a searched setting: a line per variant through the means over seeds, with their range.
+def looks(names):
+    """{name: (index of its colour and marker, index of its line)}: the colour is the name but for its last word, the line
+    that word; where names share no last word, lines change when the colours begin again."""
+    first = {name: name.rpartition(' ')[0] or name for name in names}
+    last = {name: name.rpartition(' ')[2] for name in names}
+    colours, lines = ([*dict.fromkeys(words.values())] for words in (first, last))
+    if len(lines) == len(names):
+        return {name: (i, i // len(palette.COLOURS)) for i, name in enumerate(names)}
+    return {name: (colours.index(first[name]), lines.index(last[name])) for name in names}
 
-    The colour is the variant's name but for its last word, the line's style that word.
-    """
-    figure = palette.figure(9, 5)
-    axes = figure.subplots()
+
+def search_plot(found, setting, task):
+    """Loss against a searched setting: a line per variant through the means over seeds, with their range."""
     names = [variant for t, variant in found if t == task]
-    parts = {name: (name.rpartition(' ')[0] or name, name.rpartition(' ')[2]) for name in names}
-    colours, lines = ({part: i for i, part in enumerate(dict.fromkeys(parts[n][k] for n in names))} for k in (0, 1))
-    for variant in names:
+    figure = palette.figure(9, max(5, 0.6 + 0.19 * len(names)))
+    axes, ticks = figure.subplots(), set()
+    for variant, look in looks(names).items():
         by_value = {}
         for values, runs in found[task, variant].items():
             by_value.setdefault(dict(values)[setting], []).extend(results.last_losses(runs))
         xs = sorted(by_value)
+        ticks |= {*xs}
         means = [statistics.fmean(by_value[x]) for x in xs]
         spread = [[m - min(by_value[x]) for x, m in zip(xs, means)], [max(by_value[x]) - m for x, m in zip(xs, means)]]
-        axes.errorbar(xs, means, yerr=spread, **palette.style(colours[parts[variant][0]], lines[parts[variant][1]]), ms=5,
-                      lw=1.2, capsize=2, label=variant)
+        axes.errorbar(xs, means, yerr=spread, **palette.style(*look), ms=5, lw=1.2, capsize=2, label=variant)
     axes.set_xscale('log', base=2)
-    axes.xaxis.set_major_formatter('{x:g}')
+    axes.set_xticks(sorted(ticks), [f'{x:g}' for x in sorted(ticks)])
+    axes.set_xticks([], minor=True)
     axes.set(xlabel=setting, ylabel='validation loss, nats per token (mean and range of the seeds)')
     axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc='outside right upper')

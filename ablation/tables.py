@@ -140,8 +140,8 @@ EFFECT_HEAD = ['axis', 'effect on the loss', '95 % over pairs', 'pairs', '95 % o
 def task_text(grid, found, rows, task, pruned):
     """All tables of one task."""
     parts = [(f'## {task}\n\n' if task else '') + table(grid, rows),
-             '\\* on the Pareto front: no row has both a lower loss and less of that column. p: one-sided, of the paired t '
-             'test that the loss is below the baseline\'s on the same seeds; near 1 it is above. No correction for the rows.']
+             '\\* on the Pareto front: no row has both a lower loss and less of that column. p: one-sided, of the paired '
+             't test that the loss is below the baseline\'s on the same seeds; near 1 it is above; not corrected.']
     mains, pairs = results.effects_of(grid, rows)
     if mains:
         parts += ['### Main effects', markdown(EFFECT_HEAD, effect_rows(mains))]

@@ -124,8 +124,8 @@ def draw(path, maps, names, labels, title):
 
     maps: (heads, T, T) by layer; names: of the class, by layer; labels: the tokens as text, or [] for numbers.
     One colour scale for all, in the square root of the weight, as most weights are near 0; a map with negative weights
-    makes it diverging,
-    and up to 64 tokens a minus sign stands on them. Grey is a weight of exactly 0, such as that of a key that a query does not see.
+    makes it diverging, and up to 64 tokens a minus sign stands on them. Grey is a weight of exactly 0, such as that of a key
+    that a query does not see.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -149,7 +149,8 @@ def draw(path, maps, names, labels, title):
             axes.set_title(f'layer {layer}, head {head}, {name}', fontsize=10)
             axes.tick_params(labelsize=9, length=3)
             if labels:
-                axes.set_xticks(range(T), labels, fontsize=8, family='monospace', rotation=90 * (max(map(len, labels)) > 1))
+                axes.set_xticks(range(T), labels, fontsize=8, family='monospace',
+                                rotation=90 * (max(map(len, labels)) > 1))
                 axes.set_yticks(range(T), labels, fontsize=8, family='monospace')
             if signed and T <= LABELLED:                # a grey print shows the size alone
                 rows, keys = (weights < -0.02 * bound).nonzero(as_tuple=True)

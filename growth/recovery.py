@@ -124,14 +124,14 @@ def draw(runs, path, figures='png'):
             changes = run['changes']
             points = sorted([[c['step'], k, loss] for c in changes for k, loss in enumerate((c['before'], c['after']))] +
                             [[step, 2, loss] for step, loss in run['probes']])
-            curves.plot([p[0] for p in points], [p[2] for p in points], color=colour, linestyle=style['linestyle'], linewidth=1,
-                        alpha=len(group) ** -0.5)
-            curves.plot([c['step'] for c in changes], [c['after'] for c in changes], style['marker'], color=colour, markersize=4)
+            curves.plot([p[0] for p in points], [p[2] for p in points], color=colour, linestyle=style['linestyle'],
+                        linewidth=1, alpha=len(group) ** -0.5)
+            curves.plot([c['step'] for c in changes], [c['after'] for c in changes], style['marker'], color=colour, ms=4)
         curves.plot([], [], **style, markersize=4, linewidth=1, label=name)
         width, steps = 0.8 / len(groups), list(zip(*(run['changes'] for run in group)))
         places = [k + i * width for k in range(len(steps))]
         bars.bar(places, [statistics.mean(c['spike'] for c in step) for step in steps], width, color=colour, alpha=0.4,
-                 label=f'{name}: at once', hatch=HATCHES[i % len(HATCHES)], edgecolor=colour, linewidth=0)
+                 label=f'{name}: at once', hatch=HATCHES[i % len(HATCHES)], edgecolor=colour, lw=0)
         bars.bar(places, [statistics.mean(c['end'] - c['before'] for c in step) for step in steps], width / 2, color=colour,
                  label=f'{name}: left at the end')
     most = max(runs, key=lambda run: len(run['changes']))['changes']

@@ -30,8 +30,8 @@ def draw(folder, lines, figures='png'):
     axes.plot([s['step'] for s in steps], [s['loss'] for s in steps], color=palette.PALE, linewidth=0.8,
               label="loss of the step's own batch")
     for index, name in enumerate(('train_loss', 'val_loss')):
-        axes.plot([e['step'] for e in evals], [e[name] for e in evals], **palette.style(index), markersize=4.5, linewidth=1.3,
-                  label=name.replace('_', ' '))
+        axes.plot([e['step'] for e in evals], [e[name] for e in evals], **palette.style(index), markersize=4.5,
+                  linewidth=1.3, label=name.replace('_', ' '))
     axes.set(xlabel='training step', ylabel='loss, nats per token', title=os.path.basename(os.path.normpath(folder)))
     found = limits(steps, evals)
     if found:

@@ -34,18 +34,21 @@ def free_box(place, size, distances, taken, frame, unit):
     return None
 
 
-def name_points(picture, axes, points, names, wanted, bars=(), fontsize=8):
+def name_points(picture, axes, points, names, wanted, sticks=(), fontsize=8):
     """Write names beside points (x, y): those in `wanted` everywhere they fit, on a line where that is far, the others only
-    where they fit at once, uncrowded. bars: [(x, low, high)] that names avoid if they can. Returns the names written.
+    where they fit at once, uncrowded. sticks: ends of upright and level lines, [((x, y), (x, y))], that names avoid if
+    they can. Returns the names written.
 
     Axes and legends must be complete, as places are measured on the drawn figure. Cost: names x places x boxes.
     """
+    import numpy as np
     from matplotlib.patheffects import withStroke
     picture.draw_without_rendering()
     unit, to_display = picture.dpi / 72, axes.transData.transform
     places = [tuple(to_display(point)) for point in points]
     dots = [(x - 4 * unit, y - 4 * unit, x + 4 * unit, y + 4 * unit) for x, y in places]
-    sticks = [(*(to_display((x, low)) - (unit, 0)), *(to_display((x, high)) + (unit, 0))) for x, low, high in bars]
+    ends = [(to_display(one), to_display(two)) for one, two in sticks]
+    sticks = [(*(np.minimum(one, two) - unit), *(np.maximum(one, two) + unit)) for one, two in ends]
     frame, written, boxes = axes.get_window_extent().extents, [], []
     for i in sorted(range(len(points)), key=lambda i: (names[i] not in wanted, -places[i][1])):
         text = axes.annotate(names[i], points[i], fontsize=fontsize, color=BLACK, in_layout=False)
@@ -63,6 +66,7 @@ def name_points(picture, axes, points, names, wanted, bars=(), fontsize=8):
         offset = [(m - p) / unit for m, p in zip(middle, places[i])]
         line = {'arrowstyle': '-', 'lw': 0.6, 'color': GREY, 'shrinkA': 0, 'shrinkB': 3}
         axes.annotate(names[i], points[i], xytext=offset, textcoords='offset points', ha='center', va='center',
-                      fontsize=fontsize, color=BLACK, in_layout=False, path_effects=[withStroke(linewidth=2, foreground='w')],
+                      fontsize=fontsize, color=BLACK, in_layout=False,
+                      path_effects=[withStroke(linewidth=2, foreground='w')],
                       arrowprops=line if math.hypot(*offset) > 16 + size[0] / unit / 2 else None)
     return written

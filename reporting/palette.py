@@ -1,8 +1,8 @@
-"""How pictures look: colours, line styles and markers by index, and the files that a picture becomes. matplotlib only inside.
+"""How pictures look: colours, line styles and markers by index, and the files that a picture becomes.
 
-The colours are Okabe and Ito's (Color Universal Design, 2008), which the colour blind tell apart, without their yellow, which
-white paper swallows. Neighbours in the order differ in lightness, the first three by far, so that a grey print keeps them apart;
-beyond that the markers and the line styles do. Text is dark grey or black, on white.
+The colours are Okabe and Ito's (Color Universal Design, 2008), which the colour blind tell apart, without their yellow,
+which white paper swallows. Neighbours in the order differ in lightness, the first three by far, so that a grey print keeps
+them apart; beyond that the markers and the line styles do.
 """
 import os
 
