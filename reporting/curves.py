@@ -36,7 +36,7 @@ def draw(folder, lines, figures='png'):
     found = limits(steps, evals)
     if found:
         axes.set_ylim(*found)
-        first = max(line['loss'] for line in steps)
+        first = steps[0]['loss']
         if first > found[1]:
             axes.annotate(f'from {first:.2f}', (0.015, 0.985), xycoords='axes fraction', va='top', fontsize=8,
                           color=palette.GREY, rotation=90)

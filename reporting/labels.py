@@ -4,7 +4,7 @@ import math
 
 from reporting.palette import BLACK, GREY
 
-NEAR, FAR = (7,), (7, 13, 20, 28, 38, 50, 66, 84, 104, 128)     # distances from the point, in points of 1/72 inch
+NEAR, FAR = (7, 12), (7, 13, 20, 28, 38, 50, 66, 84, 104, 128)     # distances from the point, in points of 1/72 inch
 TURNS = [math.radians(angle) for angle in (0, 45, 135, 180, 315, 225, 90, 270, 20, 160, 200, 340)]
 
 
