@@ -25,12 +25,21 @@ def inside(box, frame):
     return box[0] >= frame[0] and box[1] >= frame[1] and box[2] <= frame[2] and box[3] <= frame[3]
 
 
-def free_box(place, size, distances, taken, frame, unit):
-    """The nearest box for a text beside a point that is inside the frame and touches nothing of `taken`; or None."""
+def gap(box, place):
+    """The distance from a box to a point."""
+    return math.hypot(*(max(low - at, 0, at - high) for low, at, high in zip(box[:2], place, box[2:])))
+
+
+def free_box(place, size, distances, taken, frame, unit, others=()):
+    """The nearest box for a text beside a point that is inside the frame and touches nothing of `taken`; or None.
+
+    others: points that must not be nearer to the box than its own, or it would be read as theirs.
+    """
     for distance, turn in itertools.product(distances, TURNS):
         box = around(*place, size, distance * unit, turn)
         if inside(box, frame) and not any(overlap(box, other) for other in taken):
-            return box
+            if all(gap(box, place) <= gap(box, other) for other in others):
+                return box
     return None
 
 
@@ -55,9 +64,9 @@ def name_points(picture, axes, points, names, wanted, sticks=(), fontsize=8):
         extent, far = text.get_window_extent(), names[i] in wanted
         size = extent.width + 2 * unit, extent.height + 2 * unit
         text.remove()
-        box = None
-        for taken in [dots + boxes + sticks, dots + boxes][:1 + far]:
-            box = box or free_box(places[i], size, FAR if far else NEAR, taken, frame, unit)
+        ways = [(dots + boxes + sticks, places), (dots + boxes, places), (dots + boxes, ())][:3 if far else 1]
+        found = (free_box(places[i], size, FAR if far else NEAR, taken, frame, unit, others) for taken, others in ways)
+        box = next(filter(None, found), None)
         if box is None:
             continue
         boxes.append(box)
@@ -68,5 +77,6 @@ def name_points(picture, axes, points, names, wanted, sticks=(), fontsize=8):
         axes.annotate(names[i], points[i], xytext=offset, textcoords='offset points', ha='center', va='center',
                       fontsize=fontsize, color=BLACK, in_layout=False,
                       path_effects=[withStroke(linewidth=2, foreground='w')],
-                      arrowprops=line if math.hypot(*offset) > 16 + size[0] / unit / 2 else None)
+                      arrowprops=line if gap(box, places[i]) > 16 * unit or any(
+                          gap(box, other) < gap(box, places[i]) for other in places) else None)
     return written
