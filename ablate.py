@@ -173,12 +173,14 @@ def main_run(arguments):
 # ----------------------------------------------------------------------------------------------------
 # the report
 
-def report(folder, part=''):
+def report(folder, part='', figures='png'):
     """(grid, found runs, text, names of the files) of the finished runs in a grid's folder; writes the files there."""
     from ablation import results
     from reporting.written import understood
     with understood(folder):
-        return report_of(results.read_grid(folder, part), folder)
+        grid = results.read_grid(folder, part)
+        grid.figures = grid.figures if figures == 'png' else figures
+        return report_of(grid, folder)
 
 
 def report_of(grid, folder):
@@ -205,13 +207,19 @@ def report_of(grid, folder):
 
 def write_record(grid, found, text, files, options):
     """records/<date>_NAME with tables, page, plots, the grid, and configuration, machine and log of every run."""
-    from reporting import records
+    from ablation import results
+    from reporting import claims, records
     from reporting.runlog import write_json
+    tasks = {task for task, _ in found}
+    rows = [[row['runs'] for row in results.rows_of(grid, found, task)] for task in grid.tasks if task in tasks]
+    for task_rows in rows:
+        claims.check(task_rows, options.claim)
     folder = os.path.join(ROOT, 'records', f'{datetime.date.today()}_{options.record}')
     runs = [run for searched in found.values() for group in searched.values() for run in group]
     pictures = [name for name in files if name.endswith('.png')]
     shown = '\n\n'.join([text, *(f'![{name[:-4]}]({name})' for name in pictures)])
-    records.write_record(folder, options.title or options.record.replace('_', ' '), options.note, runs, shown,
+    records.write_record(folder, options.title or options.record.replace('_', ' '),
+                         f'{claims.words(sum(rows, []), options.claim)} {options.note}', runs, shown,
                          [*commands(grid.out_dir), f'python ablate.py report {grid.out_dir}'])
     write_json(os.path.join(folder, 'grid.json'), masking.inside(configurator.as_dict(grid)))
     for name in [PAGE, *pictures]:
@@ -220,12 +228,12 @@ def write_record(grid, found, text, files, options):
 
 
 def main_report(arguments):
-    """`ablate.py report DIR [--axes=NAME] [--record=NAME --title= --note=]`."""
+    """`ablate.py report DIR [--axes=NAME] [--record=NAME --claim= --title= --note=]`."""
     if not arguments or arguments[0].startswith('-'):
         raise UserError('name the folder of a grid: python ablate.py report DIR')
     options = configurator.load([f'--part={a[7:]}' if a.startswith('--axes=') else a for a in arguments[1:]], Grid,
-                                'python ablate.py report DIR [--axes=NAME] [--record=NAME --title= --note=]')
-    grid, found, text, files = report(arguments[0], options.part)
+                                'python ablate.py report DIR [--axes=NAME] [--record=NAME --claim= --title= --note=]')
+    grid, found, text, files = report(arguments[0], options.part, options.figures)
     print(text)
     print(f'\nwritten to {os.path.join(arguments[0], PAGE)}, {TEXT} and {len(files) - 2} plots')
     if options.record:

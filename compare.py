@@ -1,6 +1,9 @@
-"""Compare runs: `python compare.py RUN RUN ... [--record=NAME]` prints a Markdown table. Runs that differ only in their
-seed are one row, with mean and spread. --record=NAME also keeps table, configuration, machine and logs in
-records/<date>_NAME/ (a folder of plain text; commit it).
+"""Compare runs: `python compare.py RUN RUN ... [--baseline=NAME] [--record=NAME]` prints a Markdown table. Runs that differ
+only in their seed are one row, with mean, standard deviation and n; --baseline=NAME sets every row beside that one, with
+95 % intervals and one-sided p-values. --record=NAME also keeps table, configuration, machine and logs in
+records/<date>_NAME/ (a folder of plain text; commit it). It refuses what cannot back a claim (reporting/claims.py): fewer
+than three seeds in a row, other data or evaluation, with --claim=speed other hardware, unknown code. --claim=none records
+runs as they are, and says so.
 
 `python compare.py recovery RUN [RUN ...] [--to=FOLDER]` reports how changes of the model affected runs, from their
 log.jsonl. For one run it writes drop_in.md, drop_in.json and drop_in.png again, for example after a kill; for several runs
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 import configurator
 from commandline import ends
 from configurator import key
+from reporting import palette
 from variants import UserError
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -29,12 +33,16 @@ class CompareConfig:
     record: str = key('', 'name of a record to write to records/<date>_NAME')
     title: str = key('', 'title of the record')
     note: str = key('', 'a paragraph for the record: what a reader needs to know')
+    baseline: str = key('', 'the row that the others are compared with: its name, the beginning of it, or a pattern')
+    claim: str = key('loss', "what a record claims, and the baseline's p-values are about; 'none' records runs as they are",
+                     choices=('loss', 'speed', 'none'))
 
 
 @dataclass
 class RecoveryConfig:
     """Settings of compare.py recovery."""
     baseline: str = key('', 'pattern of the folders whose final loss is the target for the others, such as */dense/*')
+    figures: str = key('png', palette.HELP, choices=palette.KINDS)
     to: str = key('', 'folder for the table and the plot; default: the folder of the run, for several runs out/drop_in')
 
 
@@ -48,12 +56,16 @@ def compare(folders, config):
     """Print the table of the runs, and write a record of them if one was requested."""
     if not folders:
         raise UserError('name the folders of the runs: python compare.py out/kron_mlp out/dense_mlp')
-    from reporting import records
+    from reporting import claims, records
     found = [records.read_run(folder) for folder in folders]
-    print(records.table(found))
+    if config.record:
+        claims.check(records.grouped(found), config.claim)
+    text = records.table(found, config.baseline, config.claim)
+    print(text)
     if config.record:
         folder = os.path.join(ROOT, 'records', f'{datetime.date.today()}_{config.record}')
-        records.write_record(folder, config.title or config.record.replace('_', ' '), config.note, found)
+        note = f'{claims.words(records.grouped(found), config.claim)} {config.note}'
+        records.write_record(folder, config.title or config.record.replace('_', ' '), note, found, text)
         print(records.listing(folder))
 
 
@@ -67,9 +79,9 @@ def recover(folders, config):
         print(recovery.savings([records.read_run(folder) for folder in folders], config.baseline))
     elif len(folders) == 1 and not config.to:
         recovery.read(folders[0])
-        print(recovery.write(folders[0]))
+        print(recovery.write(folders[0], figures=config.figures))
     else:
-        print(recovery.write(config.to or os.path.join('out', 'drop_in'), folders))
+        print(recovery.write(config.to or os.path.join('out', 'drop_in'), folders, config.figures))
 
 
 def publish(folders, config):

@@ -288,13 +288,14 @@ def main_run(arguments):
 # ----------------------------------------------------------------------------------------------------
 # the report
 
-def report(folder):
+def report(folder, figures='png'):
     """(study, text) of the results in a study's folder; writes report.md and the plot there."""
     from compression import tables  # needs torch, which is told before anything is read
     from reporting.written import read_settings, understood
     study = read_settings(os.path.join(folder, 'study.json'), Study, 'name the out_dir of a study')
     with understood(folder):
         check(study)
+        study.figures = study.figures if figures == 'png' else figures
         return report_of(study, folder, tables)
 
 
@@ -306,7 +307,7 @@ def report_of(study, folder, tables):
     if not lines:
         raise UserError(f'{folder}: no trial has finished yet')
     text = tables.text(study, lines)
-    tables.plot(study, lines, os.path.join(folder, PLOT))
+    tables.plot(study, lines, os.path.join(folder, PLOT), study.figures)
     title = study.title or os.path.basename(os.path.normpath(folder))
     with open(os.path.join(folder, TABLE), 'w', encoding='utf-8') as file:
         file.write(f'# {title}\n\n{text}\n\n![parameters and perplexity]({PLOT})\n')
@@ -333,7 +334,7 @@ def main_report(arguments):
     if not arguments or arguments[0].startswith('-'):
         raise UserError('name the folder of a study: python compress.py report DIR')
     options = configurator.load(arguments[1:], Study, 'python compress.py report DIR [--record=NAME --title= --note=]')
-    study, text = report(arguments[0])
+    study, text = report(arguments[0], options.figures)
     print(text)
     print(f'\nwritten to {os.path.join(arguments[0], TABLE)} and {PLOT}')
     if options.record:

@@ -177,6 +177,8 @@ class Evaluation:
     always_save_checkpoint: bool = key(True, 'save after every evaluation, not only after a better one')
     save_interval: int = key(0, 'steps between checkpoints besides those at evaluations; 0 = none', low=0)
     keep_checkpoints: int = key(3, 'newest checkpoints kept, the best one not counted', low=2)
+    figures: str = key('png', "formats of pictures; 'png,pdf' and 'png,svg' are for papers",
+                       choices=('png', 'png,pdf', 'png,svg', 'png,pdf,svg'))
     tensorboard_log: bool = key(False, 'log to out_dir/tensorboard')
     wandb_log: bool = key(False, 'log to Weights & Biases')
     wandb_project: str = key('owt', 'its project name')

@@ -273,6 +273,7 @@ def assemble(config, model, dataset, state, job, ways, teacher=None):
             run.scaler.load_state_dict(state['scaler'])
             run.outliers.state = state['outliers']
             progress.update({k: state[k] for k in ('step', 'tokens', 'flops', 'seconds', 'best_val_loss', 'evaluated')})
+    job.data = dataset.digest
     run.log = RunLog(config, model, progress, job, ways)
     return run
 
@@ -368,7 +369,7 @@ def finish(run, words):
     dropin.watch(run, run.progress['step'])
     run.log.close(words)
     if run.job.main and run.config.drop_in_report and not run.config.eval_only:
-        run.log.outlets.attempt('drop_in', recovery.write, run.config.out_dir)
+        run.log.outlets.attempt('drop_in', recovery.write, run.config.out_dir, None, run.config.figures)
 
 
 def give_up(run, result, rate):

@@ -9,35 +9,7 @@ import itertools
 import math
 import statistics
 
-
-def t_probability(t, degrees):
-    """P(|T| <= t) of Student's t, by its closed form for whole degrees of freedom (Abramowitz & Stegun 26.7.3, 26.7.4)."""
-    angle = math.atan2(t, math.sqrt(degrees))
-    square, odd = math.cos(angle) ** 2, degrees % 2
-    term = total = math.cos(angle) if odd else 1.0
-    for k in range(2 + odd, degrees, 2):
-        term *= square * (k - 1) / k
-        total += term
-    if not odd:
-        return math.sin(angle) * total
-    return 2 / math.pi * (angle + (math.sin(angle) * total if degrees > 1 else 0.0))
-
-
-def t_quantile(degrees, level=0.95):
-    """t with P(|T| <= t) = level, by bisection."""
-    low, high = 0.0, 1e5
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_probability(middle, degrees) < level else (low, middle)
-    return (low + high) / 2
-
-
-def interval(values, level=0.95):
-    """(mean, half width): mean +- t(n - 1) s / sqrt(n), s the standard deviation; (mean, None) of one value."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, t_quantile(len(values) - 1, level) * statistics.stdev(values) / math.sqrt(len(values))
+from reporting.significance import interval
 
 
 def contrasts(losses, flips):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import configurator
 from commandline import bounds
 from configurator import key
+from reporting import palette
 from variants import UserError, did_you_mean
 
 SEEDS = (1337, 1, 2, 3, 4, 5, 6, 7, 8, 9)
@@ -45,7 +46,10 @@ class Grid:
     gpus: int = key(0, 'GPUs: every run gets one, by CUDA_VISIBLE_DEVICES; 0 = what train.py chooses', low=0)
     baseline: str = key('', 'the variant that others are compared with; default dense, or the first')
     dry_run: bool = key(False, 'list the runs and stop')
+    figures: str = key('png', palette.HELP, choices=palette.KINDS)
     record: str = key('', 'name of a record to write to records/<date>_NAME')
+    claim: str = key('loss', "what a record claims; 'none' records runs as they are, fewer than three seeds for example",
+                     choices=('loss', 'speed', 'none'))
     title: str = key('', 'title of the record')
     note: str = key('', 'a paragraph for the record: what a reader needs to know')
 

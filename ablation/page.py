@@ -4,6 +4,7 @@ import html
 import os
 
 from ablation import results, tables
+from reporting.records import SPREAD
 
 STYLE = '''
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -96,9 +97,8 @@ def section(grid, found, rows, task, pruned, folder, pictures):
     mains, pairs = results.effects_of(grid, rows)
     parts = [f'<h2>{html.escape(task)}</h2>' if task else '', main_table(grid, rows),
              '<p>* on the Pareto front: no row has both a lower loss and less of that column. Rows in italics are '
-             'controls. ± is half the range over seeds.</p>' if grid.axes else
-             '<p>* on the Pareto front: no row has both a lower loss and less of that column. ± is half the range over '
-             'seeds.</p>']
+             f'controls. {SPREAD}.</p>' if grid.axes else
+             f'<p>* on the Pareto front: no row has both a lower loss and less of that column. {SPREAD}.</p>']
     if mains:
         parts += ['<h3>Main effects</h3>', effect_table(mains)]
     if pairs:

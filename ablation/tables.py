@@ -5,6 +5,8 @@ import json
 import configurator
 from ablation import results
 from reporting import records
+from reporting.claims import probability
+from reporting.significance import paired
 from variants import UserError
 
 FORMULA = (
@@ -64,7 +66,9 @@ def columns(grid, rows):
     found += [(name, lambda r, n=name: shown(r['searched'].get(n, '')), lambda r, n=name: r['searched'].get(n, -1))
               for name in searched]
     found += [('validation loss', lambda r: spread(list(r['losses'].values())), lambda r: r['loss']),
-              ('beside the baseline', lambda r: spread(r['beside']), lambda r: mean(r['beside']))]
+              ('n', lambda r: str(len(r['losses'])), lambda r: len(r['losses'])),
+              ('beside the baseline', lambda r: spread(r['beside']), lambda r: mean(r['beside'])),
+              ('p, paired', lambda r: probability(chance(r)), lambda r: '' if chance(r) is None else chance(r))]
     if any(row['narrow'] for row in rows):
         found += [('beside a narrow dense model', lambda r: f'{spread(r["beside_narrow"])} ({r["narrow"]})' if r['narrow']
                    else '', lambda r: mean(r['beside_narrow']))]
@@ -78,6 +82,11 @@ def columns(grid, rows):
                    lambda r: r['runs'][0]['env']['flops_per_token']),
                   ('cache, bytes per token', lambda r: f'{cache_of(r):,.0f}' if cache_of(r) else 'none', cache_of)]
     return [*found, ('tokens/s of one core', lambda r: f'{speed(r["runs"]):,.0f}', lambda r: speed(r['runs']))]
+
+
+def chance(row):
+    """The one-sided p of the paired t test that a row's loss is below the baseline's; None of the baseline itself."""
+    return paired(row['beside'])[2] if any(row['beside']) else None
 
 
 def cache_of(row):
@@ -131,7 +140,8 @@ EFFECT_HEAD = ['axis', 'effect on the loss', '95 % over pairs', 'pairs', '95 % o
 def task_text(grid, found, rows, task, pruned):
     """All tables of one task."""
     parts = [(f'## {task}\n\n' if task else '') + table(grid, rows),
-             '\\* on the Pareto front: no row has both a lower loss and less of that column.']
+             '\\* on the Pareto front: no row has both a lower loss and less of that column. p: one-sided, of the paired '
+             't test that the loss is below the baseline\'s on the same seeds; near 1 it is above; not corrected.']
     mains, pairs = results.effects_of(grid, rows)
     if mains:
         parts += ['### Main effects', markdown(EFFECT_HEAD, effect_rows(mains))]

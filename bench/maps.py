@@ -17,9 +17,10 @@ import torch
 
 import variants
 from attention.heads import ValueMix, merge_heads, split_heads
+from reporting import palette
 from variants import UserError
 
-LABELLED, DPI = 64, 130                 # tokens that can still be read on an axis; dots an inch
+LABELLED, DPI = 64, 110                 # tokens that can still be read on an axis; dots an inch
 
 
 @contextlib.contextmanager
@@ -119,21 +120,19 @@ def label(text):
 
 
 def draw(path, maps, names, labels, title):
-    """One PNG: a row of axes per layer, a column per head; queries downwards, keys to the right.
+    """One picture, PNG, PDF or SVG: a row of axes per layer, a column per head; queries downwards, keys to the right.
 
     maps: (heads, T, T) by layer; names: of the class, by layer; labels: the tokens as text, or [] for numbers.
     One colour scale for all, in the square root of the weight, as most weights are near 0; a map with negative weights
-    makes it diverging. Grey is a weight of exactly 0, such as that of a key that a query does not see.
+    makes it diverging, and up to 64 tokens a minus sign stands on them. Grey is a weight of exactly 0, such as that of a key
+    that a query does not see.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
     maps = [m.float().cpu() for m in maps]
     columns, T = max(m.size(0) for m in maps), maps[0].size(1)
-    cell = max(2.2, 0.11 * len(labels), min(8, T / DPI))                # inches; at most 64 tokens have room for labels
-    figure = Figure(figsize=(columns * (cell + 0.3) + 1.6, len(maps) * (cell + 0.5) + 0.8), layout='constrained')
-    FigureCanvasAgg(figure)
+    cell = max(2.6, 0.16 * len(labels), min(8, T / DPI))                # inches; at most 64 tokens have room for labels
+    figure = palette.figure(columns * (cell + 0.7) + 1.4, len(maps) * (cell + 0.8) + 1.0)
     signed = min(m.min().item() for m in maps) < -1e-6
     bound = max(m.abs().max().item() for m in maps) or 1.0
     scale = ScalarMappable(Normalize(-bound ** 0.5 if signed else 0, bound ** 0.5), 'RdBu_r' if signed else 'Reds')
@@ -147,14 +146,18 @@ def draw(path, maps, names, labels, title):
             roots = (weights.sign() * weights.abs().sqrt()).where(weights != 0, torch.nan)
             axes.imshow(roots.numpy(), cmap=scale.cmap, norm=scale.norm, interpolation='nearest')
             axes.set_facecolor('0.9')
-            axes.set_title(f'layer {layer}, head {head}, {name}', fontsize=7)
-            axes.tick_params(labelsize=6, length=2)
+            axes.set_title(f'layer {layer}, head {head}, {name}', fontsize=10)
+            axes.tick_params(labelsize=9, length=3)
             if labels:
-                axes.set_xticks(range(T), labels, fontsize=5, family='monospace')
-                axes.set_yticks(range(T), labels, fontsize=5, family='monospace')
+                axes.set_xticks(range(T), labels, fontsize=8, family='monospace',
+                                rotation=90 * (max(map(len, labels)) > 1))
+                axes.set_yticks(range(T), labels, fontsize=8, family='monospace')
+            if signed and T <= LABELLED:                # a grey print shows the size alone
+                rows, keys = (weights < -0.02 * bound).nonzero(as_tuple=True)
+                axes.plot(keys, rows, '_', color='black', ms=max(2, 40 * cell / T), mew=0.8)
     colour_bar(figure, scale, grid, bound, signed)
     width, height = figure.get_size_inches()
-    figure.suptitle(textwrap.fill(title, int(12 * width)), fontsize=9)
+    figure.suptitle(textwrap.fill(title, int(11 * width)), fontsize=11)
     figure.savefig(path, dpi=min(DPI, 15000 / max(width, height)))
 
 
@@ -163,8 +166,8 @@ def colour_bar(figure, scale, grid, bound, signed):
     marks = [m for m in (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 4) if m <= bound]
     marks = [-m for m in marks[:0:-1]] + marks if signed else marks
     bar = figure.colorbar(scale, ax=grid, shrink=0.6, pad=0.01, aspect=40)
-    bar.set_ticks([abs(m) ** 0.5 * (1 if m > 0 else -1) for m in marks], labels=[f'{m:g}' for m in marks], fontsize=7)
-    bar.set_label('weight of the key', fontsize=8)
+    bar.set_ticks([abs(m) ** 0.5 * (1 if m > 0 else -1) for m in marks], labels=[f'{m:g}' for m in marks], fontsize=9)
+    bar.set_label('weight of the key', fontsize=10)
 
 
 def run(settings):

@@ -133,8 +133,8 @@ def check_maps(settings, part):
     for name, what in (('maps', 'FILE.png'), ('out_dir', 'DIR'), ('text', 'FILE')):
         if not getattr(settings, name):
             raise UserError(f'--maps=FILE.png, --out_dir=DIR and --text=FILE go together; give --{name}={what} too', name)
-    if not settings.maps.endswith('.png'):
-        raise UserError(f'maps must end in .png, got {settings.maps!r}', 'maps')
+    if not settings.maps.endswith(('.png', '.pdf', '.svg')):
+        raise UserError(f'maps must end in .png, .pdf or .svg, got {settings.maps!r}', 'maps')
     for name in ('out_dir', 'maps'):
         folder = settings.out_dir if name == 'out_dir' else os.path.dirname(settings.maps) or '.'
         if not os.path.isdir(folder):

@@ -7,6 +7,7 @@ from ablation.grid import SEEDS, check_name, check_settings
 from commandline import bounds
 from configfile import number
 from configurator import key
+from reporting import palette
 from variants import UserError, did_you_mean
 
 DENSE = 'dense'                         # the variant that changes nothing; always present
@@ -45,6 +46,7 @@ class Study:
     prepare: str = key('', 'the command that makes the data set, said where it is missing; SOURCE and FOLDER are put in')
     published: str = key('', "figures of others to show in the report beside one's own", choices=('', 'wikitext2'))
     dry_run: bool = key(False, 'print the trials, their rules and parameters, and stop')
+    figures: str = key('png', palette.HELP, choices=palette.KINDS)
     record: str = key('', 'name of a record to write to records/<date>_NAME')
     title: str = key('', 'title of the record')
     note: str = key('', 'a paragraph for the record: what a reader needs to know')

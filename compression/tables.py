@@ -5,6 +5,7 @@ import statistics
 from ablation.tables import markdown
 from compression import published
 from compression.study import DENSE, settings_of
+from reporting import palette
 from reporting.records import spread
 
 
@@ -26,7 +27,7 @@ def losses(lines, text, healed=False):
 
 
 def shown(values, as_loss):
-    """Mean and half range over seeds, of losses or of perplexities; '' for none."""
+    """Mean and standard deviation over seeds, of losses or of perplexities; '' for none."""
     import math
     if not values:
         return ''
@@ -141,7 +142,8 @@ def text(study, lines):
                      f'{selected} on select' + f'; after the healing run {healed} on test' * bool(healed) + '.')
     tokens = lines[0]['zero']['test']['tokens']
     parts += [f'Test text ({study.test}, {tokens:,} tokens, on which no choice was made), zero-shot and → healed; '
-              f'± is half the range over calibration seeds and dense models; {study.calibration_tokens:,} tokens of '
+              '± is the standard deviation over calibration seeds and dense models (n - 1), a figure without it is one '
+              f'draw and no claim; {study.calibration_tokens:,} tokens of '
               'calibration unless a variant says otherwise.', summary(study, found, 'test')]
     for label in study.budgets:
         if any(budget == label for _, budget in found):
@@ -155,30 +157,26 @@ def text(study, lines):
     return '\n\n'.join(parts)
 
 
-def plot(study, lines, path):
+def plot(study, lines, path, figures='png'):
     """Test loss or perplexity (log), a panel per budget, a row per variant: filled as compressed, hollow once healed."""
     import math
-
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
     found, unit = grouped(study, lines), in_nats(study)
 
     def level(name, budget, healed):
         values = losses(found.get((name, budget), []), 'test', healed)
         return statistics.fmean(values) if unit or not values else math.exp(min(statistics.fmean(values), 700))
     names = [name for name in study.variants if name != DENSE and any(n == name for n, _ in found)]
-    figure, panels = plt.subplots(1, len(study.budgets), sharex=True, sharey=True, squeeze=False, layout='constrained',
-                                  figsize=(3.7 + 3.5 * len(study.budgets), 1.6 + 0.22 * len(names)))
+    figure = palette.figure(3.7 + 3.5 * len(study.budgets), 1.6 + 0.22 * len(names))
+    panels = figure.subplots(1, len(study.budgets), sharex=True, sharey=True, squeeze=False)
     for axes, budget in zip(panels[0], study.budgets):
-        for healed, style in ((False, {}), (True, {'mfc': 'none'})):
+        for healed, style in ((False, {}), (True, {'mfc': 'none', 'mew': 1.4})):
             points = [(level(name, budget, healed), y) for y, name in enumerate(names)
                       if losses(found.get((name, budget), []), 'test', healed)]
             if points:
                 label = 'healed' if healed else 'as compressed'
-                axes.plot(*zip(*points), 'o', color=f'C{int(healed)}', label=label, **style)
+                axes.plot(*zip(*points), 's' if healed else 'o', color=palette.COLOURS[healed], label=label, **style)
         if (DENSE, '') in found:
-            axes.axvline(level(DENSE, '', False), color='black', lw=0.8, ls=':', label='dense')
+            axes.axvline(level(DENSE, '', False), color='black', lw=1, ls='--', label='dense')
         axes.set(title=f'{budget} of {study.sites}', xlabel='test loss, nats per token' if unit else 'test perplexity',
                  xscale='linear' if unit else 'log', ylim=(len(names) - 0.5, -0.5))
         axes.set_yticks(range(len(names)), names, fontsize=8)
@@ -186,5 +184,4 @@ def plot(study, lines, path):
     handles = {label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), fontsize=8, loc='outside lower center', ncols=3)
     figure.suptitle(study.title or 'compression')
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    palette.save(figure, path, figures)

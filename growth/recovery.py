@@ -12,12 +12,14 @@ import os
 import re
 import statistics
 
+from reporting import palette
 from reporting.records import grouped, read_lines, spread
 from reporting.runlog import write_json
 from variants import UserError
 
 COLUMNS = ('step', 'replaced', 'parameters', 'weight error', 'output error', 'alone', 'loss before', 'after', 'spike',
            'at the end', 'back after')
+HATCHES = '', '///', '...', 'xxx'       # of bars of several groups: colours alone are lost in a grey print
 
 
 def read(folder):
@@ -106,43 +108,43 @@ def text_of(runs):
                  'when nothing else is replaced, measured before the first replacement. `at the end`: before the '
                  'next replacement, or at the end of the run. `back after`: steps until the loss was first measured at or '
                  'below what it was before. Errors are means over the matrices, relative to the norm of the weight and to '
-                 'the size of the outputs; ± is half the range over the runs of a group.')
+                 'the size of the outputs; ± is the standard deviation over the runs of a group (n - 1).')
     return '\n\n'.join(parts) + '\n'
 
 
-def draw(runs, path):
+def draw(runs, path, figures='png'):
     """The loss on the fixed batches by step, and the spike and the loss left over by matrix, means over a group's runs."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-    figure, (curves, bars) = plt.subplots(2, 1, figsize=(9, 8))
+    figure = palette.figure(9, 8)
+    curves, bars = figure.subplots(2, 1)
     groups = by_group(runs)
     for i, (name, group) in enumerate(groups.items()):
+        style = palette.style(i)
+        colour = style['color']
         for run in group:
             changes = run['changes']
             points = sorted([[c['step'], k, loss] for c in changes for k, loss in enumerate((c['before'], c['after']))] +
                             [[step, 2, loss] for step, loss in run['probes']])
-            curves.plot([p[0] for p in points], [p[2] for p in points], color=f'C{i}', linewidth=1, alpha=len(group) ** -0.5,
-                        label=name if run is group[0] else None)
-            curves.plot([c['step'] for c in changes], [c['after'] for c in changes], '.', color=f'C{i}')
+            curves.plot([p[0] for p in points], [p[2] for p in points], color=colour, linestyle=style['linestyle'],
+                        linewidth=1, alpha=len(group) ** -0.5)
+            curves.plot([c['step'] for c in changes], [c['after'] for c in changes], style['marker'], color=colour, ms=4)
+        curves.plot([], [], **style, markersize=4, linewidth=1, label=name)
         width, steps = 0.8 / len(groups), list(zip(*(run['changes'] for run in group)))
         places = [k + i * width for k in range(len(steps))]
-        bars.bar(places, [statistics.mean(c['spike'] for c in step) for step in steps], width, color=f'C{i}', alpha=0.4,
-                 label=f'{name}: at once')
-        bars.bar(places, [statistics.mean(c['end'] - c['before'] for c in step) for step in steps], width / 2, color=f'C{i}',
+        bars.bar(places, [statistics.mean(c['spike'] for c in step) for step in steps], width, color=colour, alpha=0.4,
+                 label=f'{name}: at once', hatch=HATCHES[i % len(HATCHES)], edgecolor=colour, lw=0)
+        bars.bar(places, [statistics.mean(c['end'] - c['before'] for c in step) for step in steps], width / 2, color=colour,
                  label=f'{name}: left at the end')
     most = max(runs, key=lambda run: len(run['changes']))['changes']
     same = len(runs) == 1 or all(len(run['changes']) < 2 for run in runs)
     bars.set_xticks(range(len(most)), [c['replaced'] if same else f'replacement {k + 1}' for k, c in enumerate(most)],
-                    rotation=60, ha='right', fontsize=7)
+                    rotation=60, ha='right', fontsize=8)
     curves.set(xlabel='step', ylabel='loss, nats per token', title='loss on fixed validation batches; points: replacements')
     bars.set(ylabel='nats above the loss before')
     bars.axhline(0, color='0.5', linewidth=0.6)
     for axes in (curves, bars):
         axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        axes.grid(axis='y', alpha=0.25)
+    palette.save(figure, path, figures, dpi=120)
 
 
 def named(runs, folders):
@@ -153,8 +155,10 @@ def named(runs, folders):
     return runs
 
 
-def write(folder, folders=None):
+def write(folder, folders=None, figures='png'):
     """drop_in.md, drop_in.json and drop_in.png in `folder`, of the runs in `folders` (default: its own); returns the text.
+
+    figures: formats of the picture, as in the setting.
 
     Writes nothing when no replacement was measured yet.
     """
@@ -168,7 +172,7 @@ def write(folder, folders=None):
     with open(os.path.join(folder, 'drop_in.md'), 'w', encoding='utf-8') as file:
         file.write(text_of(runs))
     write_json(os.path.join(folder, 'drop_in.json'), runs if folders else runs[0])
-    draw(runs, os.path.join(folder, 'drop_in.png'))
+    draw(runs, os.path.join(folder, 'drop_in.png'), figures)
     return text_of(runs)
 
 

@@ -33,7 +33,7 @@ def y_of(loss):
 
 
 def points(root):
-    """{label: (parameters, [(training FLOPs, loss, half range)])} of LINES, from the records."""
+    """{label: (parameters, [(training FLOPs, loss, standard deviation)])} of LINES, from the records."""
     records, found = {STEPS: Record(root, STEPS), EQUAL: Record(root, EQUAL)}, {}
     for label, (_, _, *rows) in LINES.items():
         places = [(records[name], row) for name, row in zip((STEPS, EQUAL), rows) if row]

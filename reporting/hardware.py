@@ -144,14 +144,41 @@ def git(*words):
         return ''
 
 
+def untracked():
+    """Python files of this repo that this process has loaded and git does not track, by their paths from the root."""
+    top = git('rev-parse', '--show-toplevel')
+    loaded = {os.path.realpath(m.__file__) for m in list(sys.modules.values()) if getattr(m, '__file__', None)}
+    names = git('ls-files', '--others', '--exclude-standard', '--full-name', '--', ':/*.py').splitlines()
+    return [name for name in names if os.path.realpath(os.path.join(top, name)) in loaded]
+
+
+def changes():
+    """{'dirty': files that differ from the commit, 'diff': how}, loaded files that git does not track included.
+
+    dirty with an empty diff: git could not say how.
+    """
+    new = untracked()
+    parts = [git('diff', 'HEAD'), *(git('diff', '--no-index', '--', os.devnull, name) for name in new)]
+    text = '\n'.join(filter(None, parts))
+    return {'dirty': sorted([*git('diff', 'HEAD', '--name-only').splitlines(), *new]),
+            'diff': masking.text(text[:400_000])[:200_000]}
+
+
+def cpu_name():
+    """The processor's name, '' where the system does not say."""
+    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
+        return next((line.partition(':')[2].strip() for line in file if line.startswith('model name')), '')
+    return platform.processor()
+
+
 def environment(where):
     """Content of a run's env.json: versions, hardware, commit; uncommitted changes and command without secrets."""
     return {
         'command': [os.path.basename(sys.executable), os.path.basename(sys.argv[0]), *masking.command(sys.argv[1:])],
         'python': platform.python_version(),
-        'torch': str(torch.__version__), 'platform': f'{platform.system()} {platform.machine()}', 'cpus': os.cpu_count(),
-        'threads': torch.get_num_threads(), 'device': str(where),
+        'torch': str(torch.__version__), 'platform': f'{platform.system()} {platform.machine()}', 'cpu': cpu_name(),
+        'cpus': os.cpu_count(), 'threads': torch.get_num_threads(), 'device': str(where),
         'gpu': torch.cuda.get_device_name(where) if where.type == 'cuda' else None,
         'world_size': int(os.environ.get('WORLD_SIZE', 1)),
-        'commit': git('rev-parse', 'HEAD'), 'diff': masking.text(git('diff', 'HEAD')[:400_000])[:200_000],
+        'commit': git('rev-parse', 'HEAD'), **changes(),
     }

@@ -42,7 +42,7 @@ class Table:
         if any(seeds) and not any('→' in cell for line in lines for cell in line):
             head.append('seeds')
             lines = [[*line, n[0] if n else '1'] for line, n in zip(lines, seeds)]
-        spread = '; ± is half the range over seeds' if any('±' in cell for line in lines for cell in line) else ''
+        spread = '; ± is the standard deviation over seeds' if any('±' in cell for line in lines for cell in line) else ''
         return '\n\n'.join([markdown(head, lines), f'From {link(self.record, page)}{spread}.',
                             folded(record.commands(), f'the commands ({self.takes})')])
 
@@ -84,9 +84,9 @@ class Answer:
         record = Record(root, self.record)
         (size, _, _), (whole, _, _) = (record.number(name, 'parameters') for name in (self.variant, self.dense))
         (flops, _, _), (all_flops, _, _) = (record.number(name, self.cost) for name in (self.variant, self.dense))
-        mean, half, seeds = record.number(self.variant, 'validation loss')
+        mean, deviation, seeds = record.number(self.variant, 'validation loss')
         narrow = f'{record.number(self.narrow, "validation loss")[0]:.3f}' if self.narrow else ''
-        return [self.what, millions(size, whole), percent(flops, all_flops), unbroken(f'{mean:.3f} ± {half:.3f}'),
+        return [self.what, millions(size, whole), percent(flops, all_flops), unbroken(f'{mean:.3f} ± {deviation:.3f}'),
                 f'{record.number(self.dense, "validation loss")[0]:.3f}', narrow, str(seeds), self.data]
 
 

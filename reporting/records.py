@@ -4,14 +4,14 @@ import os
 import statistics
 import sys
 
-from reporting import masking
+from reporting import claims, masking
 from reporting.runlog import read_log, write_json
 from reporting.written import read_json
 from variants import UserError
 
 COUNTED = 'step', 'tokens', 'flops', 'loss', 'train_loss', 'val_loss', 'tokens_per_s', 'probe_loss'
 LINES = 8000                            # of a record's log: a few megabytes
-APART = ('seed', 'out_dir', 'init_from', 'device', 'debug', 'wandb_run_name')    # may differ within a row
+APART = ('seed', 'out_dir', 'init_from', 'device', 'debug', 'figures', 'wandb_run_name')    # may differ within a row
 
 
 def is_number(value):
@@ -74,10 +74,13 @@ def grouped(runs):
     return list(groups.values())
 
 
+SPREAD = '± is the standard deviation over seeds (n - 1)'
+
+
 def spread(values, digits):
-    """'mean +- half range (n)', or the value alone."""
+    """'mean ± standard deviation (n)', n - 1 below the root; or the value alone."""
     text = f'{statistics.mean(values):.{digits}f}'
-    return text if len(values) == 1 else f'{text} ± {(max(values) - min(values)) / 2:.{digits}f} (n={len(values)})'
+    return text if len(values) == 1 else f'{text} ± {statistics.stdev(values):.{digits}f} (n={len(values)})'
 
 
 def tokens_of(lines):
@@ -85,25 +88,29 @@ def tokens_of(lines):
     return max((line.get('tokens', 0) for line in lines), default=0)
 
 
-def row(group):
-    """One line of the table: run, parameters, FLOPs per token, tokens, losses, speed."""
-    first = group[0]
-    name = os.path.basename(os.path.normpath(first['folder']))
-    speed = [statistics.median([s['tokens_per_s'] for s in run['steps']]) for run in group if run['steps']]
-    tokens = tokens_of(first['lines'])
-    return (f'| {name} | {first["env"].get("parameters", 0):,} | {first["env"].get("flops_per_token", 0):,} '
-            f'| {tokens:,} | {spread([run["evals"][-1]["val_loss"] for run in group], 4)} '
-            f'| {spread([min(e["val_loss"] for e in run["evals"]) for run in group], 4)} '
-            f'| {statistics.median(speed):,.0f} |' if speed else f'| {name} | no steps |')
+HEAD = 'run', 'parameters', 'FLOPs per token', 'tokens', 'last val loss', 'best val loss', 'tokens/s, median', 'n'
 
 
-def table(runs):
-    """The Markdown table of all runs."""
-    head = ['| run | parameters | FLOPs per token | tokens | last val loss | best val loss | tokens/s, median |',
-            '|---|---|---|---|---|---|---|']
-    groups = grouped(runs)
-    notes = list(dict.fromkeys(filter(None, (origin(run) for group in groups for run in group))))
-    return '\n'.join(head + [row(group) for group in groups] + notes)
+def row(group, more=()):
+    """One line of the table: run, parameters, FLOPs per token, tokens, losses, speed, runs; more: cells behind them."""
+    env = group[0]['env']
+    speeds = [claims.speed(run) for run in group if run['steps']]
+    cells = [claims.name_of(group), f'{env.get("parameters", 0):,}', f'{env.get("flops_per_token", 0):,}',
+             f'{tokens_of(group[0]["lines"]):,}', spread(list(map(claims.last_loss, group)), 4),
+             spread([min(e['val_loss'] for e in run['evals']) for run in group], 4),
+             f'{statistics.median(speeds):,.0f}' if speeds else 'no steps', len(group), *more]
+    return f'| {" | ".join(map(str, cells))} |'
+
+
+def table(runs, baseline='', claim='loss'):
+    """The Markdown table of all runs, a row per setting; with a baseline, every row beside it, and what that means."""
+    rows, cells, said = grouped(runs), {}, ''
+    if baseline:
+        cells, said = claims.comparison(rows, baseline, claim)
+    head = HEAD + claims.HEAD * bool(baseline)
+    notes = list(dict.fromkeys(filter(None, (origin(run) for group in rows for run in group))))
+    body = [row(group, cells.get(id(group[0]), ())) for group in rows]
+    return '\n'.join([f'| {" | ".join(head)} |', '|---' * len(head) + '|', *body, *notes]) + f'\n\n{said}' * bool(said)
 
 
 def origin(run):
@@ -132,13 +139,16 @@ def write_record(folder, title, note, runs, text=None, lines=None):
     os.makedirs(folder, exist_ok=True)
     every = -(-sum(len(run['lines']) for run in runs) // LINES)
     env = runs[0]['env']
-    machine = ', '.join(f'{name} {env.get(name)}' for name in ('torch', 'python', 'gpu', 'cpus', 'threads', 'commit'))
+    machine = ', '.join(f'{name} {env.get(name)}' for name in ('torch', 'python', 'gpu', 'cpu', 'cpus', 'threads', 'commit')
+                        if name in env)
+    others = sorted({str(r['env'].get('commit')) for r in runs} - {str(env.get('commit'))})
+    machine += f'; other runs at {", ".join(others)}' * bool(others)
     changed = '; the working tree held uncommitted changes (env.json)' if any(r['env'].get('diff') for r in runs) else ''
     shown = [masking.line(line) for line in lines] if lines else commands(runs)
     shown = '\n'.join(f'    {line}' for line in shown)
     with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as file:
-        file.write(f'# {title}\n\n{masking.text(text or table(runs))}\n\nLoss in nats per token; ± is half the range over '
-                   f'seeds. {masking.text(note)}\n\n'
+        file.write(f'# {title}\n\n{masking.text(text or table(runs))}\n\nLoss in nats per token; {SPREAD}. '
+                   f'{masking.text(note)}\n\n'
                    f'Machine: {machine}{changed}.\n\nCommands:\n\n{shown}\n')
     write_json(os.path.join(folder, 'config.json'), masking.inside({run['folder']: run['config'] for run in runs}))
     write_json(os.path.join(folder, 'env.json'), masking.inside({run['folder']: run['env'] for run in runs}))

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import configurator
 from checkpoints.durable import DISK, write_whole
-from reporting import hardware
+from reporting import curves, hardware
 from reporting.outlets import Lines, Outlets, noted
 
 
@@ -64,23 +64,6 @@ def rewind(path, step, evaluated):
     write_whole(Path(path), ''.join(json.dumps(line) + '\n' for line in kept).encode(), DISK)
 
 
-def draw(folder):
-    """loss.png from log.jsonl: training loss per step, training and validation loss at evaluations."""
-    from matplotlib.figure import Figure  # without pyplot, which is slow to import
-    lines = read_log(os.path.join(folder, 'log.jsonl'))
-    steps = [line for line in lines if 'loss' in line]
-    evals = [line for line in lines if 'val_loss' in line]
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
-    axes.plot([s['step'] for s in steps], [s['loss'] for s in steps], color='0.75', linewidth=0.8, label='training step')
-    for name, style in (('train_loss', 'o--'), ('val_loss', 'o-')):
-        axes.plot([e['step'] for e in evals], [e[name] for e in evals], style, markersize=3, label=name.replace('_', ' '))
-    axes.set(xlabel='step', ylabel='loss, nats per token', title=os.path.basename(os.path.normpath(folder)))
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(os.path.join(folder, 'loss.png'), dpi=120)
-
-
 @functools.cache
 def peak_flops(device, dtype):
     """hardware.peak_flops, timed once per process: a run that changes its model opens a log each time."""
@@ -109,7 +92,7 @@ class RunLog:
         config, folder, attempt = self.config, self.config.out_dir, self.outlets.attempt
         attempt('out_dir', functools.partial(os.makedirs, folder, exist_ok=True))
         attempt('config.json', write_json, os.path.join(folder, 'config.json'), configurator.as_dict(config))
-        facts = {'parameters': model.num_params(), 'flops_per_token': self.flops}
+        facts = {'parameters': model.num_params(), 'flops_per_token': self.flops, 'data': self.job.data}
         place = os.path.join(folder, 'env.json')
         notes = {'from': self.job.source or noted(place, 'from'), 'wandb': self.outlets.wandb_id}
         facts |= {name: value for name, value in notes.items() if value}
@@ -229,6 +212,8 @@ class RunLog:
         if words:
             print(words, flush=True) if self.job.main else None
         if self.file:
+            config = self.config
             self.file.close()
-            self.outlets.attempt('loss.png', draw, self.config.out_dir)
+            self.outlets.attempt('loss.png', lambda: curves.draw(config.out_dir, read_log(os.path.join(
+                config.out_dir, 'log.jsonl')), config.figures))
         self.outlets.close()

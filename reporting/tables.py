@@ -4,7 +4,7 @@ from pathlib import Path
 
 from variants import UserError, did_you_mean
 
-SPREAD = re.compile(r'(-?\d+(?:\.\d+)?(?:e[+-]\d+)?)(?: ± (\d+(?:\.\d+)?))?(?: \(n=(\d+)\))?')
+SPREAD = re.compile(r'([+-]?\d+(?:\.\d+)?(?:e[+-]\d+)?)(?: ± (\d+(?:\.\d+)?))?(?: \(n=(\d+)\))?')
 
 
 def cells(line):
@@ -55,9 +55,9 @@ class Record:
         return rows[label][column]
 
     def number(self, label, column, part=''):
-        """(mean, half range or 0, seeds) of a cell such as '1.8567 ± 0.0115 (n=3)'."""
-        mean, half, n = SPREAD.match(self.cell(label, column, part).replace(',', '')).groups()
-        return float(mean), float(half or 0), int(n or 1)
+        """(mean, standard deviation or 0, seeds) of a cell such as '1.8567 ± 0.0115 (n=3)'."""
+        mean, deviation, n = SPREAD.match(self.cell(label, column, part).replace(',', '')).groups()
+        return float(mean), float(deviation or 0), int(n or 1)
 
     def commands(self):
         """The command lines of the record: its first indented block that holds any."""

@@ -26,6 +26,7 @@ class Job:
     half_weights: bool = False
     stop: dict = dataclasses.field(default_factory=dict)            # train.py's STOP: 'signal' is set when one arrived
     source: dict = None                                 # what init_from's weights had: init_from, kind, step, tokens, flops
+    data: str = None                                    # the data set's digest, for env.json
     said: dict = None                                   # what init_from's place said besides: pretrained/said.py
     control: object = None                              # gloo group for small messages that must not wait for a GPU
 

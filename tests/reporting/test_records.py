@@ -14,7 +14,7 @@ def test_tokens_are_counted_to_the_last_step():
     lines = [{'step': i, 'loss': 1.0, 'tokens': 768 * (i + 1), 'tokens_per_s': 1.0} for i in range(0, 2000, 10)]
     old, new = {'step': 2000, 'val_loss': 1.0}, {'step': 2000, 'val_loss': 1.0, 'tokens': 768 * 2000}
     assert records.tokens_of([*lines, old]) == 768 * 1991 and records.tokens_of([*lines, new]) == 1_536_000
-    run = {'folder': 'x', 'env': {}, 'lines': [*lines, new], 'evals': [new], 'steps': lines}
+    run = {'folder': 'x', 'config': {}, 'env': {}, 'lines': [*lines, new], 'evals': [new], 'steps': lines}
     assert '| 1,536,000 |' in records.row([run]) and records.tokens_of([]) == 0
 
 
