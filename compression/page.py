@@ -1,9 +1,10 @@
 """The report of a compression study as one self-contained HTML page: loss against parameters, the tables, what failed."""
 from compression.study import DENSE
 from compression.tables import grouped
-from reporting import records, webpage
+from reporting import curves, records, webpage
 
 SIZES = {'total': 'parameters of the whole model', 'parameters': 'parameters of the sites that the budgets count'}
+FAR = 3                                 # highest loss over lowest from which on the axis is logarithmic
 KINDS = [{'label': 'as compressed', 'dots': True}, {'label': 'healed', 'dots': True, 'hollow': True}]
 
 
@@ -23,7 +24,7 @@ def part(name, label, lines, kind):
     """The points of one variant at one budget: as compressed (kind 0), or healed (1)."""
     pairs = [(x['zero'], x['healed']['healed'] if kind else x['zero']) for x in lines if x['healed'] or not kind]
     return {'x': {size: [zero[size] for zero, _ in pairs] for size in SIZES},
-            'y': {str(kind): [measured['test']['loss'] for _, measured in pairs]},
+            'y': {str(kind): curves.plain([measured['test']['loss'] for _, measured in pairs])},
             'names': [words_of(name, label, *pair) for pair in pairs]}
 
 
@@ -33,7 +34,9 @@ def chart(study, lines):
     series = [{'name': f'{name} {label}'.strip(), 'look': known.get(name, -1), 'row': name, 'control': name == DENSE,
                'parts': [part(name, label, group, kind) for kind in (0, 1)]}
               for (name, label), group in grouped(study, lines).items()]
-    return webpage.chart(xs=SIZES, y='test loss, nats per token', kinds=KINDS, series=series, front=True)
+    losses = [loss for one in series for points in one['parts'] for ys in points['y'].values() for loss in ys if loss]
+    return webpage.chart(xs=SIZES, y='test loss, nats per token', kinds=KINDS, series=series, front=True,
+                         start={'log': 'y' * (max(losses, default=0) > FAR * min(losses, default=0))})
 
 
 def page(study, title, lines, text, failed, env, folder):

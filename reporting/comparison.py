@@ -9,9 +9,9 @@ PLACES = 'out_dir', 'wandb_run_name', 'wandb_project', 'debug'          # say wh
 
 
 def words(value):
-    """A setting as the command line takes it."""
+    """A setting as the command line takes it, with spaces between rules alone that a line may break at."""
     if isinstance(value, dict):
-        return '; '.join(f'{key}={item}' for key, item in value.items())
+        return '; '.join(f'{key}={item}'.replace(' ', '\xa0') for key, item in value.items())
     return f'{value:g}' if isinstance(value, float) else str(value)
 
 
@@ -37,8 +37,8 @@ def results(run):
     """The cells of a run's figures, in the order of RESULTS."""
     losses = [line['val_loss'] for line in run['evals']]
     env, ends = run['env'], run['evals'][-1:] + run['steps'][-1:]
-    parts = [xs for xs, _ in curves.curves_of(run) if len(xs['steps'])]
-    most = {axis: max(xs[axis][-1] for xs in parts) if parts else None for axis in curves.AXES}
+    last = curves.xs_of(run, ends)
+    most = {axis: max(last[axis], default=None) for axis in curves.AXES}
     speed = statistics.median(line['tokens_per_s'] for line in run['steps']) if run['steps'] else None
     step = max((line['step'] for line in ends), default=None)
     return [number(losses[-1] if losses else None, '.4f'), number(min(losses, default=None), '.4f'), number(step, ','),

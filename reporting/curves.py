@@ -40,10 +40,12 @@ def flops_at(run, tokens):
 def xs_of(run, lines):
     """{axis of AXES: its value at each line}."""
     steps, tokens = column(lines, 'step'), column(lines, 'tokens')
-    if run['steps']:                                    # evaluations of older logs do not say their tokens
-        before = np.interp(steps, column(run['steps'], 'step') + 1, column(run['steps'], 'tokens'), left=0)
-        tokens = np.where(np.isnan(tokens), before, tokens)
-    return {'steps': steps, 'tokens': tokens, 'flops': flops_at(run, tokens), 'time': np.interp(steps, *clock(run['steps']))}
+    with np.errstate(all='ignore'):                     # of logs with infinite numbers
+        if run['steps']:                                # evaluations of older logs do not say their tokens
+            before = np.interp(steps, column(run['steps'], 'step') + 1, column(run['steps'], 'tokens'), left=0)
+            tokens = np.where(np.isnan(tokens), before, tokens)
+        return {'steps': steps, 'tokens': tokens, 'flops': flops_at(run, tokens),
+                'time': np.interp(steps, *clock(run['steps']))}
 
 
 def curves_of(run):
@@ -88,7 +90,7 @@ def pick(xs, ys, most):
 
 def plain(values):
     """Numbers for JSON, with six digits; null for what is no number."""
-    short = (float(f'{value:.6g}') if math.isfinite(value) else None for value in values.tolist())
+    short = (float(f'{value:.6g}') if math.isfinite(value) else None for value in map(float, values))
     return [int(value) if value is not None and value == int(value) and abs(value) < 2 ** 53 else value for value in short]
 
 

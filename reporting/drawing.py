@@ -28,28 +28,28 @@ def style(look):
 
 
 def curve(axes, run, look, label, x, smooth):
-    """One run: training steps thin and pale, evaluations thick with markers. Returns [(xs, ys)] of what is drawn."""
+    """One run: training steps thin and pale, evaluations thick with markers. Returns [(xs, ys)] of each kind."""
     (steps, train), (evals, losses) = curves.curves_of(run)
-    val, drawn = losses[2], []
+    val, noisy, exact = losses[2], [], []
     if len(train[0]):
         ys, at = train[0], steps['steps']
         if smooth and len(ys) > 2:
             ys = smoothed(at, ys, smooth * (at[-1] - at[0] or 1))
         axes.plot(steps[x], ys, lw=0.7, alpha=0.45, **style(look))
-        drawn.append((steps[x], ys))
+        noisy.append((steps[x], ys))
     if len(val):
         few = MARKERS[look % len(MARKERS)] if len(val) <= 60 else ''
         axes.plot(evals[x], val, lw=1.6, marker=few, ms=3.5, label=label, **style(look))
-        drawn.append((evals[x], val))
-    return drawn
+        exact.append((evals[x], val))
+    return noisy, exact
 
 
-def limits(axes, drawn):
-    """The y axis without the first steps and without spikes, whose losses are far above all that a reader compares."""
-    far, ends = max(np.nanmax(xs) for xs, _ in drawn), []
-    for xs, ys in drawn:
-        inside = np.sort(ys[(xs >= CUT * far) & np.isfinite(ys)])
-        ends += list(inside[[0, int(MOST * (len(inside) - 1))]] if len(inside) > 50 else inside)
+def limits(axes, noisy, exact):
+    """The y axis without the first steps and without spikes; noisy, exact: [(xs, ys)] of single steps and of evaluations."""
+    far, ends = max(np.nanmax(xs) for xs, _ in noisy + exact), []
+    for pairs, share in ((noisy, MOST), (exact, 1)):
+        inside = np.sort(np.concatenate([[], *(ys[(xs >= CUT * far) & np.isfinite(ys)] for xs, ys in pairs)]))
+        ends += list(inside[[0, int(share * (len(inside) - 1))]]) if len(inside) else []
     if ends and min(ends) < max(ends):
         low, high = min(ends), max(ends)
         ratio, edge = (high / low) ** 0.05, 0.05 * (high - low)
@@ -77,10 +77,10 @@ def draw(runs, path, x='steps', log='', smooth=0.0):
         axes = figure.subplots()
         axes.set(xscale='log' if 'x' in log else 'linear', yscale='log' if 'y' in log else 'linear',
                  xlabel=curves.AXES[x], ylabel='loss, nats per token')
-        drawn = [pair for run, look, label in zip(runs, looks, labels_of(names, looks))
-                 for pair in curve(axes, run, look, label, x, smooth)]
-        if drawn:
-            limits(axes, drawn)
+        drawn = [curve(axes, run, look, label, x, smooth) for run, look, label in zip(runs, looks, labels_of(names, looks))]
+        noisy, exact = (sum((pair[kind] for pair in drawn), []) for kind in (0, 1))
+        if noisy or exact:
+            limits(axes, noisy, exact)
         axes.grid(alpha=0.25)
         axes.plot([], [], lw=0.7, color='0.5', label='thin: training step')
         figure.legend(fontsize=7.5, loc='outside lower center', ncols=3)

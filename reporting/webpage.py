@@ -21,6 +21,8 @@ from reporting import hardware, masking
 WEB = Path(__file__).parent / 'web'
 MACHINE = 'gpu', 'cpus', 'threads', 'world_size', 'torch', 'python', 'platform'
 ONE = 'world_size', 1
+WIDE = 16                               # characters of a cell beyond which it may take several lines
+COLUMNS = 13                            # of a table beyond which its letters are smaller
 MANY = 6                                # commands from which on they are folded
 NUMBER = re.compile(r'[-+]?[\d,]*\.?\d+(?:e[-+]?\d+)?')
 
@@ -40,10 +42,10 @@ class Cell:
     other: bool = False
 
     def html(self):
-        value = self.text if self.value is None else self.value
+        value, shown = self.text if self.value is None else self.value, self.text.replace(' ± ', '\xa0±\xa0')
         number = isinstance(value, (int, float))
-        classes = ' '.join(filter(None, ['number' * number, 'words' * (len(self.text) > 24), 'other' * self.other]))
-        return f'<td data-value="{text(value)}"' + f' class="{classes}"' * bool(classes) + f'>{text(self.text)}</td>'
+        classes = ' '.join(filter(None, ['number' * number, 'words' * (len(self.text) > WIDE), 'other' * self.other]))
+        return f'<td data-value="{text(value)}"' + f' class="{classes}"' * bool(classes) + f'>{text(shown)}</td>'
 
 
 @dataclass
@@ -62,15 +64,18 @@ class Row:
 def table(head, rows):
     """A table of Rows that sorts by a click on a head and, from six rows on, has a field to filter them."""
     numeric = [bool(rows) and any(isinstance(row.cells[i].value, (int, float)) for row in rows) for i in range(len(head))]
-    heads = ''.join(f'<th{" class=number" * number}>{text(name)}</th>' for name, number in zip(head, numeric))
-    return (f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>\n{"".join(row.html() for row in rows)}'
+    heads = ''.join(f'<th{" class=number" * number}>{text(name).replace("_", "_<wbr>")}</th>'
+                    for name, number in zip(head, numeric))
+    many = ' class="many"' * (len(head) > COLUMNS)
+    return (f'<div class="scroll"><table{many}><thead><tr>{heads}</tr></thead><tbody>\n{"".join(row.html() for row in rows)}'
             '</tbody></table></div>')
 
 
 def leading(words):
     """What a cell of a Markdown table is sorted by: the number that it begins with, or its text."""
-    found = NUMBER.match(words.strip('* '))
-    return float(found[0].replace(',', '')) if found and found[0].strip(',') else words
+    words = words.strip('* ')
+    found = NUMBER.match(words)
+    return float(found[0].replace(',', '')) if found else words
 
 
 def markdown_table(lines, keys=None):
@@ -123,7 +128,7 @@ def machine(env):
 
 def commit(env):
     """The commit of a run, and whether the code was changed."""
-    return (env.get('commit') or 'unknown')[:12] + ' with uncommitted changes' * bool(env.get('diff'))
+    return str(env.get('commit') or 'unknown')[:12] + ' with uncommitted changes' * bool(env.get('diff'))
 
 
 def unlike(values):

@@ -8,12 +8,12 @@
 //   start   {x, log, smooth} at first
 
 const HEIGHT = 420, LEFT = 58, RIGHT = 14, TOP = 12, BOTTOM = 44, SMOOTH = 0.2;
-const CUT = 0.05;                                       // of the run: the first losses are far above all others
+const CUT = 0.05, MOST = 0.98;                          // of the run, which begins with losses far above all others; of its steps' losses
 
-function short(value) {                                 // 1,234,567 as 1.23M, large FLOPs as 1.23e15
+function short(value) {                                 // 1,234,567 as 1.235M, FLOPs as 1.23e15
   const size = Math.abs(value);
-  if (size >= 1e12 || (size > 0 && size < 1e-3)) return value.toExponential(2).replace(/\.?0+e\+?/, "e");
-  for (const [unit, letter] of [[1e9, "B"], [1e6, "M"], [1e4, "k"]])
+  if (size >= 1e9 || (size > 0 && size < 1e-3)) return value.toExponential(2).replace(/\.?0+e\+?/, "e");
+  for (const [unit, letter] of [[1e6, "M"], [1e4, "k"]])
     if (size >= unit) return String(+(value / (letter === "k" ? 1e3 : unit)).toPrecision(4)) + letter;
   return String(+value.toPrecision(5));
 }
@@ -96,17 +96,17 @@ class Chart {
     const zoom = state.get("zoom" + this.index, "").split(",").map(Number), xs = [], ys = [];
     if (zoom.length === 4 && zoom.every(isFinite)) return { x: zoom.slice(0, 2), y: zoom.slice(2) };
     const most = this.range?.value === "most", from = most ? CUT * Math.max(...curves.map(curve => curve.xs.at(-1) ?? 0)) : -Infinity;
+    const noisy = [];                                   // losses of single steps: the range need not hold each of them
     for (const curve of curves) {
-      const inside = [];
       curve.xs.forEach((x, i) => {
         if (!this.fits(x, curve.ys[i])) return;
         xs.push(x);
-        if (x >= from) inside.push(curve.ys[i]);
+        if (x >= from) (most && curve.kind.smooth ? noisy : ys).push(curve.ys[i]);
       });
-      inside.sort((a, b) => a - b);
-      ys.push(...(most && inside.length > 50 ? [inside[0], inside[Math.floor(0.98 * (inside.length - 1))]] : inside));
       for (const edge of [...(curve.low || []), ...(curve.high || [])]) ys.push(edge);
     }
+    noisy.sort((a, b) => a - b);
+    if (noisy.length) ys.push(noisy[0], noisy[Math.floor(MOST * (noisy.length - 1))]);
     const range = (values, log, margin) => {
       let low = Infinity, high = -Infinity;
       for (const value of values) if (value !== null) { low = Math.min(low, value); high = Math.max(high, value); }
@@ -195,7 +195,7 @@ class Chart {
   }
 
   label(p, taken) {                                     // right of, left of, above or below a point; nowhere if all is taken
-    const text = p.curve.series.name, w = 6.3 * text.length, h = 13;
+    const text = p.curve.series.name, w = 6.7 * text.length, h = 13;
     for (const [x, y] of [[p.px + 8, p.py + 4], [p.px - w - 8, p.py + 4], [p.px - w / 2, p.py - 9], [p.px - w / 2, p.py + 18]]) {
       const box = { x, y: y - 11, w, h };
       const free = x > LEFT && x + w < this.width - 2 && y > TOP && y < HEIGHT - BOTTOM && taken.every(t => x > t.x + t.w || x + w < t.x || box.y > t.y + t.h || box.y + h < t.y);
@@ -247,7 +247,8 @@ class Chart {
     for (const p of others) say(p.curve.series.name, p.curve.ys[p.i].toFixed(4));
     tip.hidden = false;
     const left = x + 16 + tip.offsetWidth > this.width ? Math.max(0, x - 16 - tip.offsetWidth) : x + 16;
-    tip.style.left = left + "px"; tip.style.top = this.svg.offsetTop + Math.max(0, y - tip.offsetHeight / 2) + "px";
+    const down = this.svg.getBoundingClientRect().top - this.figure.getBoundingClientRect().top;
+    tip.style.left = left + "px"; tip.style.top = down + Math.max(0, y - tip.offsetHeight / 2) + "px";
   }
 
   beside(near) {                                        // the nearest point in x of every other curve of this kind, by value

@@ -57,8 +57,9 @@ function setUpTable(box, index) {
   const table = box.querySelector("table"), rows = [...table.tBodies[0].rows], linked = rows.filter(row => row.dataset.row !== undefined);
   const heads = [...table.tHead.rows[0].cells], off = new Set(state.get("off" + index, "").split(" ").filter(Boolean));
   heads.forEach((head, column) => {
-    const button = make("button", {}, null, head.textContent);
-    head.replaceChildren(button);
+    const button = make("button", {}, null);
+    button.append(...head.childNodes);
+    head.append(button);
     button.addEventListener("click", () => {
       const down = head.getAttribute("aria-sort") === "ascending";
       sortTable(table, column, down);
@@ -88,7 +89,7 @@ function setUpTable(box, index) {
   }
   if (linked.length > 1 && filter) {
     every = make("input", { type: "checkbox" }, null);
-    make("label", {}, bar).append(every, " all in the chart");
+    make("label", {}, bar).append(every, "all in the chart");
     every.addEventListener("input", () => { linked.filter(row => !row.hidden).forEach(row => tick(row, every.checked)); apply(); });
   }
   apply();
