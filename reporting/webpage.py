@@ -31,6 +31,11 @@ def text(value):
     return html.escape(str(value))
 
 
+def broken(words):
+    """Words as HTML, in which a line may break after + and _ rather than anywhere."""
+    return re.sub('([+_])', r'\1<wbr>', text(words))
+
+
 # ----------------------------------------------------------------------------------------------------
 # tables
 
@@ -45,7 +50,7 @@ class Cell:
         value, shown = self.text if self.value is None else self.value, self.text.replace(' ± ', '\xa0±\xa0')
         number = isinstance(value, (int, float))
         classes = ' '.join(filter(None, ['number' * number, 'words' * (len(self.text) > WIDE), 'other' * self.other]))
-        return f'<td data-value="{text(value)}"' + f' class="{classes}"' * bool(classes) + f'>{text(shown)}</td>'
+        return f'<td data-value="{text(value)}"' + f' class="{classes}"' * bool(classes) + f'>{broken(shown)}</td>'
 
 
 @dataclass
@@ -64,7 +69,7 @@ class Row:
 def table(head, rows):
     """A table of Rows that sorts by a click on a head and, from six rows on, has a field to filter them."""
     numeric = [bool(rows) and any(isinstance(row.cells[i].value, (int, float)) for row in rows) for i in range(len(head))]
-    heads = ''.join(f'<th{" class=number" * number}>{text(name).replace("_", "_<wbr>")}</th>'
+    heads = ''.join(f'<th{" class=number" * number}>{broken(name)}</th>'
                     for name, number in zip(head, numeric))
     many = ' class="many"' * (len(head) > COLUMNS)
     return (f'<div class="scroll"><table{many}><thead><tr>{heads}</tr></thead><tbody>\n{"".join(row.html() for row in rows)}'
