@@ -115,9 +115,10 @@ def watch(folders, config):
             runs, waiting = begun(folders)
             evaluated = [run for run in runs if run['evals']]
             text = '\n'.join([*([records.table(evaluated)] if evaluated else ['no evaluation yet']), *waiting])
-            if text != shown:
+            news = text if sys.stdout.isatty() else [waiting, *(len(run['evals']) for run in runs)]
+            if news != shown:
                 print('\x1b[2J\x1b[H' * sys.stdout.isatty() + text, flush=True)
-                shown = text
+                shown = news
             if runs:
                 draw(runs, config, waiting, reload)
             if not reload:

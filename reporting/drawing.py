@@ -5,8 +5,8 @@ import numpy as np
 
 from reporting import curves
 
-# Okabe and Ito's colours and five dashes, as in web/page.js: forty lines differ, in grey and for the colour-blind too
-COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#B8A900'
+# seven of Okabe and Ito's colours and five dashes, as in web/page.js: 35 lines differ, in grey and for the colour-blind too
+COLOURS = '#0072B2', '#E69F00', '#000000', '#009E73', '#56B4E9', '#D55E00', '#CC79A7'
 DASHES = 'solid', (0, (7, 3)), (0, (2, 2.5)), (0, (9, 3, 2, 3)), (0, (4, 2, 1, 2, 1, 2))
 MARKERS = 'o', 's', '^', 'D', 'v'
 CUT, MOST = 0.05, 0.98                  # the y axis spans what lies behind this share of a run, without spikes

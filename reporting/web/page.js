@@ -30,8 +30,8 @@ function control(parent, name, text, usual, options, act) {
   return input;
 }
 
-// ---- looks: eight colours of Okabe and Ito and five patterns of dashes, so that forty lines differ, and in grey too
-const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "light-dark(#000000, #f2f2f2)", "light-dark(#b8a900, #F0E442)"];
+// ---- looks: seven colours of Okabe and Ito (without yellow) and five patterns of dashes, so that 35 lines differ, and in grey too
+const COLOURS = ["#0072B2", "#E69F00", "light-dark(#000000, #f2f2f2)", "#009E73", "#56B4E9", "#D55E00", "#CC79A7"];
 const DASHES = ["", "7 3", "2 2.5", "9 3 2 3", "4 2 1 2 1 2"];
 const colour = look => look < 0 ? "var(--soft)" : COLOURS[look % COLOURS.length];
 const dashes = look => look < 0 ? "3 3" : DASHES[look % DASHES.length];
