@@ -135,6 +135,11 @@ def commands(folder):
         return []
 
 
+def made_by(folder):
+    """The commands that made the runs of this folder and its report."""
+    return [*commands(folder), f'python ablate.py report {folder}']
+
+
 def remember(folder, arguments):
     """Keep the command for records, without secrets."""
     command = shlex.join(['python', 'ablate.py', *masking.command(arguments)])
@@ -198,8 +203,9 @@ def report_of(grid, folder):
         sections.append(page.section(grid, found, rows, task, pruned, folder, pictures))
     text = '\n\n'.join(filter(None, [*texts, tables.failed_text(failed)]))
     title = grid.title or os.path.basename(os.path.normpath(folder))
-    words = f'{sum(len(runs) for s in found.values() for runs in s.values())} runs at equal {grid.equal}. {grid.note}'
-    for name, content in ((TEXT, f'# {title}\n\n{text}\n'), (PAGE, page.page(title, sections, failed, words))):
+    runs = [run for searched in found.values() for group in searched.values() for run in group]
+    html = page.page(title, sections, failed, f'{len(runs)} runs at equal {grid.equal}. {grid.note}', runs, made_by(folder))
+    for name, content in ((TEXT, f'# {title}\n\n{text}\n'), (PAGE, html)):
         with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
             file.write(content)
     return grid, found, text, files
@@ -219,8 +225,7 @@ def write_record(grid, found, text, files, options):
     pictures = [name for name in files if name.endswith('.png')]
     shown = '\n\n'.join([text, *(f'![{name[:-4]}]({name})' for name in pictures)])
     records.write_record(folder, options.title or options.record.replace('_', ' '),
-                         f'{claims.words(sum(rows, []), options.claim)} {options.note}', runs, shown,
-                         [*commands(grid.out_dir), f'python ablate.py report {grid.out_dir}'])
+                         f'{claims.words(sum(rows, []), options.claim)} {options.note}', runs, shown, made_by(grid.out_dir))
     write_json(os.path.join(folder, 'grid.json'), masking.inside(configurator.as_dict(grid)))
     for name in [PAGE, *pictures]:
         shutil.copy(os.path.join(grid.out_dir, name), folder)

@@ -8,7 +8,7 @@ made. Some variants are then trained further by train.py (healing). Results are 
 command skips finished trials and continues after an interruption. A variant that fails is named, and the others continue.
 --only=NAME,... runs some of them.
 
-`python compress.py report DIR` prints the table and writes it and a plot into DIR; --record=NAME keeps both in
+`python compress.py report DIR` prints the table and writes it, a plot and a page into DIR; --record=NAME keeps them in
 records/<date>_NAME/. Exit codes: 0 done; 1 a variant failed; 2 a user error, reported in one line; 130 stopped by a signal.
 docs/compression.md says what is compared with what.
 """
@@ -27,7 +27,7 @@ from variants import UserError, did_you_mean
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 USAGE = 'python compress.py config/compression/X.py [--key=value ...]'
-RESULTS, TABLE, PLOT = 'results.jsonl', 'report.md', 'compression.png'
+RESULTS, TABLE, PAGE, PLOT = 'results.jsonl', 'report.md', 'report.html', 'compression.png'
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def main_run(arguments):
 # the report
 
 def report(folder, figures='png'):
-    """(study, text) of the results in a study's folder; writes report.md and the plot there."""
+    """(study, text) of the results in a study's folder; writes report.md, report.html and the plot there."""
     from compression import tables  # needs torch, which is told before anything is read
     from reporting.written import read_settings, understood
     study = read_settings(os.path.join(folder, 'study.json'), Study, 'name the out_dir of a study')
@@ -311,7 +311,21 @@ def report_of(study, folder, tables):
     title = study.title or os.path.basename(os.path.normpath(folder))
     with open(os.path.join(folder, TABLE), 'w', encoding='utf-8') as file:
         file.write(f'# {title}\n\n{text}\n\n![parameters and perplexity]({PLOT})\n')
+    write_page(study, title, lines, text, known - found.keys())
     return study, text
+
+
+def write_page(study, title, lines, text, missing):
+    """report.html; missing: keys of the trials without a result, of which some may have failed."""
+    from compression import page
+    from reporting import webpage
+    from reporting.runlog import read_log
+    from reporting.written import read_json
+    folder = study.out_dir
+    failed = {key_of(line): line for line in read_log(os.path.join(folder, RESULTS))
+              if line['kind'] == 'failed' and key_of(line) in missing}
+    env = read_json(os.path.join(folder, 'env.json'), 'name the out_dir of a study')
+    webpage.write(os.path.join(folder, PAGE), page.page(study, title, lines, text, failed.values(), env, folder))
 
 
 def write_record(study, text, options):
@@ -325,7 +339,8 @@ def write_record(study, text, options):
            'lines': read_log(os.path.join(study.out_dir, RESULTS))}
     title, shown = options.title or study.title or options.record, f'{text}\n\n![parameters and perplexity]({PLOT})'
     records.write_record(folder, title, options.note or study.note, [run], shown, records.commands([run]))
-    shutil.copy(os.path.join(study.out_dir, PLOT), folder)
+    for name in (PLOT, PAGE):
+        shutil.copy(os.path.join(study.out_dir, name), folder)
     print(records.listing(folder))
 
 
@@ -336,7 +351,7 @@ def main_report(arguments):
     options = configurator.load(arguments[1:], Study, 'python compress.py report DIR [--record=NAME --title= --note=]')
     study, text = report(arguments[0], options.figures)
     print(text)
-    print(f'\nwritten to {os.path.join(arguments[0], TABLE)} and {PLOT}')
+    print(f'\nwritten to {os.path.join(arguments[0], PAGE)}, {TABLE} and {PLOT}')
     if options.record:
         write_record(study, text, options)
 

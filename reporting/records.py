@@ -51,11 +51,11 @@ def read_lines(folder):
     return kept
 
 
-def read_run(folder):
-    """{'name', 'config', 'env', 'steps', 'evals'} of one run's folder."""
+def read_run(folder, begun=False):
+    """{'folder', 'config', 'env', 'lines', 'steps', 'evals'} of one run's folder; begun: also of one without evaluations."""
     lines = read_lines(folder)
     evals = [line for line in lines if 'val_loss' in line]
-    if not evals:
+    if not evals and not begun:
         raise UserError(f'{folder}: log.jsonl has no evaluation yet')
     config, env = (read_json(os.path.join(folder, f'{name}.json')) for name in ('config', 'env'))
     if not isinstance(config, dict) or not isinstance(env, dict) or not all(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import configurator
 from checkpoints.durable import DISK, write_whole
-from reporting import curves, hardware
+from reporting import hardware, losses
 from reporting.outlets import Lines, Outlets, noted
 
 
@@ -214,6 +214,6 @@ class RunLog:
         if self.file:
             config = self.config
             self.file.close()
-            self.outlets.attempt('loss.png', lambda: curves.draw(config.out_dir, read_log(os.path.join(
+            self.outlets.attempt('loss.png', lambda: losses.draw(config.out_dir, read_log(os.path.join(
                 config.out_dir, 'log.jsonl')), config.figures))
         self.outlets.close()

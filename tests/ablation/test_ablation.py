@@ -11,10 +11,11 @@ optuna = pytest.importorskip('optuna')
 
 import ablate
 import configurator
-from ablation import axes, cost, effects, page, ranks, results, runner, study
+from ablation import axes, cost, effects, plots, ranks, results, runner, study
 from ablation.grid import Run, first_runs, run_at, settings_of
 from ablation.plan import Plan
 from model import GPT
+from tests.reporting.browser import needs_chromium, visit
 from tests.tiny import ROOT, make_data
 from variants import UserError
 
@@ -411,10 +412,11 @@ def test_the_report_writes_tables_pictures_and_a_page_of_its_own(reported):
     assert abs(by_axis['freeze']['mean']) < 0.02 and len(by_axis) == 6
     assert not any(set(e['axes']) == {'grow', 'freeze'} for e in pairs)             # freezing needs growth
     html = (folder / 'report.html').read_text()
-    for outside in ('http:', 'https:', ' src="/', '<link', '@import', 'url('):
-        assert outside not in html
+    assert "default-src 'none'" in html and '<link' not in html and '@import' not in html and ' src="/' not in html
     assert html.count('<img') == len(files) - 2 and html.count('data:image/png;base64,') == len(files) - 2
     assert 'main effects' in html.lower() and 'narrow' in text
+    assert html.count('<figure class="chart">') == 2 and f'data-row="/{rows[0]["variant"]}"' in html    # curves, front
+    assert f'python ablate.py report {folder}' in html and 'page made 20' in html and 'runs by commit unknown' in html
 
 
 def test_a_record_names_the_commands_that_made_it(reported, tmp_path, monkeypatch):
@@ -445,6 +447,17 @@ def test_a_part_of_the_grid_is_reported_alone(reported):
     assert not any('grow' in variant for _, variant in found) and '| grow+' not in text
 
 
-def test_a_page_sorts_by_numbers_and_escapes():
-    table = page.sortable(['a<b'], [[('1,234', 1234)], [('<script>', '<script>')]])
-    assert 'data-value="1234"' in table and '<script>' not in table and 'a&lt;b' in table
+@needs_chromium
+def test_the_table_of_the_page_fits_in_1280_pixels_and_its_rows_rule_the_charts(reported, monkeypatch):
+    monkeypatch.setattr(plots, 'draw', lambda *_: [])
+    ablate.report(str(reported[1]))
+    found = visit(reported[1] / 'report.html', '''
+      const box = document.querySelector(".scroll"), rows = [...box.querySelectorAll("tbody tr")];
+      const count = () => [...document.querySelectorAll("figure svg")].map(svg => svg.querySelectorAll("g > g").length);
+      const before = count(), filter = document.querySelector("[name=filter0]");
+      filter.value = "narrow"; filter.dispatchEvent(new Event("input"));
+      return { wide: [box.scrollWidth, box.clientWidth], rows: rows.length, before, after: count(),
+               shown: rows.filter(row => !row.hidden).length };''')
+    assert found['wide'][0] <= found['wide'][1]
+    assert found['before'][1] == found['rows'] and found['after'][1] == found['shown'] < found['rows']
+    assert found['after'][0] < found['before'][0]

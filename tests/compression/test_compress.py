@@ -21,6 +21,7 @@ from decomposition.initialise import initialise
 from decomposition.sites import Decomposition
 from lowrank.svd import GRADIENT_RIDGE, two_sided_svd, whitened_svd, with_ridge
 from model import GPT
+from reporting import webpage
 from tests.tiny import make_data
 from variants import UserError
 
@@ -315,6 +316,12 @@ def test_a_study_runs_survives_a_failure_and_is_not_run_twice(place, tmp_path, r
     assert run('--only=als,given,dense') == 0 and lines(out) == before
     assert '6 trials, 6 of them done before' in capsys.readouterr().out
     assert (out / 'compression.png').stat().st_size > 1000 and '| als |' in (out / 'report.md').read_text()
+    html = (out / 'report.html').read_text()
+    for key, line in found.items():                     # every trial by name, with both of its losses
+        name = f'{key[0]} {key[1]}'.strip() + f', seed={key[2]}, test {line["test"]["loss"]:.4f}, select'
+        assert html.count(name) == 1
+    assert 'broken 50% seed=1337: a budget of 0.5 leaves' in html and f'python compress.py report {out}' in html
+    assert f'commit {webpage.commit(json.loads((out / "env.json").read_text()))}' in html and 'data-row="als"' in html
 
 
 def test_a_line_that_a_kill_cut_short_is_done_again_and_changed_settings_too(tmp_path, run, capsys):
@@ -444,5 +451,6 @@ def test_a_record_holds_table_plot_results_and_machine(place, tmp_path, run, mon
     folder = next((tmp_path / 'records').iterdir())
     page = (folder / 'README.md').read_text()
     assert page.startswith('# Tiny') and '| als |' in page and 'Machine: torch' in page and 'Commands:' in page
-    assert (folder / 'compression.png').exists() and json.loads((folder / 'env.json').read_text())
+    assert (folder / 'compression.png').exists() and (folder / 'report.html').exists()
+    assert json.loads((folder / 'env.json').read_text())
     assert json.loads((folder / 'log.jsonl').read_text().splitlines()[0])['variant'] == 'als'

@@ -8,6 +8,7 @@ import pytest
 
 import compare
 from growth import recovery
+from reporting import webpage
 
 ODD = [{}, [], 5, 'x', None, math.inf, math.nan, True, -1, 10**30, 0, [[]], {'a': {}}, 'x' * 3000, 0.5, [1], '\x1b[31m\n']
 STEP = {'step': 0, 'loss': 3.0, 'tokens': 128, 'tokens_per_s': 9.0, 'lr': 0.1}
@@ -44,9 +45,12 @@ def write(folder, run):
         (folder / name).write_text(text)
 
 
-@pytest.mark.parametrize('words', [[], ['recovery'], ['recovery', '--baseline=*']], ids=' '.join)
+@pytest.mark.parametrize('words', [[], ['--html=page.html'], ['recovery'], ['recovery', '--baseline=*']], ids=' '.join)
 def test_every_key_of_a_run_with_every_odd_value(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recovery, 'draw', lambda *arguments: None)
+    monkeypatch.setattr(webpage.hardware, 'git', lambda *arguments: '')
+    monkeypatch.setattr(webpage, 'write_whole', lambda path, data, disk: path.write_bytes(data))        # without fsync
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'argv', ['compare.py', *words, str(tmp_path)])
     given, codes = list(sys.argv), []
     for run in [RUN, *(put(path, value) for path in paths(RUN) for value in ODD)]:

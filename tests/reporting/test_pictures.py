@@ -9,7 +9,7 @@ import configurator
 from ablation import plots
 from ablation.grid import Grid
 from compression.study import Study
-from reporting import curves, labels, palette
+from reporting import labels, losses, palette
 from tests.test_setup import ROOT
 
 
@@ -142,7 +142,7 @@ def a_run(steps=400, spike=None):
 def test_the_first_steps_and_a_spike_do_not_flatten_the_rest(spike, tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(palette, 'save', lambda picture, path, figures, dpi: kept.append(picture))
-    curves.draw(str(tmp_path / 'kron'), a_run(spike=spike))
+    losses.draw(str(tmp_path / 'kron'), a_run(spike=spike))
     axes = kept[0].axes[0]
     low, high = axes.get_ylim()
     assert low < 1.4 and 1.6 + 2.7 * 0.97 ** 100 < high < 2.6           # ln(vocab_size) is 4.2
@@ -154,12 +154,12 @@ def test_the_first_steps_and_a_spike_do_not_flatten_the_rest(spike, tmp_path, mo
 
 
 def test_short_and_odd_runs_are_shown_whole():
-    assert curves.limits(a_run()[:5], []) is None and curves.limits([], []) is None
-    assert curves.limits([{'step': s, 'loss': float('nan')} for s in range(50)], []) is None
+    assert losses.limits(a_run()[:5], []) is None and losses.limits([], []) is None
+    assert losses.limits([{'step': s, 'loss': float('nan')} for s in range(50)], []) is None
 
 
 def test_a_record_s_log_is_drawn(tmp_path):
     path = ROOT / 'records' / '2026-11-21_kron_mlp' / 'log.jsonl'
     lines = [line for line in map(json.loads, path.read_text().splitlines()) if line['run'] == 'out/kron_mlp_1']
-    curves.draw(str(tmp_path), lines, 'png,pdf')
+    losses.draw(str(tmp_path), lines, 'png,pdf')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['loss.pdf', 'loss.png']
