@@ -126,7 +126,8 @@ def watch(folders, config):
         try:
             runs, waiting = begun(folders)
             evaluated = [run for run in runs if run['evals']]
-            text = '\n'.join([*([records.table(evaluated, config.baseline, config.claim)] if evaluated else ['no evaluation yet']), *waiting])
+            table = records.table(evaluated, config.baseline, config.claim) if evaluated else 'no evaluation yet'
+            text = '\n'.join([table, *waiting])
             news = text if sys.stdout.isatty() else [waiting, *(len(run['evals']) for run in runs)]
             if news != shown:
                 print('\x1b[2J\x1b[H' * sys.stdout.isatty() + text, flush=True)

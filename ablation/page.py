@@ -7,8 +7,7 @@ from reporting.records import SPREAD
 from reporting.webpage import Cell, Row
 
 COSTS = {'parameters': 'parameters of the final model', 'flops': 'training FLOPs', 'seconds': 'wall time, s'}
-STAR = ('* on the Pareto front: no row has both a lower loss and less of that column. ± is half the range over seeds. '
-        'Italics: controls.')
+STAR = f'* on the Pareto front: no row has both a lower loss and less of that column. {SPREAD}. Italics: controls.'
 
 
 def key_of(row):
