@@ -285,7 +285,8 @@ def check_in(run):
     due = due and (step > 0 or config.eval_first or config.eval_only)
     fresh, losses, better = progress['evaluated'] != step or config.eval_only, None, False
     if due and fresh:
-        with run.log.part('eval'), run.log.doing('evaluates'), run.average.swapped_in():
+        run.log.doing('evaluates')
+        with run.log.part('eval'), run.average.swapped_in():
             losses = evaluate(run.model, run.fast, run.loaders, config, run.job)
     if losses:
         better = losses['val_loss'] < progress['best_val_loss']
@@ -300,7 +301,8 @@ def check_in(run):
     wanted = (losses and (better or config.always_save_checkpoint) or
               config.save_interval and step % config.save_interval == 0)
     if not config.eval_only and (ends or wanted and step > 0):
-        with run.log.part('save'), run.log.doing('saves'):
+        run.log.doing('saves')
+        with run.log.part('save'):
             save(run, ends)
     if stop:
         return f'stopped by {signal.Signals(int(stop)).name} at step {step}'

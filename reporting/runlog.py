@@ -215,14 +215,10 @@ class RunLog:
             print(f'iter {step}: loss {line["loss"]:.4f}, {line["ms"]:.0f} ms, {line["tokens_per_s"]:,.0f} tokens/s, '
                   f'mfu {line["mfu"]:.0%}' + f', {left:.0f} s left' * later, flush=True)
 
-    @contextlib.contextmanager
     def doing(self, words):
         """The bar says why it stands still."""
         if self.bar is not None:
-            live.describe(self.bar, words)
-        yield
-        if self.bar is not None:
-            live.describe(self.bar, '')
+            self.bar.set_postfix_str(words)
 
     def leave(self):
         """Close the files for another RunLog that continues."""
