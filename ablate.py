@@ -113,12 +113,17 @@ def carry_out_all(plan):
 
     def train(run, slot, watch):
         return runner.carry_out(str(run), run.folder(grid), plan.arguments(run), grid.threads, grid.gpus, slot, watch,
-                                lambda name, folder: bars.follow(name, folder, slot))
+                                lambda name, folder: bars.follow(name, folder, slot), named(grid.out_dir))
 
     with concurrent.futures.ThreadPoolExecutor(grid.jobs) as pool, contextlib.closing(bars):
         for job in [pool.submit(study.work, queue, slot, take, train) for slot in range(grid.jobs)]:
             job.result()
     return [f'{run}: {words}' for run, words in queue.failures.items()]
+
+
+def named(folder):
+    """The name of a grid."""
+    return os.path.basename(os.path.abspath(folder))
 
 
 def stop_on_signals():

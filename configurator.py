@@ -179,8 +179,8 @@ class Evaluation:
     keep_checkpoints: int = key(3, 'newest checkpoints kept, the best one not counted', low=2)
     tensorboard_log: bool = key(False, 'log to out_dir/tensorboard')
     wandb_log: bool = key(False, 'log to Weights & Biases')
-    wandb_project: str = key('owt', 'its project name')
-    wandb_run_name: str = key('gpt2', 'its run name')
+    wandb_project: str = key('nanokron', 'its project name')
+    wandb_run_name: str = key('', "its run name; '' = the name of out_dir")
 
 
 @dataclass

@@ -99,13 +99,14 @@ def gpu_environment(gpus, slot):
     return {'CUDA_VISIBLE_DEVICES': (visible or [str(i) for i in range(gpus)])[slot % gpus]}
 
 
-def carry_out(name, folder, arguments, threads=1, gpus=0, slot=0, watch=None, show=live.Followed):
+def carry_out(name, folder, arguments, threads=1, gpus=0, slot=0, watch=None, show=live.Followed,
+              group=''):
     """Run train.py with these arguments in folder, or resume it there -> (state, loss, words).
 
     state: 'done', 'pruned', 'failed' or 'stopped' (by a signal to this process; the run has saved).
 
     watch: (step, loss) -> whether to continue, for every evaluation; when False the run is told to save and stop.
-    show: (name, folder) -> its bar on a terminal, a live.Followed.
+    show: (name, folder) -> its bar on a terminal, a live.Followed. group: of the run on Weights & Biases.
     """
     wait_for_orphan(folder, name)
     state, loss = state_of(folder)
@@ -118,7 +119,8 @@ def carry_out(name, folder, arguments, threads=1, gpus=0, slot=0, watch=None, sh
     begin, before = time.monotonic(), outcome(folder).get('seconds', 0.0)
     with open(os.path.join(folder, 'train.log'), 'w+', encoding='utf-8', errors='replace') as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env={
-            **os.environ, 'OMP_NUM_THREADS': str(threads), **gpu_environment(gpus, slot)})
+            **os.environ, 'OMP_NUM_THREADS': str(threads), 'WANDB_NAME': name,
+            'WANDB_RUN_GROUP': group, **gpu_environment(gpus, slot)})
         with contextlib.closing(show(name, folder)) as shown:
             pruned = watched(process, folder, watch, shown.look)
         log.seek(0)

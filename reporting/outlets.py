@@ -64,12 +64,16 @@ def noted(path, name):
 
 
 def open_wandb(config, run_id):
-    """run_id: of the run to go on with; None begins a new one."""
+    """run_id: of the run to go on with; None begins a new one.
+
+    The run of a grid has the grid as its group and its own name in the environment, as wandb reads it (ablation/runner.py).
+    """
     try:
         import wandb
     except ImportError:
         raise RuntimeError('wandb is not installed (pip install wandb)') from None
-    return wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=configurator.as_dict(config),
+    name = config.wandb_run_name or os.environ.get('WANDB_NAME') or os.path.basename(os.path.abspath(config.out_dir))
+    return wandb.init(project=config.wandb_project, name=name, config=configurator.as_dict(config),
                       id=run_id, resume='allow')
 
 
