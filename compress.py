@@ -159,12 +159,11 @@ class Runner:
 
     def run(self, todo):
         """Every trial of todo; True unless a signal stopped it."""
-        from compression.clock import Clock
-        from reporting import live
-        clock = Clock(self.done, todo)
-        with live.bar(len(todo), position=1, form='{desc}') as shown:
-            for number, trial in enumerate(todo):
-                live.describe(shown, f'{number + 1} of {len(todo)}: {trial}, {clock.left(number)}')
+        from compression import clock
+        healed = {trial: bool(heal_settings(self.study, trial)) for trial in todo}
+        times = clock.Clock(todo, lambda trial: ((healed[trial], trial.variant), (healed[trial],), ()))
+        with clock.shown(times):
+            for trial in todo:
                 what = self.due(trial)
                 if what and self.source_of(trial.source) is None:
                     return False
@@ -175,7 +174,7 @@ class Runner:
                     if self.study.debug:
                         raise
                     self.fail(trial, error)
-                clock.tick(trial)
+                times.tick(trial)
         return True
 
     def fail(self, trial, error):
