@@ -13,6 +13,7 @@ page into DIR; --record=NAME keeps it, with all logs, in records/<date>_NAME/. `
 docs/ablation.md says how effects are computed.
 """
 import concurrent.futures
+import contextlib
 import datetime
 import os
 import shlex
@@ -25,7 +26,7 @@ from ablation import axes
 from ablation import grid as grids
 from ablation.grid import Grid, first_runs, later_runs
 from commandline import ends
-from reporting import masking
+from reporting import masking, outlets
 from variants import UserError, did_you_mean
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -92,8 +93,9 @@ def listing(grid):
 
 def carry_out_all(plan):
     """The search, the other seeds and the drawn ranks, in grid.jobs jobs; returns one sentence per failed run."""
-    from ablation import ranks, runner, study
+    from ablation import board, ranks, runner, study
     grid, queue = plan.grid, study.Queue(plan.grid)
+    bars = board.Board(grid, queue.ended)
     searches = [ranks.Search(queue, plan, *pair) for pair in ranks.searched_variants(grid)]
 
     def wanted(loss_of):
@@ -110,12 +112,18 @@ def carry_out_all(plan):
         return 'wait' if waits else None
 
     def train(run, slot, watch):
-        return runner.carry_out(str(run), run.folder(grid), plan.arguments(run), grid.threads, grid.gpus, slot, watch)
+        return runner.carry_out(str(run), run.folder(grid), plan.arguments(run), grid.threads, grid.gpus, slot, watch,
+                                lambda name, folder: bars.follow(name, folder, slot), named(grid.out_dir))
 
-    with concurrent.futures.ThreadPoolExecutor(grid.jobs) as pool:
+    with concurrent.futures.ThreadPoolExecutor(grid.jobs) as pool, contextlib.closing(bars):
         for job in [pool.submit(study.work, queue, slot, take, train) for slot in range(grid.jobs)]:
             job.result()
     return [f'{run}: {words}' for run, words in queue.failures.items()]
+
+
+def named(folder):
+    """The name of a grid."""
+    return os.path.basename(os.path.abspath(folder))
 
 
 def stop_on_signals():
@@ -255,4 +263,5 @@ def main():
 
 if __name__ == '__main__':
     ends.watch('ablate.py')
+    outlets.lasting_streams()
     main()

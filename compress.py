@@ -23,6 +23,7 @@ import sys
 import configurator
 from commandline import ends
 from compression.study import DENSE, Study, check, heal_settings, labels, signature, trials
+from reporting import outlets
 from variants import UserError, did_you_mean
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -158,18 +159,22 @@ class Runner:
 
     def run(self, todo):
         """Every trial of todo; True unless a signal stopped it."""
-        from tqdm import tqdm
-        for trial in tqdm(todo, unit='trial', disable=not sys.stderr.isatty()):
-            what = self.due(trial)
-            if what and self.source_of(trial.source) is None:
-                return False
-            try:
-                if what and not self.carry_out(trial, what):
+        from compression import clock
+        healed = {trial: bool(heal_settings(self.study, trial)) for trial in todo}
+        times = clock.Clock(todo, lambda trial: ((healed[trial], trial.variant), (healed[trial],), ()))
+        with clock.shown(times):
+            for trial in todo:
+                what = self.due(trial)
+                if what and self.source_of(trial.source) is None:
                     return False
-            except Exception as error:                  # of any variant: the others continue
-                if self.study.debug:
-                    raise
-                self.fail(trial, error)
+                try:
+                    if what and not self.carry_out(trial, what):
+                        return False
+                except Exception as error:              # of any variant: the others continue
+                    if self.study.debug:
+                        raise
+                    self.fail(trial, error)
+                times.tick(trial)
         return True
 
     def fail(self, trial, error):
@@ -186,9 +191,7 @@ def now():
 
 
 def say(text):
-    from tqdm import tqdm
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    print(text, flush=True)
 
 
 def figures(line):
@@ -368,4 +371,5 @@ def main():
 
 if __name__ == '__main__':
     ends.watch('compress.py')
+    outlets.lasting_streams()
     main()

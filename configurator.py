@@ -181,8 +181,8 @@ class Evaluation:
                        choices=('png', 'png,pdf', 'png,svg', 'png,pdf,svg'))
     tensorboard_log: bool = key(False, 'log to out_dir/tensorboard')
     wandb_log: bool = key(False, 'log to Weights & Biases')
-    wandb_project: str = key('owt', 'its project name')
-    wandb_run_name: str = key('gpt2', 'its run name')
+    wandb_project: str = key('nanokron', 'its project name')
+    wandb_run_name: str = key('', "its run name; '' = the name of out_dir")
 
 
 @dataclass

@@ -23,6 +23,7 @@ def on_signal(number, frame):
     (torchrun forwards a signal to ranks that already got it from the terminal: within half a second it is one request.)
     """
     if STOP['signal'] and time.monotonic() - STOP['time'] > 0.5:
+        sys.stdout.isatty() and os.write(1, b'\n')      # below the bar
         os._exit(128 + number)
     if not STOP['signal']:
         STOP.update(signal=number, time=time.monotonic())
@@ -285,6 +286,7 @@ def check_in(run):
     due = due and (step > 0 or config.eval_first or config.eval_only)
     fresh, losses, better = progress['evaluated'] != step or config.eval_only, None, False
     if due and fresh:
+        run.log.doing('evaluates')
         with run.log.part('eval'), run.average.swapped_in():
             losses = evaluate(run.model, run.fast, run.loaders, config, run.job)
     if losses:
@@ -300,6 +302,7 @@ def check_in(run):
     wanted = (losses and (better or config.always_save_checkpoint) or
               config.save_interval and step % config.save_interval == 0)
     if not config.eval_only and (ends or wanted and step > 0):
+        run.log.doing('saves')
         with run.log.part('save'):
             save(run, ends)
     if stop:
@@ -354,7 +357,7 @@ def changed(run, action):
     torch.manual_seed(run.config.seed + state['step'])
     model = build(run.config, run.dataset, state, job)
     words, line = changes.change(action, model, run, state, decomposition(run.config, run.dataset, job))
-    run.log.show(f'step {state["step"]}: {words}, {model.num_params():,} parameters')
+    job.say(f'step {state["step"]}: {words}, {model.num_params():,} parameters')
     if run.fast is not run.model:
         torch.compiler.reset()                          # dynamo counts the versions of one forward, and gives up at 8
     run.log.leave()

@@ -7,7 +7,7 @@ import threading
 import time
 
 from checkpoints.durable import Lock
-from reporting import masking
+from reporting import live, masking
 from reporting.runlog import read_log, write_json
 from reporting.written import read_json
 from variants import UserError
@@ -67,11 +67,16 @@ def wait_for_orphan(folder, name):
             time.sleep(1)
 
 
-def watched(process, folder, watch):
-    """Wait for the process; a watch gets every new evaluation line. True when the watch said no and the run stopped."""
+def watched(process, folder, watch, look=None):
+    """Wait for the process; a watch gets every new evaluation line. True when the watch said no and the run stopped.
+
+    look: called again and again meanwhile.
+    """
     seen, told, pruned = 0, 0.0, False
     while process.poll() is None:
         time.sleep(POLL)
+        if look:
+            look()
         if watch and not pruned:
             lines = evaluations(folder)
             for line in lines[seen:]:
@@ -94,12 +99,14 @@ def gpu_environment(gpus, slot):
     return {'CUDA_VISIBLE_DEVICES': (visible or [str(i) for i in range(gpus)])[slot % gpus]}
 
 
-def carry_out(name, folder, arguments, threads=1, gpus=0, slot=0, watch=None):
+def carry_out(name, folder, arguments, threads=1, gpus=0, slot=0, watch=None, show=live.Followed,
+              group=''):
     """Run train.py with these arguments in folder, or resume it there -> (state, loss, words).
 
     state: 'done', 'pruned', 'failed' or 'stopped' (by a signal to this process; the run has saved).
 
     watch: (step, loss) -> whether to continue, for every evaluation; when False the run is told to save and stop.
+    show: (name, folder) -> its bar on a terminal, a live.Followed. group: of the run on Weights & Biases.
     """
     wait_for_orphan(folder, name)
     state, loss = state_of(folder)
@@ -112,8 +119,10 @@ def carry_out(name, folder, arguments, threads=1, gpus=0, slot=0, watch=None):
     begin, before = time.monotonic(), outcome(folder).get('seconds', 0.0)
     with open(os.path.join(folder, 'train.log'), 'w+', encoding='utf-8', errors='replace') as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env={
-            **os.environ, 'OMP_NUM_THREADS': str(threads), **gpu_environment(gpus, slot)})
-        pruned = watched(process, folder, watch)
+            **os.environ, 'OMP_NUM_THREADS': str(threads), 'WANDB_NAME': name,
+            'WANDB_RUN_GROUP': group, **gpu_environment(gpus, slot)})
+        with contextlib.closing(show(name, folder)) as shown:
+            pruned = watched(process, folder, watch, shown.look)
         log.seek(0)
         last = masking.text((log.read().strip().splitlines() or ['no output'])[-1])     # the report is published
     state, loss = state_of(folder)

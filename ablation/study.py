@@ -117,6 +117,10 @@ class Queue:
                     say(f'{run}: {loss:.4f} (done before)')
         return self.losses.get(run)
 
+    def ended(self):
+        """Runs that this start knows to have ended, one way or the other."""
+        return len({*self.losses, *self.failures})
+
     def take(self, wanted):
         """The next of `wanted()`, a list of runs in their order that may grow as others end."""
         with self.held:

@@ -40,7 +40,7 @@ def heal(source, trial, model, rules):
         'dataset': study.dataset, 'data_dir': study.data_dir, 'block_size': source.config.block_size,
         'device': str(source.device), **given, 'init_from': start, **({'linear': rules} if rules else {})}.items()]
     run = os.path.join(folder, 'run')
-    state, loss, words = train(str(trial), run, arguments, study.threads)
+    state, loss, words = train(study, str(trial), run, arguments)
     if state == 'stopped':
         return {}
     if state != 'done':
@@ -76,11 +76,12 @@ def has_start(study, trial):
 # ----------------------------------------------------------------------------------------------------
 # train.py
 
-def train(name, folder, arguments, threads):
+def train(study, name, folder, arguments):
     """runner.carry_out while CHILD is set."""
     CHILD.set()
     try:
-        return runner.carry_out(name, folder, arguments, threads)
+        return runner.carry_out(name, folder, arguments, study.threads,
+                                group=os.path.basename(os.path.abspath(study.out_dir)))
     finally:
         CHILD.clear()
 
@@ -88,9 +89,9 @@ def train(name, folder, arguments, threads):
 def trained(study, index):
     """The folder of the index-th dense model of `train`, trained now if missing; '' when a signal stopped it."""
     folder = os.path.join(study.out_dir, 'dense', f'seed={SEEDS[index]}')
-    state, _, words = train(f'dense seed={SEEDS[index]}', folder, [
+    state, _, words = train(study, f'dense seed={SEEDS[index]}', folder, [
         study.train, f'--dataset={study.dataset}', f'--data_dir={study.data_dir}', f'--device={study.device}',
-        f'--seed={SEEDS[index]}'], study.threads)
+        f'--seed={SEEDS[index]}'])
     if state == 'failed':
         raise UserError(f'{study.train}: {words}', 'train')
     return folder if state == 'done' else ''

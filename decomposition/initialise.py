@@ -122,7 +122,8 @@ def initialise(model, source_config, source_state, method='van_loan', progress=N
             raise UserError(f'{site} is a mixture in the source ({sources[site].spec}) and not the same here; take its mlp',
                             'mlp')
     todo = [site for site in sites if site not in rows]
-    bar = tqdm(work.walk(todo), total=len(todo), unit='site', leave=False, disable=not todo or not sys.stderr.isatty())
+    bar = tqdm(work.walk(todo), total=len(todo), unit='site', desc='decompose', leave=False,
+               disable=not todo or not sys.stderr.isatty())
     for site, stats in bar:
         with one_line(site):
             rows[site] = slim.pop(site, {}) | work.fill(site, sources.pop(site), stats)

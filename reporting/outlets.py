@@ -64,12 +64,16 @@ def noted(path, name):
 
 
 def open_wandb(config, run_id):
-    """run_id: of the run to go on with; None begins a new one."""
+    """run_id: of the run to go on with; None begins a new one.
+
+    The run of a grid has the grid as its group and its own name in the environment, as wandb reads it (ablation/runner.py).
+    """
     try:
         import wandb
     except ImportError:
         raise RuntimeError('wandb is not installed (pip install wandb)') from None
-    return wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=configurator.as_dict(config),
+    name = config.wandb_run_name or os.environ.get('WANDB_NAME') or os.path.basename(os.path.abspath(config.out_dir))
+    return wandb.init(project=config.wandb_project, name=name, config=configurator.as_dict(config),
                       id=run_id, resume='allow')
 
 
@@ -104,22 +108,44 @@ class Lines:
 
 
 class Stream:
-    """stdout or stderr that may go away (`| head -2`, a full log file): from then on it is silent, and nothing fails."""
+    """stdout or stderr that may go away (`| head -2`, a full log file): from then on it is silent, and nothing fails.
+
+    On a terminal the lines that a program prints go above its progress bars.
+    """
 
     def __init__(self, file):
-        self.file = file
+        self.file, self.part = file, ''                 # part: a line whose end is not written yet
 
     def __getattr__(self, name):
         return getattr(self.file, name)
 
+    def bars(self):
+        """tqdm's class while a bar of it is on the screen."""
+        module = sys.modules.get('tqdm.std')            # not imported: no bars
+        return module.tqdm if module and getattr(module.tqdm, '_instances', None) and self.file.isatty() else None
+
     def write(self, text):
+        """What bars write themselves moves the cursor, and passes; other text waits for the end of its line."""
+        bars = self.bars()
+        if not bars or '\r' in text or '\x1b' in text or not self.part and not text.strip('\n'):
+            self.put(text)
+            return len(text)
+        whole, end, self.part = (self.part + text).rpartition('\n')
+        if end:
+            with bars.external_write_mode(file=self):
+                self.put(whole + end)
+        return len(text)
+
+    def put(self, text):
         try:
             self.file.write(text)
         except (OSError, ValueError):
             self.silence()
-        return len(text)
 
     def flush(self):
+        if self.part and not self.bars():
+            self.part, text = '', self.part
+            self.put(text)
         try:
             self.file.flush()
         except (OSError, ValueError):

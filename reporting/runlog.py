@@ -8,11 +8,10 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import configurator
 from checkpoints.durable import DISK, write_whole
-from reporting import hardware, losses
+from reporting import hardware, live, losses
 from reporting.outlets import Lines, Outlets, noted
 
 
@@ -81,11 +80,11 @@ class RunLog:
         self.peak = peak_flops(job.device, job.dtype) if job.main else 1.0
         self.sheet = hardware.data_sheet_flops(job.device, job.dtype)
         self.file = self.bar = None
-        self.first_step = progress['step']
+        self.first_step, self.val = progress['step'], ''
         if job.main and not config.eval_only:
             self.open(model)
         if job.main and sys.stdout.isatty():
-            self.bar = tqdm(total=config.max_iters, initial=progress['step'], unit='step', dynamic_ncols=True)
+            self.bar = live.bar(config.max_iters, file=sys.stdout, form=live.FORMAT, initial=progress['step'])
 
     def open(self, model):
         """config.json, env.json and log.jsonl of a run that begins or goes on."""
@@ -107,17 +106,12 @@ class RunLog:
             self.outlets.attempt('log.jsonl', self.file.write, line)
         self.outlets.track(line)
 
-    def show(self, text):
-        if self.bar is not None:
-            self.bar.write(text)
-        elif self.job.main:
-            print(text, flush=True)
-
     def evaluation(self, step, losses):
         """An evaluation line: step, tokens and flops of training so far, losses, accuracies, expert_load."""
         if self.job.main:
             self.write({'step': step, 'tokens': self.progress['tokens'], 'flops': self.progress['flops'], **losses})
-            self.show(f'step {step}: train loss {losses["train_loss"]:.4f}, val loss {losses["val_loss"]:.4f}')
+            self.val = f', val loss {losses["val_loss"]:.4f}'
+            self.job.say(f'step {step}: train loss {losses["train_loss"]:.4f}{self.val}')
 
     def reached(self, val_loss):
         """Write target.json, the record of a run to target_val_loss; returns the message."""
@@ -191,13 +185,23 @@ class RunLog:
         if not result['applied']:
             line['skipped'] = True
         self.write(line)
-        text = f'loss {line["loss"]:.4f}, {line["ms"]:.0f} ms, {line["tokens_per_s"]:,.0f} tokens/s, mfu {line["mfu"]:.0%}'
+        self.tell(step, line, (now - self.started) / max(1, step - self.first_step) * (self.config.max_iters - step - 1))
+
+    def tell(self, step, line, left):
+        """A training line for people: on a terminal the bar's, else 20 of the run. left: seconds to the end."""
+        later = step > self.first_step                  # the first step tells nothing about the time
         if self.bar is not None:
+            words = f'loss {line["loss"]:.4f}{self.val}, {line["tokens_per_s"]:,.0f} tokens/s'
+            self.bar.set_postfix_str(words + f', {live.clock(left)} left' * later, refresh=False)
             self.bar.update(step + 1 - self.bar.n)
-            self.bar.set_postfix_str(text)
-        elif step == self.first_step or step % max(1, self.config.max_iters // 20) == 0:
-            left = (now - self.started) / max(1, step - self.first_step) * (self.config.max_iters - step - 1)
-            print(f'iter {step}: {text}' + f', {left:.0f} s left' * (step > self.first_step), flush=True)
+        elif not later or step % max(1, self.config.max_iters // 20) == 0:
+            print(f'iter {step}: loss {line["loss"]:.4f}, {line["ms"]:.0f} ms, {line["tokens_per_s"]:,.0f} tokens/s, '
+                  f'mfu {line["mfu"]:.0%}' + f', {left:.0f} s left' * later, flush=True)
+
+    def doing(self, words):
+        """The bar says why it stands still."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(words)
 
     def leave(self):
         """Close the files for another RunLog that continues."""
@@ -206,14 +210,16 @@ class RunLog:
                 thing.close()
 
     def close(self, words):
-        """Close the files, draw loss.png, and say why the run ends."""
+        """Close the files, draw loss.png, and say where it is and why the run ends."""
         if self.bar is not None:
             self.bar.close()
-        if words:
-            print(words, flush=True) if self.job.main else None
         if self.file:
             config = self.config
             self.file.close()
             self.outlets.attempt('loss.png', lambda: losses.draw(config.out_dir, read_log(os.path.join(
                 config.out_dir, 'log.jsonl')), config.figures))
+            if 'loss.png' not in self.outlets.warned:
+                self.job.say(f'loss curves: {os.path.join(config.out_dir, "loss.png")}')
+        if words:
+            self.job.say(words)
         self.outlets.close()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # every setting of nanoGPT's train.py (commit 3adf61e) with its default, where ours is the same
 NANOGPT = dict(
     out_dir='out', eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False, always_save_checkpoint=True,
-    init_from='scratch', wandb_log=False, wandb_project='owt', wandb_run_name='gpt2', dataset='openwebtext',
+    init_from='scratch', wandb_log=False, dataset='openwebtext',
     gradient_accumulation_steps=40, batch_size=12, block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0,
     bias=False, learning_rate=6e-4, max_iters=600000, weight_decay=1e-1, beta1=0.9, beta2=0.95, grad_clip=1.0,
     decay_lr=True, warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5, backend='nccl')
@@ -26,6 +26,7 @@ def test_defaults_are_nanogpts():
     config = configurator.as_dict(Config())
     assert {name: config[name] for name in NANOGPT} == NANOGPT
     assert {'device', 'dtype', 'compile'} <= set(config)        # fitted to the hardware instead
+    assert (config['wandb_project'], config['wandb_run_name']) == ('nanokron', '')      # nanoGPT's: 'owt', 'gpt2'
 
 
 def write(tmp_path, text):

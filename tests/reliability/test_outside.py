@@ -257,7 +257,7 @@ def test_a_resumed_run_goes_on_as_the_same_run_of_wandb(data, tmp_path, monkeypa
     go_on(tmp_path, '--max_iters=5')
     run(data, tmp_path, '--wandb_log=True')
     assert [(k['id'], k['resume']) for k in asked] == [(None, 'allow'), ('a', 'allow'), (None, 'allow')]
-    assert [(k['project'], k['name']) for k in asked] == [('p', 'n'), ('p', 'n'), ('owt', 'gpt2')]
+    assert [(k['project'], k['name']) for k in asked] == [('p', 'n'), ('p', 'n'), ('nanokron', tmp_path.name)]
     assert {step for name, step in lines if name == 'a'} == {0, 1, 2, 4, 5} and lines[-1][0] == 'b'
     assert json.loads((tmp_path / 'previous' / 'env.json').read_text())['wandb'] == 'a'
     (tmp_path / 'env.json').write_text('[' * 99999)
