@@ -45,6 +45,12 @@ class HubTokenizer:
         library.encode_special_tokens = False
         return library.encode(text).ids
 
+    def encode_marked(self, text):
+        """text -> [token] with special tokens recognised and none prepended, for the text of a chat template."""
+        library = self.library[0]
+        library.encode_special_tokens = False
+        return library.encode(text, add_special_tokens=False).ids
+
     def encode_ordinary(self, text):
         """text -> [token] without special tokens: for data sets, whose text may contain anything."""
         library = self.library[0]
