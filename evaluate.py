@@ -42,6 +42,7 @@ import time
 from dataclasses import dataclass
 
 import configurator
+from checkpoints import hub
 from commandline import ends
 from configurator import key
 from evaluation import baselines, choices, pairs, texts, windows
@@ -104,9 +105,7 @@ def check(config):
 
 def on_the_hub(place):
     """Whether a place that is not here can be a model's name on the hub: gpt2*, or OWNER/NAME with no folder OWNER here."""
-    owner, slash, name = place.partition('/')
-    return place.startswith('gpt2') or bool(owner and name) and '/' not in name and not owner.startswith(('.', '~')) and (
-        not os.path.isdir(owner))
+    return hub.is_name(place) and (place.startswith('gpt2') or '/' in place)
 
 
 def named(arguments):

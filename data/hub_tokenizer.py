@@ -10,6 +10,7 @@ import functools
 import json
 from pathlib import Path
 
+from checkpoints import hub
 from variants import UserError
 
 MOST_BYTES = 1 << 26
@@ -128,8 +129,11 @@ def is_gguf(path):
 
 
 def read(place):
-    """The meta of the tokenizer of a tokenizer.json, of a folder with one, or of a .gguf; raises UserError."""
+    """The meta of the tokenizer of a tokenizer.json, of a folder with one, of a .gguf, or of OWNER/NAME on the Hugging Face
+    hub; raises UserError."""
     path = Path(place).expanduser()
+    if '/' in str(place) and hub.is_name(str(place)):
+        return {**read(hub.fetch(str(place), tokens_only=True)), 'source': str(place)}
     if is_gguf(path):
         from checkpoints import gguf_file
         reader = gguf_file.open_file(path)
