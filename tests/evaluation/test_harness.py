@@ -134,7 +134,7 @@ def test_the_harness_s_own_model_gives_the_same_numbers(tmp_path):
     model, info = evaluate.load_model(str(tmp_path), 'last')
     kind = tokenizer.load(info['data'])
     ours = harness.Adapter(model.eval(), kind, kind.end_of_text, torch.device('cpu'), torch.float32)
-    hf = HFLM(pretrained=theirs, tokenizer=words, device='cpu', batch_size=1)       # in batches its sums of equal windows differ
+    hf = HFLM(pretrained=theirs, tokenizer=words, device='cpu', batch_size=1)       # in batches its sums may differ
     pairs = [('The cat', ' sat'), ('', 'hello there'), ('a b c ', 'd'), ('long ' * 40, ' end of it'), ('x', 'y')]
     requests = [Instance('loglikelihood', {}, pair, 0) for pair in pairs]
     for (a, b), (c, d) in zip(ours.loglikelihood(requests), hf.loglikelihood(requests)):
