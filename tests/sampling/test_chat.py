@@ -21,9 +21,9 @@ CHATML = ("{% for message in messages %}{% if loop.first and message['role'] != 
           "<|im_end|>\n{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 LLAMA = ("{{ bos_token }}\n{%- for message in messages %}\n    {%- if message.role == 'user' %}\n[INST] {{ message.content |"
-         " trim }} [/INST]\n    {%- elif message.role == 'assistant' %}\n {{ message.content }}{{ eos_token }}\n    {%- else %}\n"
-         "        {{- raise_exception('no role ' ~ message.role) }}\n    {%- endif %}\n    {%- if loop.index > 50 %}"
-         "{%- break %}{%- endif %}\n{%- endfor %}")
+         " trim }} [/INST]\n    {%- elif message.role == 'assistant' %}\n {{ message.content }}{{ eos_token }}\n"
+         "    {%- else %}\n        {{- raise_exception('no role ' ~ message.role) }}\n    {%- endif %}\n"
+         "    {%- if loop.index > 50 %}{%- break %}{%- endif %}\n{%- endfor %}")
 JSON = '{% for m in messages %}{{ m | tojson }}{% endfor %}{% set ns = namespace(n=0) %}{{ ns.n }}'
 TALK = [{'role': 'user', 'content': ' Héllo <b>"you"</b> '}, {'role': 'assistant', 'content': 'Hi.'},
         {'role': 'user', 'content': 'Why?'}]

@@ -68,7 +68,7 @@ def test_the_penalty_counts_prompt_and_text():
 @settings(max_examples=300, deadline=None)
 @given(text=st.text('abé🙂', max_size=30), stops=st.lists(st.text('abé🙂', min_size=1, max_size=4), max_size=3))
 def test_a_text_ends_before_the_first_stop(text, stops):
-    """Tokens are bytes, so that every stop lies over several, and characters are cut; the first is the one that is whole first."""
+    """Tokens are bytes, so that every stop lies over several, and characters are cut."""
     ended = next((n for n in range(len(text) + 1) if any(stop in text[:n] for stop in stops)), None)
     whole = text if ended is None else text[:min(text[:ended].find(stop) for stop in stops if stop in text[:ended])]
     pieces = list(decode(iter(text.encode()), BYTES, stops))
