@@ -19,7 +19,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 WALKED, WORK = ' walked', 200_000     # key of names that no file can write, and its bound
 PLACES = ('out_dir', 'data_dir', 'init_from', 'distill', 'source', 'to', 'text', 'baseline', 'base', 'train', 'config',
-          'weights', 'data')
+          'weights', 'data', 'against', 'prompts', 'choices', 'lm_eval_folder', 'chat_template')
 DEVICE = re.compile(r'auto|cpu|mps|cuda(:\d{1,3})?')
 
 

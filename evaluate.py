@@ -2,21 +2,28 @@
 
     python evaluate.py --out_dir=out/kron_mlp --dataset=shakespeare_char
     python evaluate.py FOLDER_OF_TRANSFORMERS --text=novel.txt --window=1024 --stride=256
-    python evaluate.py FILE.gguf --text=novel.txt --window=1024 --stride=1024
+    python evaluate.py FILE.gguf ANOTHER --text=novel.txt               (two models on one text)
+    python evaluate.py FILE.gguf --benchmark=wikitext2 --convention=transformers
+    python evaluate.py FILE.gguf --choices=hellaswag_val.jsonl
+    python evaluate.py FILE.gguf --lm_eval=arc_easy,piqa --limit=100
     python evaluate.py --out_dir=out/train_prices --dataset=prices --json
 
 How tokens are counted. Of N tokens all but the first are scored, each once, given the tokens before it in its window.
 Windows of `window` tokens begin `stride` apart. The first window scores all of its tokens, each later one its last
 `stride`, so that every scored token has at least window - stride + 1 tokens of context, or all there are. The last window
-is shorter. stride = window is what train.py does with eval_iters=0. No token is added in front of the text.
+is shorter. stride = window is what train.py does with eval_iters=0. No token is added in front of the text. --convention
+takes those of transformers and of lm-evaluation-harness instead, see evaluation/windows.py.
 
     loss            nats per scored token, under the loss function that the model was trained with
-    perplexity      e^loss
+    perplexity      e^loss; per word: e^(total nats / words of the whole text between white space)
     bits per byte   total nats / ln 2 / bytes of the whole text in UTF-8 (including the first token, which is not
                     scored: 1 part in N); none where tokens are not text
     accuracy        share of scored tokens to which the model gives the highest probability
     unigram         the same for token frequencies of the training split, one added to each count; for a --text only
                     when --dataset names the training data too
+    difference      of the losses of two models, with its standard error, paired by window (evaluation/pairs.py)
+
+Multiple choice and the last words of lambada: evaluation/choices.py. Tasks of lm-evaluation-harness: evaluation/harness.py.
 
 Prices: the mean absolute error of the next log-return, for three forecasts. A token counts as the centre of its bin, and
 tokens that are gaps are left out. `model` forecasts the mean of its distribution, `last price` a return of 0 (the naive
@@ -35,23 +42,32 @@ import time
 from dataclasses import dataclass
 
 import configurator
+from checkpoints import hub
 from commandline import ends
 from configurator import key
+from evaluation import baselines, choices, pairs, texts, windows
 from variants import UserError
-
-BATCH_TOKENS, BATCH_LOGITS = 4096, 1 << 26              # size of a batch unless batch_size sets it
-PIECE = 1 << 24                                         # tokens that are counted at once
 
 
 @dataclass
 class EvaluateConfig:
     """What to evaluate, on what, and how."""
-    out_dir: str = key('out', "folder of the run; nanoGPT's and Hugging Face's folders, a .gguf and 'gpt2*' are taken too")
+    out_dir: str = key('out', "folder of the run; nanoGPT's and Hugging Face's folders, a .gguf and names on the hub too")
+    against: str = key('', 'a second model, a place as out_dir, on the same text: the difference with its standard error')
     text: str = key('', 'file in UTF-8 to evaluate on')
     dataset: str = key('', 'data set to evaluate on; with --text: the data set whose tokenizer and training split are used')
+    benchmark: str = key('', 'published test text, from the hub or the files that --text names; lambada: its last words',
+                         choices=('', *texts.BENCHMARKS))
+    choices: str = key('', "multiple choice: file of JSON lines in HellaSwag's form, with ctx, endings and label")
+    lm_eval: str = key('', 'tasks of lm-evaluation-harness, with commas')
+    lm_eval_folder: str = key('', 'folder with further tasks as YAML (trusted: these can name Python functions)')
+    limit: int = key(0, 'questions per task that are asked, with lm_eval and choices; 0 = all', low=0)
+    fewshot: int | None = key(None, 'examples before each question, with lm_eval; None = what the task says', low=0)
     split: str = key('val', 'part of the data set', choices=('train', 'val', 'test'))
     window: int = key(0, 'tokens in the context; 0 = block_size', low=0)
     stride: int = key(0, 'tokens from one window to the next; 0 = half a window', low=0)
+    convention: str = key('tokens', "which targets of a window are scored; 'transformers': its documentation's perplexity; "
+                          "'harness': as lm-evaluation-harness, after one token in front", choices=windows.CONVENTIONS)
     batch_size: int = key(0, 'windows per batch; 0 = about 4,096 tokens, fewer for a large vocabulary', low=0)
     json: bool = key(False, 'print one JSON object and nothing else')
     which: str = key('last', "checkpoint of out_dir: 'last' or 'best'", choices=('last', 'best'))
@@ -64,256 +80,130 @@ class EvaluateConfig:
 
 def check(config):
     """What can be refused before torch is imported."""
-    if not config.text and not config.dataset:
+    if not (config.text or config.dataset or config.benchmark or config.choices or config.lm_eval):
         raise UserError('pass --text=FILE or --dataset=NAME: what to evaluate on')
-    if config.text and config.dataset and config.split != 'val':
+    kinds = [name for name in ('choices', 'lm_eval', 'benchmark') if getattr(config, name)]
+    if len(kinds) > 1 or set(kinds) & {'choices', 'lm_eval'} and config.text:
+        raise UserError(f'{(kinds + ["text"])[1]} and {kinds[0]} are two things to evaluate on; drop one of them', kinds[0])
+    if (config.text or config.benchmark) and config.dataset and config.split != 'val':
         raise UserError('--split is of a data set, and --text is what is evaluated; drop one of them', 'split')
-    if not os.path.exists(config.out_dir) and not config.out_dir.startswith('gpt2'):
-        raise UserError(f'there is no folder or file {config.out_dir!r}; pass --out_dir=FOLDER', 'out_dir')
+    for name in ('out_dir', 'against'):
+        place = getattr(config, name)
+        if place and not os.path.exists(place) and not on_the_hub(place):
+            raise UserError(f'there is no folder or file {place!r}; pass --{name}=FOLDER', name)
+    if config.against and (set(kinds) & {'choices', 'lm_eval'} or config.benchmark == 'lambada'):
+        raise UserError('two models are compared on a text, by windows; drop one of them', 'against')
     if config.window and config.stride > config.window:
         raise UserError(f'stride must not exceed window ({config.window}), or tokens are left out, got {config.stride}',
                         'stride')
+    if config.convention == 'harness' and config.stride and config.stride != config.window:
+        raise UserError('stride is the window in the convention of lm-evaluation-harness; drop it', 'stride')
+    if config.convention == 'transformers' and config.window == 1:
+        raise UserError('window must be at least 2 in the convention of transformers, whose windows score all but their '
+                        'first token, got 1', 'window')
 
 
-def named(argument):
-    """An argument as configurator reads it: a folder, a model's file or gpt2* alone is the out_dir; --json is True."""
-    if argument == '--json':
-        return '--json=True'
-    is_model = os.path.exists(os.path.expanduser(argument)) or argument.startswith('gpt2')
-    return f'--out_dir={argument}' if is_model and not argument.endswith('.py') else argument
+def on_the_hub(place):
+    """Whether a place that is not here can be a model's name on the hub: gpt2*, or OWNER/NAME with no folder OWNER here."""
+    return hub.is_name(place) and (place.startswith('gpt2') or '/' in place)
 
 
-# ---- the model and the tokens ----
+def named(arguments):
+    """The arguments for configurator: a place of a model alone is the out_dir, a second one against; --json is True."""
+    found, places = [], iter(('out_dir', 'against'))
+    for argument in arguments:
+        is_model = os.path.exists(os.path.expanduser(argument)) or argument.startswith('gpt2') or (
+            not argument.startswith('-') and on_the_hub(argument))
+        name = next(places, '') if is_model and not argument.endswith('.py') else ''
+        found.append('--json=True' if argument == '--json' else f'--{name}={argument}' if name else argument)
+    return found
 
-def load_model(config):
+
+def load_model(place, which):
     """(model on the CPU, info of initialise.read_folder)."""
     from decomposition import initialise
-    from pretrained import gpt2
-    published = config.out_dir in gpt2.PUBLISHED and not os.path.exists(config.out_dir)
-    read = initialise.read_source if published else initialise.read_folder
-    settings, state, info = read(config.out_dir, config.which)
+    read = initialise.read_folder if os.path.exists(place) else initialise.read_source
+    settings, state, info = read(place, which)
     return initialise.build(settings, settings, state), info
 
 
-@dataclass
-class Source:
-    """What is evaluated: `count` tokens, read(start, stop) -> int64 array, and what is known about them."""
-    name: str
-    read: object
-    count: int
-    tokenizer: object
-    bytes: int | None                                   # of the whole text in UTF-8; None where tokens are not text
-    train: object = None                                # the training split's data.shards.Tokens, for the unigram
-
-
-def open_source(config, data, vocab_size):
-    """The Source of --text or --dataset for a model with these rows; data: the meta of its tokenizer or None."""
-    dataset = open_data(config, data, vocab_size) if config.dataset else None
-    if config.text:
-        return open_text(config, data, vocab_size, dataset)
-    if config.split not in dataset.splits:
-        raise UserError(f'{dataset.folder} has no split {config.split!r}; it has {", ".join(dataset.splits)}', 'split')
-    from data import tokenizer
-    tokens, kind = dataset.splits[config.split], tokenizer.load(dataset.tokenizer)
-    size = None
-    if not hasattr(kind, 'centres'):
-        size = len(kind.decode(tokens.read(0, len(tokens)).tolist()).encode())
-    return Source(f'{dataset.folder}, split {config.split}', tokens.read, len(tokens), kind, size,
-                  dataset.splits['train'])
-
-
-def open_data(config, data, vocab_size):
-    """The data set, checked whole, when its tokens are those of the model."""
-    from data import identity
-    from data.dataset import open_dataset
-    dataset = open_dataset(os.path.join(config.data_dir, config.dataset), note)
-    identity.check(data, vocab_size, dataset.tokenizer, dataset.folder, config.out_dir, note)
-    return dataset
-
-
-def open_text(config, data, vocab_size, dataset):
-    """The Source of a file of text; dataset: whose training split is the unigram's, or None."""
-    import numpy as np
-
-    from data import tokenizer
-    from data.prepare_text import read_text
-    from sample import Numbers, load_tokenizer
-    text = read_text(config.text)
-    kind = tokenizer.load(dataset.tokenizer) if dataset else load_tokenizer(config, data, vocab_size)
-    if isinstance(kind, Numbers):
-        raise UserError(f'nothing says what the {vocab_size} tokens of {config.out_dir} mean; pass --dataset=NAME, whose '
-                        'tokenizer it has (prepare.py --tokenizer=tokenizer.json makes one)', 'dataset')
-    tokens = np.asarray(kind.encode_ordinary(text), np.int64)
-    size = None if hasattr(kind, 'centres') else len(text.encode('utf-8'))
-    return Source(config.text, lambda start, stop: tokens[start:stop], len(tokens), kind, size,
-                  dataset.splits['train'] if dataset else None)
-
-
-# ---- windows ----
-
-def windows(count, window, stride):
-    """Yield (start, stop, fresh) over `count` tokens: inputs [start, stop), of whose targets the last `fresh` are scored.
-
-    The target of an input is the next token, so that tokens 1 .. count - 1 are scored, each once.
-    """
-    start = scored = 0
-    while scored < count - 1:
-        stop = min(start + window, count - 1)
-        yield start, stop, stop - scored
-        scored, start = stop, start + stride
-
-
-def batches(source, window, stride, rows):
-    """Yield (x, y) int64 tensors (B, T): up to `rows` windows of equal length; targets that are not scored are -1."""
-    import numpy as np
-    import torch
-
-    group = []
-    for start, stop, fresh in windows(source.count, window, stride):
-        tokens = source.read(start, stop + 1)
-        y = np.where(np.arange(start, stop) < stop - fresh, -1, tokens[1:])
-        if group and (len(group) == rows or len(group[0][0]) != stop - start):
-            yield tuple(torch.from_numpy(np.stack(part)) for part in zip(*group))
-            group = []
-        group.append((tokens[:-1], y))
-    yield tuple(torch.from_numpy(np.stack(part)) for part in zip(*group))
-
-
-def batch_rows(window, vocab_size):
-    """Number of windows per batch, for speed and within memory."""
-    return max(1, min(BATCH_TOKENS // window, BATCH_LOGITS // (window * vocab_size)))
-
-
-# ---- scores ----
-
-def score(model, source, window, stride, rows, device, dtype):
-    """{'nats', 'right', 'scored', 'error'} summed over all scored tokens.
-
-    error: of the mean of the model's distribution as a forecast of the next return, in log-returns, summed over tokens
-    that are not gaps; None without centres of bins. One forward pass per window; sums in float64.
-    """
-    import torch
-    from tqdm import tqdm
-
-    from reporting import hardware
-    centres = forecast_centres(model, source.tokenizer, device)
-    total = torch.zeros(3, dtype=torch.float64, device=device)
-    scored = 0
-    bar = tqdm(total=source.count - 1, unit='token', unit_scale=True, leave=False, disable=not sys.stderr.isatty())
-    with torch.no_grad(), bar:
-        for x, y in batches(source, window, stride, rows):
-            x, y, count = x.to(device), y.to(device), int((y >= 0).sum())
-            with hardware.autocast(device, dtype):
-                found, loss = model(x, y, guess=centres is None)       # guesses, or all logits
-            total[0] += loss.double() * count
-            total[1] += ((found if centres is None else found.argmax(-1)) == y).sum()
-            if centres is not None:
-                total[2] += forecast_error(found, y, centres)
-            scored += count
-            bar.update(count)
-    nats, right, error = total.tolist()
-    return {'nats': nats, 'right': int(right), 'scored': scored, 'error': None if centres is None else error}
-
-
-def forecast_centres(model, tokenizer, device):
-    """The log-return of each bin as a tensor, or None: for text, and for a loss that is not a softmax."""
-    import torch
-    centres = getattr(tokenizer, 'centres', None)
-    if centres is None or model.config.loss != 'cross_entropy':
-        return None
-    return torch.tensor(centres, dtype=torch.float32, device=device)
-
-
-def forecast_error(logits, y, centres):
-    """Sum of |E r - r| over targets y (B, T) that are bins; E r = sum_k p_k centre_k, p over the bins alone."""
-    kept = (y >= 0) & (y < len(centres))
-    mean = logits[kept][:, :len(centres)].float().softmax(-1) @ centres             # (targets,)
-    return (mean - centres[y[kept]]).abs().double().sum()
-
-
-def unigram(source):
-    """{'loss', 'accuracy'} of the training split's token frequencies, one added to each; None without such a split.
-
-    loss = -sum_t c_t log((f_t + 1) / (F + V)) / sum_t c_t, with counts f in training and c among the scored tokens.
-    """
-    import numpy as np
-    if source.train is None:
-        return None
-    size = source.tokenizer.vocab_size
-    seen = counts(source.train.read, 0, len(source.train), size) + 1.0
-    scored = counts(source.read, 1, source.count, size)
-    nats = -(scored * np.log(seen / seen.sum())).sum()
-    return {'loss': nats / scored.sum(), 'accuracy': scored[seen.argmax()] / scored.sum()}
-
-
-def counts(read, start, stop, size):
-    """How often each of `size` tokens occurs in [start, stop)."""
-    import numpy as np
-    return sum(np.bincount(read(a, min(a + PIECE, stop)), minlength=size) for a in range(start, stop, PIECE))
-
-
-def naive_returns(source):
-    """{'last_price', 'same_return', 'same_bin', 'returns'}: errors of the naive forecasts, share of repeated bins, count.
-
-    Errors are means over scored tokens that are not gaps, in log-returns; last_price forecasts 0, same_return the
-    centre of the previous token. None where tokens are not prices, or are all gaps.
-    """
-    import numpy as np
-    if not hasattr(source.tokenizer, 'centres'):
-        return None
-    values = np.array([*source.tokenizer.centres, 0.0])             # a gap, as a forecast, is 0
-    sums, count = np.zeros(3), 0
-    for start in range(1, source.count, PIECE):
-        tokens = source.read(start - 1, min(start + PIECE, source.count))
-        kept = tokens[1:] < source.tokenizer.gap
-        last, now = tokens[:-1][kept], tokens[1:][kept]
-        sums += np.abs(values[now]).sum(), np.abs(values[now] - values[last]).sum(), (now == last).sum()
-        count += len(now)
-    return dict(zip(('last_price', 'same_return', 'same_bin'), (sums / count).tolist()), returns=count) if count else None
-
-
-# ---- the report ----
+# ---- a text ----
 
 def note(text):
     print(f'evaluate.py: {text}', file=sys.stderr, flush=True)
 
 
-def figures(loss, accuracy, source):
-    """loss, perplexity, bits_per_byte and accuracy of one model as Python numbers; None where there is none."""
-    bits = loss * (source.count - 1) / math.log(2) / source.bytes if source.bytes else None
+def figures(loss, accuracy, nats, source):
+    """loss, perplexities, bits_per_byte and accuracy of one model as Python numbers; None where there is none.
+
+    nats: the total over scored tokens.
+    """
+    bits, word = (nats / size if size else None for size in (source.bytes, source.words))
     return {'loss': float(loss), 'perplexity': math.exp(loss) if loss < 700 else None,
-            'bits_per_byte': bits and float(bits), 'accuracy': float(accuracy)}
+            'word_perplexity': math.exp(word) if word is not None and word < 700 else None,
+            'bits_per_byte': None if bits is None else float(bits / math.log(2)), 'accuracy': float(accuracy)}
 
 
 def evaluate(config):
     """Load, score, and return what `--json` prints."""
+    model, info = load_model(config.out_dir, config.which)
+    other = load_model(config.against, config.which) if config.against else None
+    source = texts.open_source(config, info['data'], model.config.vocab_size, note)
+    if other:
+        same_tokens(config, (model, info), other, source)
+    window, stride = chosen_windows(config, min(m.config.block_size for m, _ in ((model, info), other or (model, info))))
+    if config.convention == 'harness':
+        from evaluation.likelihood import first_token
+        source, stride = texts.prefixed(source, first_token(source.tokenizer, info['source'])), window
+    if source.count < 2:
+        raise UserError(f'{source.name}: expected at least 2 tokens, one to predict the other, found {source.count}')
+    result = on_text(config, model, info, source, window, stride)
+    if other:
+        result['against'] = on_text(config, *other, source, window, stride, config.against)
+        result['compared'] = pairs.difference(result.pop('by_window'), result['against'].pop('by_window'))
+    result.pop('by_window', None)
+    return result
+
+
+def on_text(config, model, info, source, window, stride, name=''):
+    """The figures of one model on a Source."""
     from reporting import hardware
     device = hardware.device(config.device)
     dtype = hardware.dtype(config.dtype, device)
-    model, info = load_model(config)
-    source = open_source(config, info['data'], model.config.vocab_size)
-    window, stride = chosen_windows(config, model.config.block_size)
-    if source.count < 2:
-        raise UserError(f'{source.name}: expected at least 2 tokens, one to predict the other, found {source.count}')
+    name = name or config.out_dir
     leaks = any(block.attn.leaks for block in model.transformer.h)
     if leaks:
-        note(f'the attention of {config.out_dir} sees the future, so its loss means nothing')
+        note(f'the attention of {name} sees the future, so its loss means nothing')
     model.eval().to(device)
     begin = time.perf_counter()
-    found = score(model, source, window, stride, config.batch_size or batch_rows(window, model.config.vocab_size),
-                  device, dtype)
+    by_window = bool(config.against) or config.convention == 'transformers'
+    found = windows.score(model, source, window, stride, config.batch_size or windows.batch_rows(
+        window, model.config.vocab_size), device, dtype, config.convention, by_window)
     seconds = time.perf_counter() - begin
-    loss = found['nats'] / found['scored']
+    loss = windows.mean_loss(found, source, window, stride, config.convention)
     if not math.isfinite(loss):
-        note(f'the loss of {config.out_dir} on {source.name} is {loss}')
+        note(f'the loss of {name} on {source.name} is {loss}')
         raise SystemExit(3)
-    baseline = unigram(source)
-    return {'out_dir': config.out_dir, 'step': info['step'], 'data': source.name,
-            'tokens': source.count, 'scored': found['scored'], 'bytes': source.bytes, 'window': window, 'stride': stride,
+    base = baselines.unigram(source)
+    scored = found['scored']
+    return {'out_dir': name, 'step': info['step'], 'data': source.name,
+            'tokens': source.count - (config.convention == 'harness'), 'scored': scored, 'bytes': source.bytes,
+            'words': source.words, 'window': window, 'stride': stride, 'convention': config.convention,
             'dtype': str(dtype).removeprefix('torch.'), 'device': str(device), 'seconds': seconds, 'nats': found['nats'],
-            **figures(loss, found['right'] / found['scored'], source),
-            'unigram': baseline and figures(baseline['loss'], baseline['accuracy'], source),
-            'forecast': forecasts(source, found['error']), 'sees_the_future': leaks}
+            **figures(loss, found['right'] / scored, found['nats'], source),
+            'unigram': base and figures(base['loss'], base['accuracy'], base['loss'] * (source.count - 1), source),
+            'forecast': baselines.forecasts(source, found['error']), 'sees_the_future': leaks,
+            'by_window': {name: found[name] for name in ('window_nats', 'window_scored')} if by_window else None}
+
+
+def same_tokens(config, ours, theirs, source):
+    """Raise UserError unless the tokens of the second model are those that the text was made into."""
+    from data import identity, tokenizer
+    (_, info), (model, their_info) = ours, theirs
+    said = [identity.meaning(tokenizer.describe(data or identity.GPT2)) for data in (info['data'], their_info['data'])]
+    if said[0] != said[1] or source.tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f'the tokens of {config.against} mean other things than those of {config.out_dir}, so their windows '
+                        'are not the same; evaluate each alone, and compare their bits per byte', 'against')
 
 
 def chosen_windows(config, block_size):
@@ -327,11 +217,36 @@ def chosen_windows(config, block_size):
     return window, stride
 
 
-def forecasts(source, error):
-    """Mean absolute errors of the next return by model and naive forecasts, or None for text."""
-    naive = naive_returns(source)
-    return naive and {'model': None if error is None else error / naive['returns'], **naive}
+# ---- questions ----
 
+def ask(config):
+    """Load, and answer the questions of --choices, --benchmark=lambada or --lm_eval: what `--json` prints, and a table."""
+    from evaluation import likelihood
+    from reporting import hardware
+    device = hardware.device(config.device)
+    dtype = hardware.dtype(config.dtype, device)
+    asked = choices.read_questions(config.choices)[:config.limit or None] if config.choices else None
+    model, info = load_model(config.out_dir, config.which)
+    kind = texts.tokenizer_of(config, info['data'], model.config.vocab_size, note)
+    model.eval().to(device)
+    begin = time.perf_counter()
+    said = {'out_dir': config.out_dir, 'step': info['step'], 'data': config.choices or config.lm_eval or config.benchmark,
+            'dtype': str(dtype).removeprefix('torch.'), 'device': str(device)}
+    if config.lm_eval:
+        from evaluation import harness
+        first = likelihood.first_token(kind, info['source'])
+        found, shown = harness.run(config, model, kind, first, device, dtype)
+        return {**said, 'seconds': time.perf_counter() - begin, 'tasks': found}, shown
+
+    def score(parts):
+        return likelihood.likelihoods(model, parts, device, dtype)
+    found = choices.choose(asked, kind, score) if asked else choices.last_words(
+        texts.rows_of('lambada', config.text)[:config.limit or None], kind, score)
+    result = {**said, 'seconds': time.perf_counter() - begin, **found}
+    return result, choices.table(result)
+
+
+# ---- the report ----
 
 def table(result):
     """The result as lines of text."""
@@ -339,9 +254,11 @@ def table(result):
     size = f', {result["bytes"]:,} bytes' if result['bytes'] else ''
     lines = [f'{result["out_dir"]}{step} on {result["data"]}: {result["tokens"]:,} tokens{size}, '
              f'{result["scored"]:,} scored in {result["seconds"]:.1f} s ({result["dtype"]} on {result["device"]})',
-             f'window {result["window"]}, stride {result["stride"]}: each token but the first once, after at least '
-             f'{result["window"] - result["stride"] + 1} others or all there are',
-             f'{"":10}{"nats/token":>12}{"perplexity":>12}{"bits/byte":>12}{"accuracy":>12}', row('model', result)]
+             f'window {result["window"]}, stride {result["stride"]}: {counted(result)}',
+             f'{"":10}{"nats/token":>12}{"perplexity":>12}{"per word":>12}{"bits/byte":>12}{"accuracy":>12}',
+             row('model', result)]
+    if 'against' in result:
+        lines.append(row('against', result['against']))
     if result['unigram']:
         gain = result['unigram']['loss'] - result['loss']
         lines += [row('unigram', result['unigram']),
@@ -354,22 +271,36 @@ def table(result):
                  if errors[name] is not None]
         lines += [f'mean absolute error of the next log-return: {", ".join(named)}; the last bin again in '
                   f'{errors["same_bin"]:.1%}']
+    if 'compared' in result:
+        lines.append(pairs.table(result['out_dir'], result['against']['out_dir'], result['compared']))
     return '\n'.join(lines)
+
+
+def counted(result):
+    """Which tokens were scored, in words."""
+    if result['convention'] == 'transformers':
+        return "as in the documentation of transformers: a window's mean counts by its new tokens less one"
+    if result['convention'] == 'harness':
+        return 'as lm-evaluation-harness: each token once, one token in front'
+    return (f'each token but the first once, after at least {result["window"] - result["stride"] + 1} others or all there '
+            'are')
 
 
 def row(name, found):
     """One line of the table."""
-    numbers = [(found['loss'], '.4f'), (found['perplexity'], ',.2f'), (found['bits_per_byte'], '.4f'),
-               (found['accuracy'], '.2%')]
+    numbers = [(found['loss'], '.4f'), (found['perplexity'], ',.4f' if (found['perplexity'] or 1e9) < 1e4 else ',.0f'),
+               (found['word_perplexity'], ',.2f' if (found['word_perplexity'] or 1e9) < 1e6 else '.3g'),
+               (found['bits_per_byte'], '.4f'), (found['accuracy'], '.2%')]
     return f'{name:10}' + ''.join(f'{"-" if value is None else format(value, style):>12}' for value, style in numbers)
 
 
 def main():
-    sys.argv[1:] = [named(argument) for argument in sys.argv[1:]]
-    config = configurator.run_program('evaluate.py', EvaluateConfig, '[FOLDER_OR_FILE] [--key=value ...]')
+    sys.argv[1:] = named(sys.argv[1:])
+    config = configurator.run_program('evaluate.py', EvaluateConfig, '[FOLDER_OR_FILE [ANOTHER]] [--key=value ...]')
     try:
         check(config)
-        result = evaluate(config)
+        asks = config.choices or config.lm_eval or config.benchmark == 'lambada'
+        result, shown = ask(config) if asks else (evaluate(config), None)
     except UserError as error:
         if config.debug:
             raise
@@ -382,7 +313,7 @@ def main():
         raise SystemExit(4) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    print(json.dumps(result, allow_nan=False) if config.json else table(result))
+    print(json.dumps(result, allow_nan=False) if config.json else shown or table(result))
 
 
 if __name__ == '__main__':

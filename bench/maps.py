@@ -180,7 +180,7 @@ def run(settings):
     torch.set_num_threads(settings.threads)
     model, meta = sample.load_model(wanted)
     tokenizer = sample.load_tokenizer(wanted, meta, model.config.vocab_size)
-    tokens = sample.encode(prompt, tokenizer, wanted)
+    tokens = sample.encode(prompt, tokenizer)
     if len(tokens) > model.config.block_size:
         print(f'bench.py: the text has {len(tokens)} tokens, of which the first {model.config.block_size} are read',
               file=sys.stderr)

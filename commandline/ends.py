@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CLOSED = 141                            # 128 + SIGPIPE, as a shell counts it
 # package -> the extra of pyproject.toml that brings it
 EXTRAS = {'datasets': 'data', 'wandb': 'log', 'tensorboard': 'log', 'optuna': 'sweep', 'gguf': 'pretrained',
-          'tokenizers': 'pretrained', 'transformers': 'dev'}
+          'tokenizers': 'pretrained', 'lm_eval': 'evaluate', 'transformers': 'dev'}
 
 
 def say_mistake(program, error):

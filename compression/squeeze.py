@@ -7,7 +7,6 @@ import time
 
 import torch
 
-import evaluate
 from compression import memory, sizes
 from compression.calibration import Calibration, StreamedCalibration, digest
 from compression.study import DENSE, WHOLE, settings_of, slice_of
@@ -16,6 +15,7 @@ from decomposition import calibrate, wide, widths
 from decomposition.initialise import empty, initialise, read_source
 from decomposition.refine import Refinement, refine
 from decomposition.sites import Decomposition, runnable
+from evaluation import texts, windows
 from pretrained import said
 from reporting import hardware
 from variants import UserError
@@ -58,7 +58,7 @@ class Source:
         return self.dense.state_dict()
 
     def slice_of(self, where, name):
-        """The evaluate.Source of SPLIT:START:STOP."""
+        """The texts.Source of SPLIT:START:STOP."""
         split, start, stop = slice_of(where, name)
         if split not in self.dataset.splits:
             raise UserError(f'{self.dataset.folder} has no split {split!r}; it has {", ".join(self.dataset.splits)}', name)
@@ -69,7 +69,7 @@ class Source:
         if self.study.score == 'inside' and stop - start < self.config.block_size:
             raise UserError(f"{name}={where} has {stop - start:,} tokens, and score='inside' takes whole windows of "
                             f'{self.config.block_size:,}; take more text or a smaller block_size', name)
-        return evaluate.Source(where, lambda a, b: tokens.read(start + a, start + b), stop - start, None, None)
+        return texts.Source(where, lambda a, b: tokens.read(start + a, start + b), stop - start, None, None)
 
     def calibration(self, tokens, seed, name):
         """The Calibration of that text; the previous one is dropped from memory, its file stays."""
@@ -156,7 +156,7 @@ def perplexity(model, source, text):
     inside = source.study.score == 'inside'
     if inside:
         text = dataclasses.replace(text, count=text.count // length * length)
-    found = evaluate.score(model.eval(), text, length - inside, length, evaluate.batch_rows(length, model.config.vocab_size),
+    found = windows.score(model.eval(), text, length - inside, length, windows.batch_rows(length, model.config.vocab_size),
                            source.device, torch.float32)
     model.train(training)
     loss = found['nats'] / found['scored']

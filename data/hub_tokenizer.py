@@ -10,6 +10,7 @@ import functools
 import json
 from pathlib import Path
 
+from checkpoints import hub
 from variants import UserError
 
 MOST_BYTES = 1 << 26
@@ -44,6 +45,12 @@ class HubTokenizer:
         library = self.library[0]
         library.encode_special_tokens = False
         return library.encode(text).ids
+
+    def encode_marked(self, text):
+        """text -> [token] with special tokens recognised and none prepended, for the text of a chat template."""
+        library = self.library[0]
+        library.encode_special_tokens = False
+        return library.encode(text, add_special_tokens=False).ids
 
     def encode_ordinary(self, text):
         """text -> [token] without special tokens: for data sets, whose text may contain anything."""
@@ -122,8 +129,11 @@ def is_gguf(path):
 
 
 def read(place):
-    """The meta of the tokenizer of a tokenizer.json, of a folder with one, or of a .gguf; raises UserError."""
+    """The meta of the tokenizer of a tokenizer.json, of a folder with one, of a .gguf, or of OWNER/NAME on the Hugging Face
+    hub; raises UserError."""
     path = Path(place).expanduser()
+    if '/' in str(place) and hub.is_name(str(place)):
+        return {**read(hub.fetch(str(place), tokens_only=True)), 'source': str(place)}
     if is_gguf(path):
         from checkpoints import gguf_file
         reader = gguf_file.open_file(path)

@@ -6,10 +6,14 @@ it puts round a text do not count. No torch here.
 import functools
 import hashlib
 import json
+import re
+import shlex
+from pathlib import Path
 
 from data import tokenizer, tokenizer_json
 from variants import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 GPT2 = {'tokenizer': 'gpt2', 'vocab_size': tokenizer.MOST_GPT2}
 PADDED_GPT2 = 50304                         # rows of a GPT-2 that nanoGPT pads
 MODEL = {'type': 'BPE', 'byte_fallback': False, 'ignore_merges': False}         # parts that count, and what they are unsaid
@@ -103,15 +107,40 @@ def check(data, rows, described, folder, where, notice=None):
         return
     if meaning(tokenizer.describe(data or GPT2)) != meaning(described):
         known = '' if data else ", which are GPT-2's by their number"
-        raise UserError(f'the tokens of {folder} mean other things than those of {where}{known}; take its '
-                        'own data set, or prepare the text with its tokens: data/shakespeare/prepare.py '
-                        f'--input=TEXT --out=FOLDER{tokens_of(data, where)}', 'dataset')
+        raise UserError(f'the tokens of {folder} mean other things than those of {where}{known}; take its own data set, or '
+                        f'prepare the text with its tokens: {remedy(data, where, folder)}', 'dataset')
     if size > rows:
         raise UserError(f'{folder} has {size} tokens, the model {rows}', 'dataset')
 
 
+# data sets whose prepare.py takes --tokenizer, and the one that takes GPT-2's tokens without it
+PREPARED = {'shakespeare': 'shakespeare', 'shakespeare_char': 'shakespeare', 'wikitext': 'wikitext',
+            'enwik8_prose': 'enwik8_prose', 'enwik8_prose_4096': 'enwik8_prose'}
+
+
+def remedy(data, where, folder):
+    """The command that makes a data set's text into a model's tokens, and the setting that takes the result.
+
+    TEXT stands for the file of a text that is not this repository's.
+    """
+    folder = Path(folder)
+    script = PREPARED.get(folder.name)
+    ours = script and (ROOT / 'data' / folder.name).resolve() == folder.resolve()
+    out = folder.with_name(f'{folder.name}_{label(data, where)}')
+    text = '' if ours else ' --input=TEXT'
+    return (f'python data/{script if ours else "shakespeare"}/prepare.py{text}{tokens_of(data, where)} '
+            f'--out={shlex.quote(str(out))}, then --dataset={shlex.quote(out.name)}')
+
+
+def label(data, where):
+    """A short name of a model's tokens, for a folder."""
+    if (data or GPT2)['tokenizer'] != 'hub':
+        return (data or GPT2)['tokenizer']
+    return re.sub(r'[^\w.-]', '_', Path(str(where)).name.removesuffix('.gguf')) or 'model'
+
+
 def tokens_of(data, where):
-    """The option of prepare.py that takes a model's tokens, with a blank before it; '' for GPT-2's."""
-    if (data or GPT2)['tokenizer'] == 'gpt2':
+    """The option of prepare.py that takes a model's tokens, with a blank before it; '' for all of GPT-2's."""
+    if data is None or (data['tokenizer'], data.get('vocab_size', tokenizer.MOST_GPT2)) == ('gpt2', tokenizer.MOST_GPT2):
         return ''
-    return f' --tokenizer={where if data["tokenizer"] == "hub" else "THE_FOLDER_OF_ITS_DATA"}'
+    return f' --tokenizer={shlex.quote(str(where)) if data["tokenizer"] == "hub" else "THE_FOLDER_OF_ITS_DATA"}'

@@ -144,10 +144,16 @@ class UnitNorm(nn.Module):
         return unit(x)
 
 
-def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """One token id per row, (B, 1), from logits (B, V): temperature, then top-k, then nucleus (Holtzman et al. 2020)."""
+def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=0.0):
+    """One token id per row, (B, 1), from logits (B, V); temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
+    return torch.multinomial(probabilities(logits, temperature, top_k, top_p, min_p), 1, generator=generator)
+
+
+def probabilities(logits, temperature, top_k=None, top_p=None, min_p=0.0):
+    """What a token is drawn by, (B, V), not normalised: temperature, top-k, nucleus (Holtzman et al. 2020), then min-p, the
+    tokens with at least min_p times the largest probability (Nguyen et al. 2024, arXiv 2407.01082)."""
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.size(-1):
         kth = logits.topk(top_k).values[:, -1:]
@@ -157,7 +163,7 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         ranked, order = probs.sort(descending=True)
         before = ranked.cumsum(-1) - ranked             # mass before a token; the first is always kept
         probs = probs.masked_fill(torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, before >= top_p), 0)
-    return torch.multinomial(probs, 1, generator=generator)
+    return probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0) if min_p else probs
 
 
 def tags_of(model):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import configurator
-from checkpoints import gguf_file, torchfile
+from checkpoints import gguf_file, hub, torchfile
 from configurator import GPTConfig
 from data import hub_tokenizer, identity, tokenizer_json
 from pretrained import files, gpt2, llama, said
@@ -28,22 +28,11 @@ LAYOUTS = {'gpt2': gpt2, 'llama': llama, 'mistral': llama, 'qwen2': llama}
 def find(init_from):
     """The folder or .gguf of that name; a name on the Hugging Face hub is downloaded. Raises UserError in one line."""
     place = os.path.expanduser(init_from)
-    return place if os.path.exists(place) else download(init_from)
-
-
-def download(name):
-    """The local folder of a hub model's config.json and safetensors; from the cache if present."""
-    import huggingface_hub
-    if not name or name.startswith(('.', '/', '~')) or name.count('/') > 1:
-        raise UserError(f'there is no folder {name!r}', 'init_from')
-    files = ['config.json', 'tokenizer.json', 'model.safetensors', 'model.safetensors.index.json',
-             'model-*-of-*.safetensors', *said.FILES, 'README.md']
-    try:
-        return huggingface_hub.snapshot_download(name, allow_patterns=files)
-    except Exception as error:                          # the hub's, or those of its HTTP library
-        reason = str(error).strip().split('\n')[0][:120]
-        raise UserError(f'{name!r} is no folder here and cannot be downloaded ({type(error).__name__}: {reason}); '
-                        'pass a local folder', 'init_from') from None
+    if os.path.exists(place):
+        return place
+    if not hub.is_name(init_from):
+        raise UserError(f'there is no folder {init_from!r}', 'init_from')
+    return hub.fetch(init_from)
 
 
 def read(folder, which='last'):

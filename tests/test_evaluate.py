@@ -15,6 +15,7 @@ import evaluate
 import train
 from checkpoints import checkpoint
 from data import prepare_text, tokenizer
+from evaluation import baselines, texts, windows
 from model import GPT, GPTConfig
 from tests.tiny import arguments, make_data
 
@@ -52,7 +53,7 @@ def drawn(count, size=11, seed=0):
 
 def source_of(tokens, kind=None):
     tokens = np.asarray(tokens)
-    return evaluate.Source('tokens', lambda a, b: tokens[a:b], len(tokens), kind or tokenizer.load(META), None)
+    return texts.Source('tokens', lambda a, b: tokens[a:b], len(tokens), kind or tokenizer.load(META), None)
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def refusal(result):
 @given(count=st.integers(2, 300), window=st.integers(1, 40), stride=st.integers(1, 40))
 def test_every_token_is_scored_once_with_the_context_that_is_promised(count, window, stride):
     stride, scored = min(stride, window), []
-    for start, stop, fresh in evaluate.windows(count, window, stride):
+    for start, stop, fresh in windows.windows(count, window, stride):
         assert 0 <= start and stop - start <= window and stop <= count - 1 and 0 < fresh <= stop - start
         for target in range(stop - fresh + 1, stop + 1):
             before = target - start                     # tokens of this window in front of it
@@ -106,7 +107,7 @@ def test_every_token_is_scored_once_with_the_context_that_is_promised(count, win
 def test_batches_hold_each_target_once(count, window, stride, rows):
     tokens = np.arange(count)
     seen = []
-    for x, y in evaluate.batches(source_of(tokens), window, min(stride, window), rows):
+    for x, y in windows.batches(source_of(tokens), window, min(stride, window), rows):
         assert x.shape == y.shape and len(x) <= rows
         assert ((y == x + 1) | (y == -1)).all()
         seen += y[y >= 0].tolist()
@@ -130,7 +131,7 @@ def by_hand(model, tokens, window, stride):
 @pytest.mark.parametrize('window, stride', [(16, 8), (16, 16), (16, 1), (7, 3), (1, 1)])
 def test_equal_to_a_direct_computation_in_float64(window, stride):
     model, tokens = random_model().double(), drawn(90).tolist()
-    found = evaluate.score(model, source_of(tokens), window, stride, 3, torch.device('cpu'), torch.float32)
+    found = windows.score(model, source_of(tokens), window, stride, 3, torch.device('cpu'), torch.float32)
     nats, right = by_hand(model, tokens, window, stride)
     assert found['nats'] == pytest.approx(nats, rel=1e-12) and found['right'] == right and found['scored'] == 89
 
@@ -270,10 +271,10 @@ def test_unigram_by_hand(tmp_path, answer):
 
 def test_counting_goes_piece_by_piece(monkeypatch):
     tokens, kind = drawn(1000, 5), tokenizer.load(PRICES)
-    whole = evaluate.counts(source_of(tokens).read, 1, 1000, 5), evaluate.naive_returns(source_of(tokens, kind))
-    monkeypatch.setattr(evaluate, 'PIECE', 7)
-    assert (evaluate.counts(source_of(tokens).read, 1, 1000, 5) == whole[0]).all()
-    assert evaluate.naive_returns(source_of(tokens, kind)) == pytest.approx(whole[1])
+    whole = baselines.counts(source_of(tokens).read, 1, 1000, 5), baselines.naive_returns(source_of(tokens, kind))
+    monkeypatch.setattr(baselines, 'PIECE', 7)
+    assert (baselines.counts(source_of(tokens).read, 1, 1000, 5) == whole[0]).all()
+    assert baselines.naive_returns(source_of(tokens, kind)) == pytest.approx(whole[1])
 
 
 def test_forecasts_by_hand(tmp_path, answer):

@@ -37,9 +37,9 @@ MAY_IMPORT = {
     'training': ('variants configurator commandline layers kron lowrank attention model checkpoints reporting data '
                  'pretrained decomposition growth optimizers'),
 }
-PARTS = ('ablation', 'bench', 'compression')
+PARTS = ('ablation', 'bench', 'compression', 'evaluation', 'sampling')
 UPWARDS = {'model': 'decomposition'}                                    # GPT.from_pretrained, inside the method
-OF_PROGRAMS = {'evaluate': 'sample', 'bench.maps': 'sample', 'compression.squeeze': 'evaluate'}     # more than they should
+OF_PROGRAMS = {'bench.maps': 'sample'}                                 # more than they should
 PACKAGES = {                                                            # of others; a row that is not here takes any
     **dict.fromkeys(('specs', 'variants', 'configfile', 'commandline', 'configurator', 'optimizers.schedules'), ''),
     **dict.fromkeys(('layers', 'kron', 'lowrank', 'attention', 'model'), 'torch'),

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import configurator
 import sample
+import sampling.words
 from attention import decoding
 from checkpoints import checkpoint
 from data import hub_tokenizer, tokenizer
@@ -141,11 +142,10 @@ def test_prompts(tmp_path, run):
 
 
 def test_an_empty_prompt_starts_a_new_text():
-    config = sample.SampleConfig()
-    assert sample.encode('', tokenizer.load({'tokenizer': 'gpt2'}), config) == [50256]
-    assert sample.encode('', tokenizer.load(META), config) == [0]
-    assert sample.encode('', tokenizer.load({'tokenizer': 'char', 'chars': ['x', 'y']}), config) == [0]
-    assert sample.encode('', tokenizer.load({'tokenizer': 'bytes'}), config) == [10]
+    assert sampling.words.encode('', tokenizer.load({'tokenizer': 'gpt2'})) == [50256]
+    assert sampling.words.encode('', tokenizer.load(META)) == [0]
+    assert sampling.words.encode('', tokenizer.load({'tokenizer': 'char', 'chars': ['x', 'y']})) == [0]
+    assert sampling.words.encode('', tokenizer.load({'tokenizer': 'bytes'})) == [10]
 
 
 def test_best_and_last(tmp_path, run):
@@ -319,16 +319,16 @@ def test_characters_that_are_split_over_tokens():
     streams += [[rng.choice([0x41, 0x80, 0xbf, 0xc3, 0xa9, 0xe2, 0x82, 0xac, 0xed, 0xa0, 0xf0, 0x9f, 0x98, 0xff])
                  for _ in range(rng.randrange(12))] for _ in range(2000)]
     for stream in streams:
-        assert ''.join(sample.decode(iter(stream), letters)) == letters.decode(stream)
+        assert ''.join(sampling.words.decode(iter(stream), letters)) == letters.decode(stream)
     for text in texts[:3]:
-        assert not any('\ufffd' in piece for piece in sample.decode(iter(text.encode()), letters))
+        assert not any('\ufffd' in piece for piece in sampling.words.decode(iter(text.encode()), letters))
 
 
 def test_gpt2_tokens_that_split_a_character():
     bpe = tokenizer.load({'tokenizer': 'gpt2'})
     tokens = bpe.encode('🙂 ok 語')
     assert any('\ufffd' in bpe.decode([token]) for token in tokens)
-    pieces = list(sample.decode(iter(tokens), bpe))
+    pieces = list(sampling.words.decode(iter(tokens), bpe))
     assert ''.join(pieces) == '🙂 ok 語' and len([p for p in pieces if p]) > 2
 
 
@@ -341,12 +341,12 @@ def test_byte_fallback_shows_whole_characters_only(text):
     maker.decoder = library.decoders.Sequence([library.decoders.ByteFallback(), library.decoders.Fuse()])
     kind = tokenizer.load(hub_tokenizer.describe(maker.to_str(), 'a test'))
     tokens = kind.encode(text)
-    pieces = list(sample.decode(iter(tokens), kind))
+    pieces = list(sampling.words.decode(iter(tokens), kind))
     assert len(tokens) > len(text) and ''.join(pieces) == text
     assert '\ufffd' in text or not any('\ufffd' in piece for piece in pieces)
     assert text != '🙂🙃' or pieces[:4] == ['', '', '', '🙂']                  # as soon as it is whole
     spoilt = [0xff, 0xe2, 0x82, *tokens]
-    assert ''.join(sample.decode(iter(spoilt), kind)) == kind.decode(spoilt)
+    assert ''.join(sampling.words.decode(iter(spoilt), kind)) == kind.decode(spoilt)
 
 
 def test_text_is_printed_while_it_is_made():
@@ -356,7 +356,7 @@ def test_text_is_printed_while_it_is_made():
         for token in (2, 3, 4):
             asked.append(token)
             yield token
-    pieces = sample.decode(tokens(), tokenizer.load(META))
+    pieces = sampling.words.decode(tokens(), tokenizer.load(META))
     assert next(pieces) == 'a' and asked == [2]
     assert next(pieces) == 'b' and asked == [2, 3]
 
