@@ -23,6 +23,7 @@ PARTS = {
     'linear': 'bench.modules',          # every structure against the dense linear
     'mlp': 'bench.modules',             # every MLP class against GELU's
     'plans': 'bench.plans',             # every contraction plan of a Kronecker sum, the chosen one, and dense
+    'rule': 'bench.rule',               # the rule's plans against recorded timings, and a fit of its constants
     'ladder': 'bench.ladder',           # a train step from plain fp32 upwards, and the checks before a long run
     'precision': 'bench.precisions',    # a train step in every precision against fp32, small models and large
     'step': 'bench.step',               # where the time of a config's train step goes; MFU, memory

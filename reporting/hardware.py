@@ -144,6 +144,15 @@ def git(*words):
         return ''
 
 
+def processor():
+    """The processor's name as the system gives it, else its architecture."""
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            return next(line.split(':', 1)[1].strip() for line in file if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def environment(where):
     """Content of a run's env.json: versions, hardware, commit; uncommitted changes and command without secrets."""
     return {
