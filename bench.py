@@ -30,7 +30,8 @@ PARTS = {
     'sample': 'bench.sampling',         # tokens per second of generation, with and without the cache
     'optim': 'bench.optimizing',        # Muon, batched, against its options, a loop and torch.optim.Muon
     'loader': 'bench.loading',          # the loader alone and during a train step
-    'scaling': 'bench.scaling',         # DDP and FSDP2 on 1, 2, ... ranks of this machine
+    'scaling': 'bench.scaling',         # how time and memory of a train step grow, beside the FLOPs
+    'devices': 'bench.devices',         # DDP and FSDP2 on 1, 2, ... ranks of this machine
     'ranks': 'bench.ranks',             # several ranks on one device over gloo, resumed, and one rank
     'fit': 'bench.fit_table',           # ABBA against the SVD at equal parameters on real matrices
     'recipe': 'bench.recipe',           # the race against a clone of nanoGPT

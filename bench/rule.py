@@ -14,6 +14,7 @@ import statistics
 from dataclasses import dataclass
 
 from bench import Output, tables
+from bench.plans import token_counts
 from configurator import key
 from variants import UserError
 
@@ -37,6 +38,7 @@ def check(settings, part):
     """Refuse bad settings before torch is imported; raises UserError."""
     if not settings.lists:
         raise UserError('name files of bench.py plans: --lists=plans.json,...', 'lists')
+    token_counts(settings)
     for path in settings.lists.split(','):
         read(path)
 
@@ -171,8 +173,7 @@ def crossed(processors, seed):
 
 def run(settings, part):
     """Judge, and fit where that is wanted."""
-    tokens = {int(word) for word in settings.tokens.split(',')}
-    processors = averaged(settings.lists.split(','), tokens)
+    processors = averaged(settings.lists.split(','), token_counts(settings))
     result = {'part': 'rule', 'by': settings.by, 'worst': settings.worst, 'processors': {}}
     for processor, cells in processors.items():
         rows = [judged(cell, chosen(cell, settings.by)) for cell in cells]
