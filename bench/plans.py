@@ -50,7 +50,7 @@ class Settings(Output):
     dtype: str = key('auto', "autocast type; 'auto' = bfloat16 where the GPU has it, float16 on older ones, "
                      'float32 on a CPU', choices=('auto', 'float32', 'bfloat16', 'float16'))
     seed: int = key(1337, 'of weights and inputs', low=0)
-    choice: str = key('measure', "the chosen plan: 'measure' times it as training does, 'rule' is the rule's, in half the time",
+    choice: str = key('measure', "the chosen plan: 'measure' times it as training does, 'rule' is the rule's, sooner",
                       choices=('measure', 'rule'))
 
 

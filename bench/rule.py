@@ -28,7 +28,8 @@ class Settings(Output):
     """Which timings, and which rule."""
     lists: str = key('', 'files of bench.py plans, by commas')
     tokens: str = key('1,16,512', 'numbers of tokens')
-    by: str = key('cost', "'cost' = the rule on a CPU (kron/cost.py), 'flops' = the rule elsewhere", choices=('cost', 'flops'))
+    by: str = key('cost', "'cost' = the rule on a CPU (kron/cost.py), 'flops' = the rule elsewhere",
+                  choices=('cost', 'flops'))
     fit: bool = key(False, 'fit the constants of kron/cost.py, and judge each processor by constants of the others')
     worst: int = key(8, 'cells that are printed, the worst first; -1 = all', low=-1)
     seed: int = key(0, 'of the random changes of a fit', low=0)
@@ -190,8 +191,9 @@ def text(result):
     for processor, found in result['processors'].items():
         worst = sorted(found['cells'], key=lambda row: -row['ratio'])[:None if result['worst'] < 0 else result['worst']]
         parts += [f'{processor}, the rule by {result["by"]}: time of the chosen plan over the best', table(found['summary'])]
-        parts.append(tables.aligned([['matrix', 'phase', 'tokens', 'chosen', 'best', 'ratio']] + [
-            [*(str(row[k]) for k in ('matrix', 'phase', 'tokens', 'chosen', 'best')), f'{row["ratio"]:.2f}'] for row in worst]))
+        names = ['matrix', 'phase', 'tokens', 'chosen', 'best']
+        parts.append(tables.aligned([[*names, 'ratio']] + [
+            [*(str(row[name]) for name in names), f'{row["ratio"]:.2f}'] for row in worst]))
     if 'constants' in result:
         parts.append('fitted CALL, FLOP, MOVED, COPIED, STRIDED: ' + ', '.join(f'{c:.2e}' for c in result['constants']))
     for processor, found in result.get('crossed', {}).items():
@@ -201,5 +203,5 @@ def text(result):
 
 def table(rows):
     return tables.aligned([['phase', 'tokens', 'cells', 'worst', 'mean', f'beyond {WITHIN:.2f}']] + [
-        [row['phase'], str(row['tokens']), str(row['cells']), f'{row["worst"]:.2f}', f'{row["mean"]:.3f}', str(row['beyond'])]
-        for row in rows])
+        [*(str(row[k]) for k in ('phase', 'tokens', 'cells')), f'{row["worst"]:.2f}', f'{row["mean"]:.3f}',
+         str(row['beyond'])] for row in rows])

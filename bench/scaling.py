@@ -135,7 +135,8 @@ def text(result):
     for row in result['rows']:
         slopes = row['exponents']
         heads.append([row['axis'], f'{row["sizes"][-FITTED]} to {row["sizes"][-1]}',
-                      *(f'{slopes[name]:.2f}' for name in ('ms', 'flops', 'bytes', 'parameters')), ', '.join(faster(slopes))])
+                      *(f'{slopes[name]:.2f}' for name in ('ms', 'flops', 'bytes', 'parameters')),
+                      ', '.join(faster(slopes))])
         for size, ms, held, flops, parameters in zip(*(row[k] for k in ('sizes', 'ms', 'bytes', 'flops', 'parameters'))):
             facts.append([row['axis'], str(size), f'{ms:.4g}', f'{held / 2 ** 20:.4g}', f'{flops / 1e9:.4g}',
                           f'{flops / ms / 1e6:.4g}', f'{parameters:,}'])

@@ -11,7 +11,7 @@ import functools
 from typing import NamedTuple
 
 from kron.lean import THIN, together
-from kron.plan import by_rule, considered, rule, sizes_of, taken
+from kron.plan import by_rule, considered, kronecker, rule, sizes_of, taken
 
 # seconds: per kernel call; per FLOP; per element that a product reads or writes, weights too; per element of a copy, and
 # of a product with a factor of at most THIN rows and columns; per weight of a product with one row or a few that reads
@@ -58,7 +58,8 @@ def a_first(shape, T, layout):
     if layout == 'planes':
         return [*first, *copy(between, T > 1 and r > 1), product(*size), *copy(T * m * p, p > 1, calls=p)]
     if layout == 'blocks':
-        return [*copy(r * m * n, r > 1), *first, *copy(between, q > 1 and max(T, r) > 1), *narrow(*size, together(m, q * r, p))]
+        return [*copy(r * m * n, r > 1), *first, *copy(between, q > 1 and max(T, r) > 1),
+                *narrow(*size, together(m, q * r, p))]
     return [*first, *copy(between, T > 1 and q * r > 1), product(*size)]
 
 
@@ -133,3 +134,10 @@ def ruled(shape, tokens, device, training=False, kept=False, compiled=False):
     if device.type != 'cpu' or compiled:
         return by_rule(rule(*sizes_of(shape)), tokens)
     return taken(choices(shape, training, kept and not training), tokens)
+
+
+def keep_formed(model):
+    """For generation on a CPU: sums whose W is best for a single token keep it (KroneckerLinear.merge), others do not."""
+    for module in kronecker(model):
+        on_cpu = module.B.device.type == 'cpu'
+        module.merge = on_cpu and taken(choices(module.kron_shape(), False, True), 1) == 'materialise'

@@ -119,8 +119,8 @@ def test_help_names_every_setting(run):
 
 def test_parts_import_no_torch():
     import ast
-    for name in ('ladder', 'step', 'sampling', 'optimizing', 'loading', 'scaling', 'devices', 'rule', 'recipe', 'gpu', 'processes', 'aims',
-                 'check', 'ranks', 'parent'):
+    for name in ('ladder', 'step', 'sampling', 'optimizing', 'loading', 'scaling', 'devices', 'rule', 'recipe', 'gpu',
+                 'processes', 'aims', 'check', 'ranks', 'parent'):
         tree = ast.parse((ROOT / 'bench' / f'{name}.py').read_text())
         top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
         assert 'torch' not in ' '.join(map(ast.unparse, top)), name
