@@ -23,13 +23,15 @@ PARTS = {
     'linear': 'bench.modules',          # every structure against the dense linear
     'mlp': 'bench.modules',             # every MLP class against GELU's
     'plans': 'bench.plans',             # every contraction plan of a Kronecker sum, the chosen one, and dense
+    'rule': 'bench.rule',               # the rule's plans against recorded timings, and a fit of its constants
     'ladder': 'bench.ladder',           # a train step from plain fp32 upwards, and the checks before a long run
     'precision': 'bench.precisions',    # a train step in every precision against fp32, small models and large
     'step': 'bench.step',               # where the time of a config's train step goes; MFU, memory
     'sample': 'bench.sampling',         # tokens per second of generation, with and without the cache
     'optim': 'bench.optimizing',        # Muon, batched, against its options, a loop and torch.optim.Muon
     'loader': 'bench.loading',          # the loader alone and during a train step
-    'scaling': 'bench.scaling',         # DDP and FSDP2 on 1, 2, ... ranks of this machine
+    'scaling': 'bench.scaling',         # how time and memory of a train step grow, beside the FLOPs
+    'devices': 'bench.devices',         # DDP and FSDP2 on 1, 2, ... ranks of this machine
     'ranks': 'bench.ranks',             # several ranks on one device over gloo, resumed, and one rank
     'fit': 'bench.fit_table',           # ABBA against the SVD at equal parameters on real matrices
     'recipe': 'bench.recipe',           # the race against a clone of nanoGPT

@@ -51,8 +51,8 @@ class SampleConfig:
     device: str = key('auto', "'auto' = cuda, else cpu; 'cpu', 'cuda', 'cuda:1', 'mps'")
     dtype: str = key('auto', "autocast type; 'auto' = bfloat16 where the GPU has it, float16 on older ones, "
                      'float32 on a CPU', choices=('auto', 'float32', 'bfloat16', 'float16'))
-    kron_plan: str = key('rule', "how Kronecker sums are contracted: by FLOPs, or 'measure': the fastest way, for prompt "
-                         'and single tokens', choices=('rule', 'measure'))
+    kron_plan: str = key('rule', "how Kronecker sums are contracted: at least cost (on a GPU FLOPs), or 'measure': the "
+                         'fastest way, for prompt and single tokens', choices=('rule', 'measure'))
     decode: str = key('auto', "'eager' or 'static': a step of fixed shapes for every token after the prompt, which a GPU "
                       "repeats as one captured graph; 'auto' = static on a GPU, for more than a few tokens",
                       choices=('auto', 'eager', 'static'))

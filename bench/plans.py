@@ -50,6 +50,8 @@ class Settings(Output):
     dtype: str = key('auto', "autocast type; 'auto' = bfloat16 where the GPU has it, float16 on older ones, "
                      'float32 on a CPU', choices=('auto', 'float32', 'bfloat16', 'float16'))
     seed: int = key(1337, 'of weights and inputs', low=0)
+    choice: str = key('measure', "the chosen plan: 'measure' times it as training does, 'rule' is the rule's, sooner",
+                      choices=('measure', 'rule'))
 
 
 def matrices():
@@ -154,9 +156,11 @@ def rounds_of(calls, settings, device, more=1):
 def cell(layer, tokens, training, names, settings):
     """One number of tokens, forward or with backward: times, the choice, and the prediction by FLOPs."""
     from bench.verdicts import needs, ratio
+    from kron.cost import ruled
     from kron.plan import order_flops, sizes_of
     from kron.timing import fastest
-    chosen = fastest(layer.shape, tokens, layer.dtype, layer.device, training, merged=not training, copies=LAYERS)[0]
+    chosen = ruled(layer.shape, tokens, layer.device, training, not training) if settings.choice == 'rule' else fastest(
+        layer.shape, tokens, layer.dtype, layer.device, training, merged=not training, copies=LAYERS)[0]
     names = [chosen, *(name for name in names if name != chosen), 'dense']
     found = {'name': layer.name, 'matrix': layer.shape.words, 'phase': 'training' if training else 'forward',
              'tokens': tokens, 'chosen': chosen,
@@ -207,6 +211,7 @@ def run(settings, part):
     from bench.training import matmul_peak
     return {'part': 'plans', 'dtype': str(dtype).split('.')[-1], 'peak_flops': matmul_peak(device, dtype),
             'bandwidth': bandwidth(device), 'clock': clock(device).__name__, 'machine': machine(device),
+            'processor': hardware.processor(),
             'seconds': time.monotonic() - begin, 'cells': cells, 'clauses': clauses(cells)}
 
 

@@ -78,7 +78,7 @@ def run(settings, part):
     torch.set_num_threads(settings.threads)
     job = parallel.start(config)
     if job.world_size > 1:
-        raise UserError('step measures one process; python bench.py scaling measures several')
+        raise UserError('step measures one process; python bench.py devices measures several')
     with tempfile.TemporaryDirectory() as made:
         folder = os.path.join(config.data_dir, config.dataset)
         real = not settings.random_tokens and os.path.isfile(os.path.join(folder, 'train.bin'))

@@ -9,9 +9,10 @@ import math
 import torch
 import torch.nn as nn
 
+from kron import cost
 from kron.lean import computed_in
 from kron.methods import CALIBRATED, METHODS, bias_shift, centred, fit_beside, moved
-from kron.plan import PLANS, by_rule, cheaper_is_a_first, rule, rule_flops, taken
+from kron.plan import PLANS, Shape, by_rule, cheaper_is_a_first, rule, rule_flops, taken
 from layers.base import whole
 from layers.structured import Structured, loudest, no_autocast, options_numel
 from variants import did_you_mean
@@ -25,7 +26,8 @@ class KroneckerLinear(Structured):
     More terms than min(m n, p q) are allowed and add nothing. exact_columns, weight_norm, guide: see structured.Structured.
 
     plans: two tuples of (tokens, plan), without and with gradients, as plan.assign sets them; where they are empty the plan
-    is the rule's, by FLOPs. No (out, in) matrix is formed, forward or backward, unless the plan says so.
+    is the rule's: the least cost on a CPU, the fewest FLOPs elsewhere. No (out, in) matrix is formed, forward or backward,
+    unless the plan says so.
     merge: without gradients, a plan that forms W keeps it until the factors change or `train()`; initially off. A change
     through `.data` is not detected, so only programs that never train turn it on. A compiled call uses the W that the last
     eager call kept (attention/decoding.py makes one first), and forms W each time where there is none.
@@ -87,7 +89,7 @@ class KroneckerLinear(Structured):
     def product(self, x, bias=None):
         """x (..., in) -> (..., out), by the plan for that many rows."""
         rows = x if x.ndim == 2 else x.reshape(-1, self.in_features)
-        name = self.plan(rows.shape[0])
+        name = self.plan(rows.shape[0], x.device.type)
         if name == 'materialise' and self.keeps():
             y = rows @ self.merged_weight(computed_in(x)).t()
         else:
@@ -96,11 +98,20 @@ class KroneckerLinear(Structured):
             y = y + bias.to(y.dtype)                # autocast leaves the bias in fp32 and would widen y
         return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
 
-    def plan(self, tokens):
-        """The plan's name for that many rows, here and now."""
+    def plan(self, tokens, kind='cpu'):
+        """The plan's name for that many rows on that kind of device, here and now."""
         evaluation, training = self.plans
         plans = training if torch.is_grad_enabled() else evaluation     # torch 2.11 cannot compile a bool index
-        return taken(plans, tokens) if plans else by_rule(self.rule, tokens)
+        if plans:
+            return taken(plans, tokens)
+        if kind != 'cpu' or torch.compiler.is_compiling():
+            return by_rule(self.rule, tokens)
+        return taken(cost.choices(self.kron_shape(), torch.is_grad_enabled(), self.merge), tokens)
+
+    def kron_shape(self):
+        """kron.plan.Shape of the sum, without A, which kron_pivot would form."""
+        terms, p, q = self.B.shape
+        return Shape(self.out_features // p, self.in_features // q, p, q, terms)
 
     def keeps(self):
         """Whether a W that is formed in this call is kept for the next one."""
@@ -170,7 +181,7 @@ class KroneckerLinear(Structured):
             factor.copy_(nn.functional.normalize(factor, dim=dim + 1, eps=1e-12))
 
     def flops(self, tokens):
-        """Forward FLOPs of the rule's plan for that many tokens, a multiply-add counted as 2, whatever plan is taken."""
+        """Forward FLOPs of the plan with the fewest for that many tokens, a multiply-add as 2, whatever plan is taken."""
         return rule_flops(self.A.shape, self.B.shape, tokens) + self.option_flops(tokens)
 
     @classmethod

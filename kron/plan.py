@@ -1,4 +1,6 @@
-"""The contraction plan of a sum of Kronecker products: by FLOPs (`rule`), or as measured by timing.py and stored.
+"""The contraction plan of a sum of Kronecker products: by the rule, or as measured by timing.py and stored.
+
+The rule is arithmetic: on a CPU the least cost (cost.py), elsewhere and compiled the fewest FLOPs (`rule`).
 
 A choice is one entry of a dict of strings that is stored in checkpoints and config.json:
 
@@ -14,6 +16,8 @@ import torch
 
 from kron import fused, products
 from kron.lean import THIN
+
+NEAR = 1.6              # an order of contraction with that many times the FLOPs of the other is not considered
 
 
 class Shape(NamedTuple):
@@ -107,6 +111,14 @@ def rule(A_shape, B_shape):
     least, dense = min(order_flops(A_shape, B_shape)), 2 * m * p * n * q
     order = f'{"a" if cheaper_is_a_first(A_shape, B_shape) else "b"}_{"planes" if max(p, q) <= THIN else "rows"}'
     return order, dense * r // (least - dense) + 1 if least > dense else None
+
+
+def considered(shape, tokens, device):
+    """Names of the plans that may be the fastest: those for its shape, device and tokens, of a cheap order."""
+    flops = dict(zip('AB', order_flops(*sizes_of(shape))))
+    least = min(flops.values())
+    return [name for name, plan in PLANS.items() if plan.suits(shape) and tokens <= plan.most and plan.runs(device)
+            and flops.get(plan.order, least) <= NEAR * least]
 
 
 def rule_flops(A_shape, B_shape, tokens):

@@ -7,10 +7,9 @@ import time
 
 import torch
 
-from kron import lean
-from kron.plan import PLANS, assign, by_rule, column, entry, kronecker, order_flops, row, rule, shape_of, sizes_of
+from kron import cost, lean
+from kron.plan import PLANS, assign, column, considered, entry, kronecker, row, rule, shape_of, sizes_of
 
-NEAR = 1.6          # an order of contraction with that many times the FLOPs of the other is not timed
 LOOKS = {512: 2.0, 2048: 1.35}  # tokens of a first pass: a plan that took that many times the best is not timed with more
 MOST = 8192         # most tokens of a timing
 SLOW = 2.0          # a plan whose first calls took that many times the best is dropped
@@ -30,12 +29,10 @@ def candidates(shape, tokens, device, compiled=False):
 
     Where a single column or row is broadcast (lean.broadcasts), only the rule's of the plans that are then the same.
     """
-    flops = dict(zip('AB', order_flops((shape.terms, shape.m, shape.n), (shape.terms, shape.p, shape.q))))
-    least, same = min(flops.values()), set()
+    same = set()
     if compiled or torch.device(device).type == 'cuda':
         same = {name for names, fits in BROADCAST.items() if fits(shape) for name in names} - {rule(*sizes_of(shape))[0]}
-    return [name for name, plan in PLANS.items() if plan.suits(shape) and tokens <= plan.most and plan.runs(device)
-            and flops.get(plan.order, least) <= NEAR * least and name not in same]
+    return [name for name in considered(shape, tokens, device) if name not in same]
 
 
 def layers(numel, tokens, most):
@@ -154,7 +151,7 @@ def fastest(shape, tokens, dtype, device, training, merged=False, half=False, co
         names = [name for name in names if found[name] <= LOOKS.get(size, SLOW) * min(found.values())]
     if compiled:
         torch.compiler.reset()                          # after 8 versions of one function dynamo gives up
-    best, plain = min(found, key=found.get), by_rule(rule(*sizes_of(shape)), tokens)
+    best, plain = min(found, key=found.get), cost.ruled(shape, tokens, device, training, merged, compiled)
     return (plain if plain in found and found[best] > (1 - GAIN) * found[plain] else best), found
 
 

@@ -164,11 +164,13 @@ def changes():
             'diff': masking.text(text[:400_000])[:200_000]}
 
 
-def cpu_name():
-    """The processor's name, '' where the system does not say."""
-    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
-        return next((line.partition(':')[2].strip() for line in file if line.startswith('model name')), '')
-    return platform.processor()
+def processor():
+    """The processor's name as the system gives it, else its architecture."""
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            return next(line.split(':', 1)[1].strip() for line in file if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def environment(where):
@@ -176,7 +178,7 @@ def environment(where):
     return {
         'command': [os.path.basename(sys.executable), os.path.basename(sys.argv[0]), *masking.command(sys.argv[1:])],
         'python': platform.python_version(),
-        'torch': str(torch.__version__), 'platform': f'{platform.system()} {platform.machine()}', 'cpu': cpu_name(),
+        'torch': str(torch.__version__), 'platform': f'{platform.system()} {platform.machine()}', 'cpu': processor(),
         'cpus': os.cpu_count(), 'threads': torch.get_num_threads(), 'device': str(where),
         'gpu': torch.cuda.get_device_name(where) if where.type == 'cuda' else None,
         'world_size': int(os.environ.get('WORLD_SIZE', 1)),

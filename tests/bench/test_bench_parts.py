@@ -17,6 +17,7 @@ from bench import (
     check,
     checks,
     compiled,
+    devices,
     gpu,
     ladder,
     parent,
@@ -24,7 +25,6 @@ from bench import (
     ranks,
     recipe,
     rung,
-    scaling,
     step,
     training,
 )
@@ -85,9 +85,9 @@ def settings_of(part, *arguments):
     (['sample', f'--config={CHAR}', '--prompt=256'], 'below block_size (256)'),
     (['optim', '--sizes=tiny'], "got 'tiny'"),
     (['loader', '--data=no/such'], "no folder 'no/such'"),
-    (['scaling'], '--config=config/X.py'),
-    (['scaling', f'--config={CHAR}', '--kinds=tp'], "got 'tp'"),
-    (['scaling', f'--config={CHAR}', '--out_dir=here'], 'set by this part itself'),
+    (['devices'], '--config=config/X.py'),
+    (['devices', f'--config={CHAR}', '--kinds=tp'], "got 'tp'"),
+    (['devices', f'--config={CHAR}', '--out_dir=here'], 'set by this part itself'),
     (['recipe'], '--baseline=FOLDER'),
     (['recipe', '--baseline=tests'], "'tests' is not a clone of nanoGPT: it lacks train.py"),
     (['gpu', '--only=everything'], "got 'everything'"),
@@ -112,15 +112,15 @@ def test_gpu_without_one_is_one_line(run):
 
 
 def test_help_names_every_setting(run):
-    for part in (ladder, step, scaling, recipe, gpu, check, ranks, parent):
+    for part in (ladder, step, devices, recipe, gpu, check, ranks, parent):
         code, out, _ = run(part.__name__.removeprefix('bench.'), '--help')
         assert code == 0 and all(f'--{name}=' in out for name in configurator.settings(part.Settings))
 
 
 def test_parts_import_no_torch():
     import ast
-    for name in ('ladder', 'step', 'sampling', 'optimizing', 'loading', 'scaling', 'recipe', 'gpu', 'processes', 'aims',
-                 'check', 'ranks', 'parent'):
+    for name in ('ladder', 'step', 'sampling', 'optimizing', 'loading', 'scaling', 'devices', 'rule', 'recipe', 'gpu',
+                 'processes', 'aims', 'check', 'ranks', 'parent'):
         tree = ast.parse((ROOT / 'bench' / f'{name}.py').read_text())
         top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
         assert 'torch' not in ' '.join(map(ast.unparse, top)), name
@@ -337,20 +337,20 @@ def test_threads_reach_the_process():
 
 
 def test_rank_counts():
-    assert [scaling.rank_counts(n) for n in (1, 2, 3, 8)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8]]
+    assert [devices.rank_counts(n) for n in (1, 2, 3, 8)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8]]
 
 
 @pytest.mark.slow
-def test_scaling_as_json(measured):
-    found = measured('scaling', f'--config={CHAR}', *SMALL, '--max_ranks=2', '--steps=3', '--vocabulary=60')
+def test_devices_as_json(measured):
+    found = measured('devices', f'--config={CHAR}', *SMALL, '--max_ranks=2', '--steps=3', '--vocabulary=60')
     assert [(row['parallel'], row['ranks']) for row in found['rows']] == [('ddp', 1), ('ddp', 2), ('fsdp', 1), ('fsdp', 2)]
     assert all(row['tokens_per_s'] > 0 and row['efficiency'] > 0 for row in found['rows'])
 
 
 def test_a_run_that_fails_is_a_row_too(monkeypatch, tmp_path):
     monkeypatch.setattr(processes, 'timed', lambda *given, **more: {'wall_s': 1.0, 'code': 2, 'out': '', 'err': 'a\nb\n'})
-    chosen = settings_of(scaling, f'--config={CHAR}', '--device=cpu', '--threads=1')
-    row = scaling.measure(chosen, 'ddp', 1, str(tmp_path))
+    chosen = settings_of(devices, f'--config={CHAR}', '--device=cpu', '--threads=1')
+    row = devices.measure(chosen, 'ddp', 1, str(tmp_path))
     assert row == {'parallel': 'ddp', 'ranks': 1, 'error': 'exit code 2: b'}
 
 

@@ -176,9 +176,10 @@ def bench_case(part, module):
 
 for _part, _name in BENCH['PARTS'].items():
     _module = importlib.import_module(_name)
-    PROGRAMS[f'bench {_part}'] = (_module.Settings, CONFIG if _part in ('step', 'sample', 'scaling', 'ranks') else '',
+    PROGRAMS[f'bench {_part}'] = (_module.Settings, CONFIG if _part in ('step', 'sample', 'devices', 'ranks') else '',
                                   bench_case(_part, _module))
-NEVER = 'bench fit', 'bench recipe', 'bench parent'         # refused without a file or a clone of nanoGPT, which is not here
+# refused without a file or a clone of nanoGPT, which is not here
+NEVER = 'bench fit', 'bench recipe', 'bench parent', 'bench rule'
 
 
 def attempt(case, path, arguments):
