@@ -9,16 +9,17 @@ adjacent windows of its block_size. Ours trains until an evaluation reaches that
 as many steps as fit into the parent's wall-clock time. Both have the same text and number of threads, and all times include
 evaluation.
 """
+import dataclasses
+import itertools
 import os
 import re
 import shutil
-import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import Output, tables
+from bench import Output, races
 from configurator import key
 from variants import UserError
 
@@ -41,7 +42,7 @@ class Settings(Output):
     full: bool = key(True, "train again for the parent's whole wall-clock time")
     reserve: float = key(0.05, 'share of that time kept in reserve, as speeds vary', low=0)
     text: str = key('', 'text for both, such as the canonical input.txt; by default the one that ships with this repository')
-    threads: int = key(1, 'torch threads of either side', low=1)
+    threads: int = key(0, 'torch threads of either side; 0 = the race with one, then with as many as torch takes', low=0)
     resume: bool = key(False, 'run the rounds that the file of --json lacks')
 
 
@@ -185,16 +186,18 @@ def run(settings, part):
     from bench.processes import keep
     asked = {name: getattr(settings, name) for name in ('config', 'full_config', 'baseline_iters', 'full', 'reserve',
                                                         'threads')} | {'text': os.path.basename(settings.text)}
+    counts = [settings.threads] if settings.threads else sorted({1, torch.get_num_threads()})
     result = {'part': 'recipe', 'settings': asked, 'rounds': earlier(settings, asked),
-              'machine': machine(torch.device('cpu')) | {'threads': settings.threads}}
+              'machine': machine(torch.device('cpu')) | {'processor': races.processor(), 'threads': counts}}
     with tempfile.TemporaryDirectory() as folder:
-        parent = prepare(settings, folder)
-        for seed in range(1337, 1337 + settings.seeds):
-            if seed not in [row['seed'] for row in result['rounds']]:
-                result['rounds'].append(race(settings, folder, parent, seed))
-                result['summary'] = summary(result['rounds'])
+        parent = prepare(dataclasses.replace(settings, threads=1), folder)
+        for threads, seed in itertools.product(counts, range(1337, 1337 + settings.seeds)):
+            if (threads, seed) not in [(row['threads'], row['seed']) for row in result['rounds']]:
+                row = race(dataclasses.replace(settings, threads=threads), folder, parent, seed)
+                result['rounds'].append({'threads': threads, **row})
+                result['summary'] = races.summaries(result['rounds'])
                 keep(result, settings.json)
-    return {**result, 'summary': summary(result['rounds'])}
+    return {**result, 'summary': races.summaries(result['rounds'])}
 
 
 def earlier(settings, asked):
@@ -211,38 +214,8 @@ def earlier(settings, asked):
     raise UserError(f'{settings.json} is not of this race; name another file or drop --resume', 'resume')
 
 
-def summary(rounds):
-    """Medians over the rounds."""
-    def median(*path):
-        values = rounds
-        for name in path:
-            values = [value[name] for value in values]
-        return statistics.median(values)
-    found = {name: median(name) for name in ('wall_ratio', 'cpu_ratio', 'tokens_ratio')}
-    found.update({f'{side}_{name}': median(side, name) for side in ('parent', 'ours') for name in (
-        'wall_s', 'cpu_s', 'tokens', 'val_loss')}, reached=all(row['reached'] for row in rounds))
-    if 'full' in rounds[0]:
-        found.update(full_val_loss=median('full', 'val_loss'), full_wall_s=median('full', 'wall_s'),
-                     full_within=all(row['full']['within'] for row in rounds))
-    return found
-
-
 def say(words):
     print(f'bench.py: {words}', file=sys.stderr, flush=True)
 
 
-def text(result):
-    """One line per seed, then the medians."""
-    lines = [['seed', 'nanoGPT, s', 'CPU s', 'tokens', 'loss', 'ours, s', 'CPU s', 'tokens', 'loss', 'wall x', 'CPU x',
-              'tokens x', 'loss in its time']]
-    for row in result['rounds']:
-        lines.append([str(row['seed']), *(cell for side in ('parent', 'ours') for cell in (
-            f'{row[side]["wall_s"]:.1f}', f'{row[side]["cpu_s"]:.1f}', f'{row[side]["tokens"]:,}',
-            f'{row[side]["val_loss"]:.4f}')), *(f'{row[f"{name}_ratio"]:.1f}' for name in ('wall', 'cpu', 'tokens')),
-            f'{row["full"]["val_loss"]:.4f}' if 'full' in row else ''])
-    median = result['summary']
-    full = f'; in its whole wall-clock time ours reaches {median["full_val_loss"]:.4f}' if 'full_val_loss' in median else ''
-    return '\n\n'.join([tables.aligned(lines), (
-        f'medians: ours takes 1/{median["wall_ratio"]:.1f} of the wall-clock time, 1/{median["cpu_ratio"]:.1f} of the CPU '
-        f'time and 1/{median["tokens_ratio"]:.1f} of the tokens{full}') + ('' if median['reached'] else (
-            '; NOT every run reached the loss'))])
+text = races.text

@@ -22,6 +22,7 @@ from bench import (
     ladder,
     parent,
     processes,
+    races,
     ranks,
     recipe,
     rung,
@@ -628,7 +629,7 @@ def clone(tmp_path):
 
 def race_arguments(clone, *more):
     return ['recipe', f'--baseline={clone / "nano"}', f'--config={clone / "ours.py"}', f'--text={clone / "text.txt"}',
-            '--baseline_iters=8', '--seeds=1', f'--json={clone / "race.json"}', *more]
+            '--baseline_iters=8', '--seeds=1', '--threads=1', f'--json={clone / "race.json"}', *more]
 
 
 @pytest.mark.slow
@@ -644,7 +645,7 @@ def test_a_race_from_start_to_end_and_its_resumption(clone, run_program):
     assert row['wall_ratio'] == pytest.approx(theirs['wall_s'] / ours['wall_s'])
     assert row['tokens_ratio'] == pytest.approx(theirs['tokens'] / ours['tokens'])
     assert row['full']['evaluations'] == 2 and row['full']['steps'] >= 10
-    assert found['summary']['full_val_loss'] == row['full']['val_loss']
+    assert row['threads'] == 1 and found['summary']['1']['full_val_loss'] == row['full']['val_loss']
     assert sorted(os.listdir(clone / 'nano')) == before                         # the clone is left alone
     again = run_program('bench.py', *race_arguments(clone, '--resume=True'))
     assert 'nanoGPT, 8 steps' not in again.stderr and json.loads((clone / 'race.json').read_text()) == found
@@ -686,8 +687,19 @@ def test_the_summary_is_medians():
     side = {'wall_s': 1.0, 'cpu_s': 1.0, 'tokens': 5, 'val_loss': 2.0}
     rounds = [{'wall_ratio': r, 'cpu_ratio': r, 'tokens_ratio': r, 'parent': side, 'ours': side, 'reached': r != 9}
               for r in (9, 2, 3)]
-    found = recipe.summary(rounds)
+    found = races.summary(rounds)
     assert found['wall_ratio'] == 3 and found['reached'] is False and 'full_val_loss' not in found
+
+
+def test_the_table_of_a_race_names_processor_and_threads():
+    side = {'wall_s': 8.0, 'cpu_s': 8.0, 'tokens': 5, 'val_loss': 2.0}
+    rounds = [{'threads': n, 'seed': 1337, 'wall_ratio': 8.0 / n, 'cpu_ratio': 8.0, 'tokens_ratio': 1.0, 'parent': side,
+               'ours': side, 'reached': True} for n in (1, 2)]
+    result = {'rounds': rounds, 'summary': races.summaries(rounds), 'machine': {'processor': 'A 1', 'torch': '2.13'}}
+    text = recipe.text(result)
+    assert text.startswith('A 1, torch 2.13\n')
+    assert '1 threads: ours takes 1/8.0' in text and '2 threads: ours takes 1/4.0' in text
+    assert races.processor()
 
 
 # ----------------------------------------------------------------------------------------------------
