@@ -177,7 +177,7 @@ def sample(config, prompt):
     import torch
 
     from attention import decoding
-    from kron import timing
+    from kron import cost, timing
     from reporting import hardware
     device = hardware.device(config.device)
     dtype = hardware.dtype(config.dtype, device)
@@ -194,6 +194,8 @@ def sample(config, prompt):
     if config.kron_plan == 'measure':
         timing.prepare(model, [1, min(len(tokens), model.config.block_size)], dtype, device,
                        keep=static or not config.compile)
+    elif not config.compile:
+        cost.keep_formed(model)
     if config.compile and not static:
         model.compile(dynamic=True)
     generator = torch.Generator(device).manual_seed(config.seed)
