@@ -146,7 +146,7 @@ def prepared(config, model, tokenizer, jobs, dtype):
     import torch
 
     from attention import decoding
-    from kron import timing
+    from kron import cost, timing
     from sampling.choosing import Choice
     from sampling.several import Texts
     device = next(model.parameters()).device
@@ -155,6 +155,8 @@ def prepared(config, model, tokenizer, jobs, dtype):
     if config.kron_plan == 'measure':
         timing.prepare(model, [1, min(idx.size(1), model.config.block_size)], dtype, device,
                        keep=static or not config.compile)
+    elif not config.compile:
+        cost.keep_formed(model)
     if config.compile and not static:
         model.compile(dynamic=True)
     choice = Choice(config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty)

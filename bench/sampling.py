@@ -174,6 +174,6 @@ def lines_of(found):
         lines.append(f'  static steps: {found["tokens_per_s_static"]:,.1f} tokens/s, {ranged(found["static_gain"])} times '
                      f'as many; {found["same_tokens_static"]:.1%} of the tokens are the same')
     if 'token_ms' in found:
-        lines.append(f'  a single token: {found["token_ms"]["median"]:.3f} ms, {found["token_bytes"] / 1e6:.1f} MB of weights '
-                     f'read, {found["of_copy"]:.0%} of what a copy moves')
+        lines.append(f'  a single token: {found["token_ms"]["median"]:.3f} ms, {found["token_bytes"] / 1e6:.1f} MB of '
+                     f'weights, {found["of_copy"]:.0%} of what a copy moves')
     return lines

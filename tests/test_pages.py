@@ -45,6 +45,8 @@ SMALLER = {
     r'compare\.py tables': '--check=True',
     r'evaluate\.py': '--device=cpu',
     r'bench\.py gpu': '',
+    r'bench\.py scaling': '--quick=True --axes=batch',
+    r'bench\.py rule': '--fit=False',
     r'bench\.py (attention|linear|mlp)': '--n_embd=64 --n_head=2 --block_size=64 --batch_size=1 --tokens=4 --min_time=0.01',
 }
 ORDER = ['README.md', 'docs/training.md', 'docs/structures.md']        # the first trains what the others use
