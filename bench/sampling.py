@@ -12,6 +12,7 @@ Every model setting may be given and overrides the config's.
 prompt, and the bytes of weights that it reads, per second, beside what a large copy moves in the same run.
 """
 import dataclasses
+import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,7 +45,7 @@ def check(settings, part):
         raise UserError(f'prompt must be below block_size ({chosen(settings).block_size}), got {settings.prompt}', 'prompt')
 
 
-def built(config, settings, device):
+def built(config, progress, device):
     """The model with random weights; a Kronecker sum keeps a W where that is best for a single token."""
     import torch
 
@@ -52,21 +53,14 @@ def built(config, settings, device):
     from model import GPT
     torch.manual_seed(config.seed)
     model = GPT(model_config(config)).to(device).eval()
-    model.set_progress(settings.progress)
+    model.set_progress(progress)
     keep_formed(model)
     return model
 
 
 def other(config, spec):
     """The config with `spec` for c_fc in every MLP, and for c_proj with the first two numbers exchanged."""
-    name, _, rest = spec.partition('(')
-    first, second, *more = rest.split(',', 2) if name.startswith('kron') and rest.count(',') else (rest, '')
-    if second:
-        paired = second.rstrip(')') if not more else second
-        tail = f',{more[0]}' if more else ')'
-        back = f'{name}({paired}, {first}{tail}'
-    else:
-        back = spec
+    back = re.sub(r'^(kron\w*)\( *(\d+) *, *(\d+)', r'\1(\3, \2', spec)
     return dataclasses.replace(config, linear={'h.*.mlp.c_fc': spec, 'h.*.mlp.c_proj': back})
 
 
@@ -129,7 +123,7 @@ def run(settings, part):
     torch.manual_seed(config.seed)
     prompt = torch.randint(config.vocab_size, (settings.samples, settings.prompt), device=device)
     count = min(settings.new_tokens, config.block_size - settings.prompt)
-    both = [Ways(built(one, settings, device), prompt, count, settings, device, kind) for one in configs]
+    both = [Ways(built(one, settings.progress, device), prompt, count, settings, device, kind) for one in configs]
     names = [(i, name) for i, ways in enumerate(both) for name in ways.calls]
     calls = [both[i].calls[name] for i, name in names]
     texts = [call() for call in calls]                  # a first call, which captures

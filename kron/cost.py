@@ -16,7 +16,7 @@ from kron.plan import by_rule, considered, kronecker, rule, sizes_of, taken
 # seconds: per kernel call; per FLOP; per element that a product reads or writes, weights too; per element of a copy, and
 # of a product with a factor of at most THIN rows and columns; per weight of a product with one row or a few that reads
 # its input in strides, or of dot products
-CONSTANTS = CALL, FLOP, MOVED, COPIED, STRIDED = 1.10e-5, 2.5e-12, 2.9e-10, 5.9e-10, 1.27e-9
+CONSTANTS = CALL, FLOP, MOVED, COPIED, STRIDED = 1.11e-5, 3.63e-12, 5.15e-10, 8.85e-10, 2.65e-9
 TOKENS = tuple(2 ** k for k in range(14))       # for which costs are taken; a number between two takes the larger one's
 
 

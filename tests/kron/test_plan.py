@@ -591,12 +591,12 @@ def test_plans_are_timed_as_the_run_is_compiled(setting, expected, data, tmp_pat
 
 def test_another_plan_rounds_otherwise_and_the_rule_takes_none(data, tmp_path, monkeypatch):
     """Negative control of the test above."""
-    asked = stub(monkeypatch, 'materialise')
-    formed = run(data, tmp_path / 'a')
+    asked = stub(monkeypatch, 'a_rows')    # the rule forms W here
+    rows = run(data, tmp_path / 'a')
     plain, ruled = run(data, tmp_path / 'b', '--kron_plan=rule'), run(data, tmp_path / 'c', '--kron_plan=rule')
     assert len(asked) == 4 and not plain['config']['kron_plans']
-    assert any(not torch.equal(t, plain['model'][name]) for name, t in formed['model'].items())
-    assert all(torch.allclose(t, plain['model'][name], atol=1e-4) for name, t in formed['model'].items())
+    assert any(not torch.equal(t, plain['model'][name]) for name, t in rows['model'].items())
+    assert all(torch.allclose(t, plain['model'][name], atol=1e-4) for name, t in rows['model'].items())
     assert all(torch.equal(t, plain['model'][name]) for name, t in ruled['model'].items())
 
 
