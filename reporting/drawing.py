@@ -3,12 +3,11 @@ import os
 
 import numpy as np
 
-from reporting import curves
+from reporting import curves, palette
 
-# seven of Okabe and Ito's colours and five dashes, as in web/page.js: 35 lines differ, in grey and for the colour-blind too
-COLOURS = '#0072B2', '#E69F00', '#000000', '#009E73', '#56B4E9', '#D55E00', '#CC79A7'
+# seven colours and five dashes, as in web/page.js: 35 lines differ, in grey and for the colour-blind too
 DASHES = 'solid', (0, (7, 3)), (0, (2, 2.5)), (0, (9, 3, 2, 3)), (0, (4, 2, 1, 2, 1, 2))
-MARKERS = 'o', 's', '^', 'D', 'v'
+MARKERS = palette.MARKERS[:5]
 CUT, MOST = 0.05, 0.98                  # the y axis spans what lies behind this share of a run, without spikes
 LOOK = {'pdf.fonttype': 42, 'font.size': 9, 'lines.scale_dashes': False}        # text in PDF stays text
 
@@ -24,7 +23,7 @@ def smoothed(xs, ys, width):
 
 
 def style(look):
-    return {'color': COLOURS[look % len(COLOURS)], 'linestyle': DASHES[look % len(DASHES)]}
+    return {'color': palette.COLOURS[look % len(palette.COLOURS)], 'linestyle': DASHES[look % len(DASHES)]}
 
 
 def curve(axes, run, look, label, x, smooth):
@@ -70,10 +69,9 @@ def labels_of(names, looks):
 def draw(runs, path, x='steps', log='', smooth=0.0):
     """Write the picture to path, whose ending says the format. x: of curves.AXES; log: the axes that are logarithmic."""
     import matplotlib
-    from matplotlib.figure import Figure  # without pyplot, which is slow to import
     names, looks = curves.names_of(runs), curves.looks_of(runs)
     with matplotlib.rc_context(LOOK):
-        figure = Figure(figsize=(6.4, 4), layout='constrained')
+        figure = palette.figure(6.4, 4)
         axes = figure.subplots()
         axes.set(xscale='log' if 'x' in log else 'linear', yscale='log' if 'y' in log else 'linear',
                  xlabel=curves.AXES[x], ylabel='loss, nats per token')
