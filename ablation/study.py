@@ -96,7 +96,7 @@ class Queue:
         os.makedirs(grid.out_dir, exist_ok=True)
         self.states = self.optuna.trial.TrialState
         self.held = Held(os.path.join(grid.out_dir, '.queue'))
-        self.worker, self.losses, self.failures = Worker(grid), {}, {}
+        self.worker, self.losses, self.failures, self.taken = Worker(grid), {}, {}, set()
         with self.held:
             self.storage = open_storage(grid.out_dir)
             self.study = self.make_study('runs')
@@ -113,7 +113,7 @@ class Queue:
             state, loss = state_of(run.folder(self.grid))
             if state in ('done', 'pruned'):
                 self.losses[run] = loss if state == 'done' else float('inf')
-                if state == 'done':
+                if state == 'done' and run not in self.taken:       # its own thread tells of a run of this start
                     say(f'{run}: {loss:.4f} (done before)')
         return self.losses.get(run)
 
@@ -134,7 +134,9 @@ class Queue:
             if trial:
                 for name, value in self.parameters(trial).items():
                     self.suggest(trial, name, value)
-                return self.study, self.own(trial), self.run_of(trial), None
+                run = self.run_of(trial)
+                self.taken.add(run)
+                return self.study, self.own(trial), run, None
             return 'wait' if self.trials(self.study, self.states.RUNNING) else None
 
     def first_waiting(self, runs):
