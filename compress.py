@@ -327,7 +327,8 @@ def write_page(study, title, lines, text, missing):
     folder = study.out_dir
     failed = {key_of(line): line for line in read_log(os.path.join(folder, RESULTS))
               if line['kind'] == 'failed' and key_of(line) in missing}
-    env = read_json(os.path.join(folder, 'env.json'), 'name the out_dir of a study')
+    place = os.path.join(folder, 'env.json')
+    env = read_json(place) if os.path.exists(place) else {}
     webpage.write(os.path.join(folder, PAGE), page.page(study, title, lines, text, failed.values(), env, folder))
 
 

@@ -146,6 +146,8 @@ def figures(loss, accuracy, nats, source):
 
 def evaluate(config):
     """Load, score, and return what `--json` prints."""
+    from reporting import hardware
+    hardware.device(config.device)                     # a device that is not here is told before anything is read
     model, info = load_model(config.out_dir, config.which)
     other = load_model(config.against, config.which) if config.against else None
     source = texts.open_source(config, info['data'], model.config.vocab_size, note)

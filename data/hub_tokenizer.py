@@ -10,7 +10,6 @@ import functools
 import json
 from pathlib import Path
 
-from checkpoints import hub
 from variants import UserError
 
 MOST_BYTES = 1 << 26
@@ -132,8 +131,10 @@ def read(place):
     """The meta of the tokenizer of a tokenizer.json, of a folder with one, of a .gguf, or of OWNER/NAME on the Hugging Face
     hub; raises UserError."""
     path = Path(place).expanduser()
-    if '/' in str(place) and hub.is_name(str(place)):
-        return {**read(hub.fetch(str(place), tokens_only=True)), 'source': str(place)}
+    if '/' in str(place):
+        from checkpoints import hub
+        if hub.is_name(str(place)):
+            return {**read(hub.fetch(str(place), tokens_only=True)), 'source': str(place)}
     if is_gguf(path):
         from checkpoints import gguf_file
         reader = gguf_file.open_file(path)

@@ -31,7 +31,8 @@ def find(init_from):
     if os.path.exists(place):
         return place
     if not hub.is_name(init_from):
-        raise UserError(f'there is no folder {init_from!r}', 'init_from')
+        raise UserError(f'there is no folder {init_from!r}; pass a local folder, a .gguf file, or OWNER/NAME of the hub',
+                        'init_from')
     return hub.fetch(init_from)
 
 

@@ -441,7 +441,7 @@ def test_the_gap_is_closed_by_the_right_share():
     assert rows['als'] == ([0.75, 0.75], [pytest.approx(0.5)])
     assert rows['apart'] == ([], [])                    # no baseline with its shape
     shown = tables.text(given, [x for lines in found.values() for x in lines])
-    assert '| als b | 75.0% (n=2) | 50.0% |' in shown and '| als | 2.2500 ± 0.7500 (n=2) → 1.4000 |' in shown
+    assert '| als b | 75.0% (n=2) | 50.0% |' in shown and '| als | 2.2500 ± 1.0607 (n=2) → 1.4000 |' in shown
 
 
 def test_a_record_holds_table_plot_results_and_machine(place, tmp_path, run, monkeypatch, capsys):

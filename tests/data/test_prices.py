@@ -333,7 +333,7 @@ def test_a_checkpoint_keeps_what_tokens_mean(make):
     kind = tokenizer.load(json.loads(json.dumps(described)))
     assert kind.vocab_size == 9 and kind.centres == described['returns']['centres']
     config = sample.SampleConfig()
-    assert sample.encode('\n', sample.load_tokenizer(config, described, 9), config) == [
+    assert sample.encode('\n', sample.load_tokenizer(config, described, 9)) == [
         sum(edge <= 0 for edge in kind.edges)]                      # no prompt: a bar without change
 
 

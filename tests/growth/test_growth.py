@@ -320,7 +320,7 @@ def test_flops_to_a_baselines_loss_are_read_between_evaluations(tmp_path, run_pr
         (folder / 'log.jsonl').write_text('\n'.join(map(json.dumps, curve(*losses))))
     done = run_program('compare.py', 'recovery', *sorted(tmp_path.glob('*/*')), '--baseline=*/dense/*')
     row = next(line for line in done.stdout.splitlines() if '/grown/' in line).split(' | ')
-    assert row[1:6] == ['2.1000 ± 0.3000 (n=2)', '200', '150', '1.33', '1 of 2']
+    assert row[1:6] == ['2.1000 ± 0.4243 (n=2)', '200', '150', '1.33', '1 of 2']
     assert '| 1.00 ± 0.00 (n=2) | 2 of 2 |' in done.stdout
     mistake = run_program('compare.py', 'recovery', tmp_path / 'grown/seed=1', '--baseline=*/dense/*', code=2)
     assert 'matches none' in mistake.stderr and mistake.stderr.startswith('compare.py recovery: ')

@@ -115,7 +115,7 @@ def quiet(monkeypatch):
     monkeypatch.setattr(checkpoint, 'save', lambda *arguments, **keywords: None)
     monkeypatch.setattr(checkpoint, 'set_best', lambda *arguments, **keywords: None)
     monkeypatch.setattr(export, 'write', lambda *arguments: None)
-    monkeypatch.setattr(runlog, 'draw', lambda folder: None)
+    monkeypatch.setattr(runlog.losses, 'draw', lambda *arguments: None)
     return monkeypatch
 
 

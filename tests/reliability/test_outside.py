@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_set_aside_is_one_line(tmp_path, monkeypatch):
 def test_a_full_disk_for_logs_and_a_picture_that_fails_warn_once_each(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runlog, 'write_json', full)
     monkeypatch.setattr(runlog, 'rewind', full)
-    monkeypatch.setattr(runlog, 'draw', full)
+    monkeypatch.setattr(runlog.losses, 'draw', full)
     monkeypatch.setattr(outlets.Lines, 'write', full)
     assert run(data, tmp_path, '--max_iters=4', '--target_val_loss=99', '--eval_first=False')['step'] == 2
     err = capsys.readouterr().err
