@@ -104,26 +104,35 @@ class Answers:
         Answer('growth from one block to six', '2026-11-21_growth', 'from 1 copy', 'dense', 'training FLOPs',
                'Shakespeare'),
     ]
-    smollm2 = '2026-11-22_smollm2'
+    smollm2 = '2026-11-29_smollm2'
 
     def compressed(self, root):
         """The last row: a pretrained model, whose loss is a perplexity."""
-        record, variant = Record(root, self.smollm2), 'pivot curvature: svd_hessian'
+        record, variant = Record(root, self.smollm2), 'neurons refined'
         whole, dense = re.search(r'of ([\d,]+), perplexity ([\d.]+) on test', record.text).groups()
-        size, _, _ = record.number(variant, 'of the whole model', '75%')
-        healed, _, seeds = record.number(variant, 'healed', '75%')
-        return ['pretrained SmolLM2, its MLPs cut to 75%', millions(size, float(whole.replace(',', ''))), '',
+        size, _, _ = record.number(variant, 'of the whole model', '50%')
+        healed, _, seeds = record.number(variant, 'healed', '50%')
+        return ['pretrained SmolLM2, its MLPs cut to 50%', millions(size, float(whole.replace(',', ''))), '',
                 unbroken(f'perplexity {healed:.1f}'), f'{float(dense):.1f}', '', str(seeds), 'Wikipedia prose']
 
     def text(self, root, page):
         names = dict.fromkeys([answer.record for answer in self.rows] + [self.smollm2])
-        said = 'the commands (half an hour to 3 hours each on two CPU cores, the last 7 hours)'
+        said = 'the commands (half an hour to 3 hours each on two CPU cores, the last 10 hours)'
         return '\n\n'.join([markdown(self.head, [answer.row(root) for answer in self.rows] + [self.compressed(root)]),
                             folded([f'{Record(root, name).commands()[0]}    # {name}' for name in names], said)])
 
 
 BUDGETS = {name: name for name in ('75%', '50%', '25%')}
 SMOLLM2 = {
+    'fewer hidden neurons, widths by curvature, `neurons`': 'neurons',
+    '`pivot` on top, one budget': 'neurons + pivot',
+    'neurons, then 200 steps of refinement per block': 'neurons refined',
+    '`pivot` on top, refined': 'neurons + pivot refined',
+    'equal widths': 'neurons of equal widths',
+    'chosen by leverage, `neurons_leverage`': 'neurons by leverage',
+    'by norms, `neurons_norm`': 'neurons by norms',
+    'by the Taylor term, `neurons_taylor`': 'neurons by Taylor',
+    '`neurons`, healed by the logits': 'neurons healed by logits',
     'low rank, equal ranks, `svd`': 'svd',
     'the same, `svd_whitened`': 'svd_whitened',
     'the same, `svd_whitened_sequential`': 'svd_whitened_sequential',
@@ -212,7 +221,7 @@ TABLES = {
     'recipe': Table('2026-11-21_recipe', {name: name for name in (
         'nanoGPT, s', 'ours, s', 'wall x', 'CPU x', 'tokens x', 'loss in its time')},
                     '15 minutes on one CPU core, after a clone of nanoGPT', first='seed'),
-    'smollm2': Table('2026-11-22_smollm2', BUDGETS, '7 hours on two CPU cores, after two downloads', SMOLLM2),
+    'smollm2': Table('2026-11-29_smollm2', BUDGETS, '10 hours on two CPU cores, after two downloads', SMOLLM2),
     'character': Crossed('2026-11-22_character_compression', {
         '`van_loan_normalised`': 'nVL', '`als`': 'als', '`als_sequential`': 'als_sequential', '`als_hessian`': 'als_hessian',
         '`als_sequential_hessian`': 'als_sequential_hessian', 'the same on 98,304 tokens': 'als_sequential_hessian on 98k'},
