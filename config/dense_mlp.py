@@ -3,7 +3,7 @@
 Launch: bash run.sh config/dense_mlp.py
 Hardware: 2 CPU cores
 Time: about 2 minutes
-Result: 1.777 nats per character on the whole validation split
+Result: 1.780 +- 0.007 nats per character on the whole validation split
 """
 out_dir = 'out/dense_mlp'
 dataset = 'shakespeare_char'

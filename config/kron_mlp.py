@@ -7,7 +7,7 @@ Launch: bash run.sh config/kron_mlp.py           (or: python train.py config/kro
         torchrun --standalone --nproc_per_node=2 train.py config/kron_mlp.py
 Hardware: 2 CPU cores; the same file runs on a GPU
 Time: about 2 minutes
-Result: 1.784 nats per character on the whole validation split
+Result: 1.794 +- 0.014 nats per character on the whole validation split
 """
 out_dir = 'out/kron_mlp'
 dataset = 'shakespeare_char'

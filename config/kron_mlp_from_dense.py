@@ -6,7 +6,7 @@ and 500 steps at a third of the learning rate bring most of it back.
 Launch: bash run.sh config/dense_mlp.py && bash run.sh config/kron_mlp_from_dense.py
 Hardware: 2 CPU cores
 Time: about half a minute, after the twin's run
-Result: 1.817 nats per character on the whole validation split
+Result: 1.817 +- 0.010 nats per character on the whole validation split
 """
 out_dir = 'out/kron_mlp_from_dense'
 dataset = 'shakespeare_char'

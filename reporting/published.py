@@ -162,11 +162,11 @@ APPROXIMATIONS = '90 minutes on two CPU cores, the note alone 42'
 
 TABLES = {
     'answers': Answers(),
-    'kron_mlp': Table('2026-11-21_kron_mlp', {'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token',
-                                              'tokens': 'tokens', 'validation loss': 'last val loss'},
-                      '2 minutes a run on two CPU cores', {
-                          'dense': 'dense_mlp_1337', 'MLPs `kron(256, 64)` from scratch': 'kron_mlp_1337',
-                          'the same from the dense model': 'kron_mlp_from_dense_1337'}),
+    'kron_mlp': Table('2026-11-29_kron_mlp', {
+        'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token', 'tokens': 'tokens',
+        'validation loss': 'last val loss', 'beside dense': 'beside the baseline', '95% interval': '95 % interval'},
+        '2 minutes a run on two CPU cores', {
+            'dense': 'dense', 'MLPs `kron(256, 64)` from scratch': 'kron', 'the same from the dense model': 'from_dense'}),
     'scratch': Table('2026-11-21_scratch', TRAINED, 'half an hour on two CPU cores'),
     'where': Table('2026-11-22_where_the_money_is', {**TRAINED, 'beside dense': 'beside the baseline',
                                                      'beside narrow dense': 'beside a narrow dense model'},
