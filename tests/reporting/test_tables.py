@@ -58,9 +58,10 @@ def test_what_readme_shows_is_what_the_logs_say(record, row, run):
 
 
 def test_smollm2_in_readme_is_what_its_log_says():
-    lines = [json.loads(line) for line in open(ROOT / 'records' / '2026-11-22_smollm2' / 'log.jsonl', encoding='utf-8')]
-    healed = [line['healed']['test']['perplexity'] for line in lines if line['kind'] == 'healed' and line['budget'] == '75%'
-              and line['variant'] == 'pivot curvature: svd_hessian']
+    lines = [json.loads(line) for line in open(ROOT / 'records' / published.Answers.smollm2 / 'log.jsonl',
+                                                 encoding='utf-8')]
+    healed = [line['healed']['test']['perplexity'] for line in lines if line['kind'] == 'healed' and line['budget'] == '50%'
+              and line['variant'] == 'neurons refined']
     dense = next(line for line in lines if line['variant'] == 'dense')
     row = published.Answers().compressed(ROOT)
     assert row[3].split() == ['perplexity', f'{healed[-1]:.1f}'] and row[4] == f'{dense["test"]["perplexity"]:.1f}'
