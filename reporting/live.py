@@ -16,10 +16,20 @@ TIMED = FORMAT + ', {remaining} left'
 TAIL = 4096                             # bytes of a log that hold its last line
 
 
+class Bar(tqdm):
+    """tqdm's, after whose end text begins where a line begins: below the first bar tqdm leaves the cursor behind blanks."""
+
+    def close(self):
+        drawn = not self.disable
+        super().close()
+        if drawn:
+            self.fp.write('\r')
+
+
 def bar(total, what='', file=None, form=TIMED, **more):
     """A tqdm bar that leaves no trace when it is closed; a silent one where file (None = stderr) is no terminal."""
     file = file or sys.stderr
-    return tqdm(total=total, desc=what + ' ' * bool(what), file=file, disable=not file.isatty(), leave=False,
+    return Bar(total=total, desc=what + ' ' * bool(what), file=file, disable=not file.isatty(), leave=False,
                 dynamic_ncols=True, mininterval=EVERY, miniters=1, bar_format=form, **more)
 
 

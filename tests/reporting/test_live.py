@@ -103,7 +103,8 @@ def test_a_resumed_run_goes_on_with_its_bar_at_the_right_step(data, tmp_path, mo
     assert min(steps) == 6 and max(steps) == 12 and steps == sorted(steps)
 
 
-def test_lines_go_above_several_bars_and_half_lines_wait(monkeypatch):
+@pytest.mark.parametrize('order', [(1, 0), (0, 1)])
+def test_lines_go_above_several_bars_and_half_lines_wait(order, monkeypatch):
     screen = terminal(monkeypatch)
     first, second = live.bar(3, 'a', file=sys.stdout), live.bar(3, 'b', file=sys.stdout)
     sys.stdout.write('one ')
@@ -112,8 +113,8 @@ def test_lines_go_above_several_bars_and_half_lines_wait(monkeypatch):
     print('another', file=sys.stderr)
     first.update(1)
     assert [line.split()[0] for line in screen.lines()] == ['one', 'another', 'a', 'b']
-    second.close()
-    first.close()
+    for index in order:
+        (first, second)[index].close()
     print('a question: ', end='', flush=True)
     assert screen.lines() == ['one thing', 'another', 'a question:']
 
