@@ -19,7 +19,7 @@ from checkpoints.durable import DISK, write_whole
 from reporting import hardware, masking
 
 WEB = Path(__file__).parent / 'web'
-MACHINE = 'gpu', 'cpus', 'threads', 'world_size', 'torch', 'python', 'platform'
+MACHINE = 'gpu', 'cpu', 'cpus', 'threads', 'world_size', 'torch', 'python', 'platform'
 ONE = 'world_size', 1
 WIDE = 16                               # characters of a cell beyond which it may take several lines
 COLUMNS = 13                            # of a table beyond which its letters are smaller
