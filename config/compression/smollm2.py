@@ -42,9 +42,9 @@ _near_inputs = {'h.*.mlp.c_proj': 'pivot', 'h.*.mlp.*': 'kron(2, 576)'}
 _logits = {'distill': 'dense', 'trainable': 'h.*.mlp.*'}        # KL to the dense model's predictions, MLPs alone
 _logits_75 = {'distill': 'dense', 'trainable': 'h.*.mlp.*', 'learning_rate': 5e-5, 'min_lr': 5e-6, 'max_iters': 40,
               'lr_decay_iters': 40, 'eval_interval': 40}
-_logits_25 = {'distill': 'dense', 'trainable': 'h.*.mlp.*', 'learning_rate': 2e-4, 'min_lr': 2e-5, 'max_iters': 40,
-              'lr_decay_iters': 40, 'eval_interval': 40}
-_by_budget = {'75%': {'heal_settings': _logits_75}, '50%': {'calibration_seeds': 3}, '25%': {'heal_settings': _logits_25}}
+_by_budget = {'75%': {'heal_settings': _logits_75}, '50%': {'calibration_seeds': 3}}
+_refined = {'50%': {'calibration_seeds': 3},
+            '25%': {'heal_settings': {'learning_rate': 2e-4, 'min_lr': 2e-5}}}         # further away: larger steps
 _one = 'neurons,svd_whitened_hessian'
 _hessian = 'svd_whitened_hessian,als_hessian'
 _hessian_streamed = 'svd_whitened_hessian_streamed,als_hessian_streamed'
@@ -55,8 +55,9 @@ variants = {
     'neurons + pivot': {'narrow': 'mlp', 'linear': _pivot, 'decompose': _one, 'sizes': 'curvature', 'heal': '75%',
                         'heal_settings': _logits, 'at': _by_budget},
     'neurons refined': {'narrow': 'mlp', 'decompose': 'neurons', 'sizes': 'curvature', 'refine': 200, 'heal': '50%, 25%',
-                         'heal_settings': _logits, 'at': _by_budget},
-    'neurons + pivot refined': {'narrow': 'mlp', 'linear': _pivot, 'decompose': _one, 'sizes': 'curvature', 'refine': 200},
+                        'at': _refined},
+    'neurons + pivot refined': {'narrow': 'mlp', 'linear': _pivot, 'decompose': _one, 'sizes': 'curvature', 'refine': 200,
+                                'heal': '75%, 50%', 'at': {'75%': _gently['75%']}},
     'neurons of equal widths': {'narrow': 'mlp', 'decompose': 'neurons'},
     'neurons streamed': {'narrow': 'mlp', 'decompose': 'neurons_streamed', 'sizes': 'curvature'},
     'neurons by leverage': {'narrow': 'mlp', 'decompose': 'neurons_leverage', 'sizes': 'curvature', 'budgets': '50%'},
