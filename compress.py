@@ -143,6 +143,7 @@ class Runner:
         if not heal_settings(study, trial):
             return True
         zero = self.done[trial_key(study, trial)]['zero']
+        healing.forget_others(study, trial)
         if model is None and not healing.has_start(study, trial):
             model = source.dense if trial.variant == DENSE else squeeze.compressed(source, trial)[0]
         healed = healing.heal(source, trial, model, zero['linear'])

@@ -8,10 +8,13 @@ from ablation import runner
 from ablation.grid import SEEDS, argument
 from checkpoints import checkpoint
 from compression import squeeze
-from compression.study import DENSE, heal_settings, settings_of
+from compression.study import DENSE, heal_settings, settings_of, signature
 from decomposition.initialise import build, read_folder
+from reporting.runlog import write_json
+from reporting.written import read_json
 from variants import UserError
 
+BEGUN = 'healing.json'                  # what the run in a folder is: the trial's signature and its settings
 CHILD = threading.Event()               # while train.py runs: a signal is passed on to it
 
 
@@ -22,6 +25,20 @@ def model_folder(study, trial):
 
 def folder_of(study, trial):
     return os.path.join(study.out_dir, 'healed', f'{trial.variant} {trial.budget} {trial.source}'.replace('/', '_'))
+
+
+def forget_others(study, trial):
+    """Remove what a healing run with other settings, or from another start, left in the trial's folder."""
+    folder, wanted = folder_of(study, trial), {'of': signature(study, trial), 'settings': heal_settings(study, trial)}
+    path = os.path.join(folder, BEGUN)
+    try:
+        found = read_json(path)
+    except UserError:
+        found = None
+    if found != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder)
+        write_json(path, wanted)
 
 
 def heal(source, trial, model, rules):

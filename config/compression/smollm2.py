@@ -34,9 +34,9 @@ _pivot_mixed = {'h.*.mlp.c_proj': 'kron_pivot(1, 768)', 'h.*.mlp.*': 'pivot'}
 _sum = {'h.*.mlp.c_proj': 'lowrank + kron(24, 64, terms=20)', 'h.*.mlp.*': 'lowrank + kron(64, 24, terms=20)'}
 _columns = {'h.*.mlp.c_proj': 'lowrank(exact_columns=64)', 'h.*.mlp.*': 'lowrank'}
 _half = {'h.*.mlp.c_proj': 'kron(288, 1536)', 'h.*.mlp.*': 'kron(1536, 288)'}           # Krony-PT's 96M: 50.00002 %
-_gently = {'75%': {'heal_settings': {'learning_rate': 5e-5, 'min_lr': 5e-6,            # more undoes what it heals
-                                     'max_iters': 40, 'lr_decay_iters': 40, 'eval_interval': 40}},
-           '50%': {'calibration_seeds': 3}}
+_soft = {'learning_rate': 5e-5, 'min_lr': 5e-6, 'max_iters': 40, 'lr_decay_iters': 40, 'eval_interval': 40}
+_gently_first = {'75%': {'heal_settings': _soft}}                                       # more undoes what it heals
+_gently = {'75%': {'heal_settings': _soft}, '50%': {'calibration_seeds': 3}}
 _thrice = {'50%': {'calibration_seeds': 3}}
 _near_inputs = {'h.*.mlp.c_proj': 'pivot', 'h.*.mlp.*': 'kron(2, 576)'}
 _logits = {'distill': 'dense', 'trainable': 'h.*.mlp.*'}        # KL to the dense model's predictions, MLPs alone
@@ -57,7 +57,7 @@ variants = {
     'neurons refined': {'narrow': 'mlp', 'decompose': 'neurons', 'sizes': 'curvature', 'refine': 200, 'heal': '50%, 25%',
                         'at': _refined},
     'neurons + pivot refined': {'narrow': 'mlp', 'linear': _pivot, 'decompose': _one, 'sizes': 'curvature', 'refine': 200,
-                                'heal': '75%, 50%', 'at': {'75%': _gently['75%']}},
+                                'heal': '75%, 50%', 'at': _gently_first},
     'neurons of equal widths': {'narrow': 'mlp', 'decompose': 'neurons'},
     'neurons streamed': {'narrow': 'mlp', 'decompose': 'neurons_streamed', 'sizes': 'curvature'},
     'neurons by leverage': {'narrow': 'mlp', 'decompose': 'neurons_leverage', 'sizes': 'curvature', 'budgets': '50%'},

@@ -345,6 +345,18 @@ def lines_after(path):
 
 
 @pytest.mark.slow
+def test_healing_with_other_settings_does_not_take_the_run_of_the_old_ones(tmp_path, run):
+    def healed(more):
+        assert run('--only=svd', '--budgets={"50%": 0.5}', '--variants={"svd": {"linear": {"h.*.mlp.*": "lowrank"}, '
+                   f'"heal": "50%"{more}}}}}') == 0
+        return [x['healed'] for x in lines(tmp_path / 'out') if x['kind'] == 'healed']
+    first, = healed('')
+    again = healed(', "heal_settings": {"learning_rate": 1e-6, "min_lr": 1e-7}')
+    assert len(again) == 2 and again[1]['test']['loss'] > first['test']['loss']
+    assert json.loads((tmp_path / 'out/healed/svd 50% 0/run/config.json').read_text())['learning_rate'] == 1e-6
+
+
+@pytest.mark.slow
 def test_healing_lowers_the_loss_and_is_not_run_twice(tmp_path, run, monkeypatch):
     only = ('--only=svd', '--variants={"svd": {"linear": {"h.*.mlp.*": "lowrank"}, "heal": "50%"}}')
     assert run(*only) == 0
