@@ -148,6 +148,7 @@ class Precision:
     master_weights: bool = key(True, 'with half-precision weights: the optimizer keeps them in fp32 too')
     loss_scaling: bool = key(True, 'in float16: multiply the loss, so that small gradients do not round to 0')
     compile: bool | None = key(None, 'torch.compile; None = on a GPU only (it gains little on a CPU)')
+    threads: int = key(0, 'CPU threads; 0 = as OMP_NUM_THREADS says, else measured at the start of a run', low=0, high=4096)
     kron_plan: str = key('rule', "contraction of Kronecker sums: at least cost, or 'measure' every way once",
                          choices=('rule', 'measure'))
     kron_plans: dict = key({}, 'what was measured, kept on resume: {shape and call: plan}')

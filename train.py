@@ -41,8 +41,6 @@ if __name__ == '__main__':                              # before torch: its impo
     listen(signal.SIG_DFL)                              # even in long calls of C, where no handler of Python would run
     outlets.lasting_streams()
     CONFIG = configurator.run_program('train.py')
-    # waiting CPU threads sleep instead of spinning: 6 times faster on 2 busy cores, no slower on idle ones
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 import copy
 import dataclasses
@@ -57,7 +55,7 @@ from data.loader import Loader, Prefetcher, open_dataset
 from growth import changes, dropin, guided, recovery
 from optimizers import lookahead, optim, schedules
 from reporting.runlog import RunLog
-from training import contents, distill, outdir, parallel, precision, restart, startup
+from training import contents, distill, outdir, parallel, precision, restart, startup, threads
 from training.dryrun import dry_run, fit_memory
 from training.evaluation import evaluate
 from training.parallel import split_batch
@@ -234,6 +232,7 @@ def train(config, job, found=None):
     try:
         model = build(config, dataset, state, job)
         choose_plans(config, job)
+        threads.choose(config, model, job, fresh=not state)
         teacher = None if config.eval_only else distill.teacher(config, dataset, state, job)
         ways = outlets.Outlets(config, job.main, bool(state))       # what asks for a login does so before anything moves
         if lock and not state:

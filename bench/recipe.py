@@ -42,7 +42,7 @@ class Settings(Output):
     full: bool = key(True, "train again for the parent's whole wall-clock time")
     reserve: float = key(0.05, 'share of that time kept in reserve, as speeds vary', low=0)
     text: str = key('', 'text for both, such as the canonical input.txt; by default the one that ships with this repository')
-    threads: int = key(0, 'torch threads of either side; 0 = the race with one, then with as many as torch takes', low=0)
+    threads: int = key(0, 'torch threads of either side; 0 = the race with one, then with what either side takes', low=0)
     resume: bool = key(False, 'run the rounds that the file of --json lacks')
 
 
@@ -193,7 +193,8 @@ def run(settings, part):
         parent = prepare(dataclasses.replace(settings, threads=1), folder)
         for threads, seed in itertools.product(counts, range(1337, 1337 + settings.seeds)):
             if (threads, seed) not in [(row['threads'], row['seed']) for row in result['rounds']]:
-                row = race(dataclasses.replace(settings, threads=threads), folder, parent, seed)
+                asked_for = threads if threads < counts[-1] else settings.threads     # 0: what either side takes
+                row = race(dataclasses.replace(settings, threads=asked_for), folder, parent, seed)
                 result['rounds'].append({'threads': threads, **row})
                 result['summary'] = races.summaries(result['rounds'])
                 keep(result, settings.json)

@@ -5,7 +5,7 @@ import select
 import sys
 from pathlib import Path
 
-from commandline import bounds
+from commandline import bounds, cores
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOSED = 141                            # 128 + SIGPIPE, as a shell counts it
@@ -74,6 +74,7 @@ def watch(program):
     For the program that is run, before it imports packages of others: those at the top of train.py are in no function.
     """
     usual = sys.excepthook
+    cores.let_threads_sleep()
 
     def hook(kind, error, trace):
         if isinstance(error, BrokenPipeError) and stdout_is_closed():
