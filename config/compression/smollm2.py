@@ -43,7 +43,7 @@ _logits = {'distill': 'dense', 'trainable': 'h.*.mlp.*'}        # KL to the dens
 _logits_75 = {'distill': 'dense', 'trainable': 'h.*.mlp.*', 'learning_rate': 5e-5, 'min_lr': 5e-6, 'max_iters': 40,
               'lr_decay_iters': 40, 'eval_interval': 40}
 _by_budget = {'75%': {'heal_settings': _logits_75}, '50%': {'calibration_seeds': 3}}
-_refined = {'50%': {'calibration_seeds': 3},
+_refined = {'50%': {'calibration_seeds': 3, 'heal_settings': _logits},
             '25%': {'heal_settings': {'learning_rate': 2e-4, 'min_lr': 2e-5}}}         # further away: larger steps
 _one = 'neurons,svd_whitened_hessian'
 _hessian = 'svd_whitened_hessian,als_hessian'
@@ -57,7 +57,7 @@ variants = {
     'neurons refined': {'narrow': 'mlp', 'decompose': 'neurons', 'sizes': 'curvature', 'refine': 200, 'heal': '50%, 25%',
                         'at': _refined},
     'neurons + pivot refined': {'narrow': 'mlp', 'linear': _pivot, 'decompose': _one, 'sizes': 'curvature', 'refine': 200,
-                                'heal': '75%, 50%', 'at': _gently_first},
+                                'heal': '75%', 'at': _gently_first},
     'neurons of equal widths': {'narrow': 'mlp', 'decompose': 'neurons'},
     'neurons streamed': {'narrow': 'mlp', 'decompose': 'neurons_streamed', 'sizes': 'curvature'},
     'neurons by leverage': {'narrow': 'mlp', 'decompose': 'neurons_leverage', 'sizes': 'curvature', 'budgets': '50%'},

@@ -1,0 +1,38 @@
+"""Is there a budget at which a structure wins? Two scans at equal parameters: tokens x1, x3, x10, and width x1, x2.
+
+All but `dense` have 0.41M parameters, half of it; those of `x2` have 1.6M, half of the dense model of n_embd 256. The dense
+controls have a narrower residual stream (`narrow`) or a quarter of the hidden neurons (`narrow hidden`). Tokens are equal in
+a table; kron takes more FLOPs for them, which the table shows. The width is scanned at tokens x3.
+
+Launch: python ablate.py config/ablation/budgets.py --jobs=2
+Then:   python ablate.py report out/budgets
+Data: python data/shakespeare_char/prepare.py
+Hardware: 2 CPU cores
+Time: about 40 minutes: 85 runs of 10 to 90 seconds of one core each
+Result: not run yet
+"""
+base = 'config/kron_mlp_fast.py'
+baseline = 'narrow hidden'
+
+_kron = {'h.*.mlp.c_fc': 'kron(256, 64)', 'h.*.mlp.c_proj': 'kron(64, 256)'}
+_wide_kron = {'h.*.mlp.c_fc': 'kron(512, 128)', 'h.*.mlp.c_proj': 'kron(128, 512)'}
+
+variants = {
+    'dense': {'linear': 'dense'},
+    'narrow hidden': {'linear': 'dense', 'mlp': 'relu2(128)'},
+    'narrow': {'linear': 'dense', 'n_embd': 92},
+    'kron': {'linear': _kron},
+    'low rank': {'linear': {'h.*.mlp.*': 'lowrank(26)'}, 'muon_product': 'spectron'},
+    'narrow hidden x2': {'linear': 'dense', 'n_embd': 256, 'n_head': 4, 'mlp': 'relu2(256)'},
+    'kron x2': {'linear': _wide_kron, 'n_embd': 256, 'n_head': 4},
+    'low rank x2': {'linear': {'h.*.mlp.*': 'lowrank(52)'}, 'n_embd': 256, 'n_head': 4, 'muon_product': 'spectron'},
+}
+only = {'narrow': ['tokens x1', 'tokens x3'], 'narrow hidden x2': ['tokens x3'], 'kron x2': ['tokens x3'],
+        'low rank x2': ['tokens x3']}
+tasks = {
+    'tokens x1': {'max_iters': 300, 'lr_decay_iters': 300, 'eval_interval': 300},
+    'tokens x3': {'max_iters': 900, 'lr_decay_iters': 900, 'eval_interval': 900},
+    'tokens x10': {'max_iters': 3000, 'lr_decay_iters': 3000, 'eval_interval': 3000},
+}
+search = {'muon_lr': [1.2e-2, 2.4e-2, 4.8e-2]}
+seeds = 3
