@@ -68,6 +68,7 @@ def columns(grid, rows):
     found += [('validation loss', lambda r: spread(list(r['losses'].values())), lambda r: r['loss']),
               ('n', lambda r: str(len(r['losses'])), lambda r: len(r['losses'])),
               ('beside the baseline', lambda r: spread(r['beside']), lambda r: mean(r['beside'])),
+              ('95 % interval', reach, lambda r: (paired(r['beside'])[1] or '') if any(r['beside']) else ''),
               ('p, paired', lambda r: probability(chance(r)), lambda r: '' if chance(r) is None else chance(r))]
     if any(row['narrow'] for row in rows):
         found += [('beside a narrow dense model', lambda r: f'{spread(r["beside_narrow"])} ({r["narrow"]})' if r['narrow']
@@ -87,6 +88,12 @@ def columns(grid, rows):
 def chance(row):
     """The one-sided p of the paired t test that a row's loss is below the baseline's; None of the baseline itself."""
     return paired(row['beside'])[2] if any(row['beside']) else None
+
+
+def reach(row):
+    """The 95 % interval of the mean difference to the baseline, seed by seed, as text."""
+    middle, half, _ = paired(row['beside']) if any(row['beside']) else (0, None, None)
+    return '' if half is None else f'{middle - half:+.4f} to {middle + half:+.4f}'
 
 
 def cache_of(row):

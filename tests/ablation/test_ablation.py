@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import random
+import statistics
 
 import pytest
 
@@ -11,7 +12,7 @@ optuna = pytest.importorskip('optuna')
 
 import ablate
 import configurator
-from ablation import axes, cost, effects, plots, ranks, results, runner, study
+from ablation import axes, cost, effects, plots, ranks, results, runner, study, tables
 from ablation.grid import Run, first_runs, run_at, settings_of
 from ablation.plan import Plan
 from model import GPT
@@ -461,3 +462,11 @@ def test_the_table_of_the_page_fits_in_1280_pixels_and_its_rows_rule_the_charts(
     assert found['wide'][0] <= found['wide'][1]
     assert found['before'][1] == found['rows'] and found['after'][1] == found['shown'] < found['rows']
     assert found['after'][0] < found['before'][0]
+
+
+def test_the_interval_beside_the_baseline_is_student_s():
+    """Against scipy's quantile for 4 degrees of freedom, 2.7764451."""
+    beside = [0.01, 0.03, -0.02, 0.04, 0.00]
+    half = 2.7764451 * statistics.stdev(beside) / 5 ** 0.5
+    assert tables.reach({'beside': beside}) == f'{0.012 - half:+.4f} to {0.012 + half:+.4f}'
+    assert tables.reach({'beside': [0.0] * 5}) == tables.reach({'beside': [0.01]}) == tables.reach({'beside': []}) == ''
