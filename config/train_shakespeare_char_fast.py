@@ -2,8 +2,8 @@
 
 Launch: bash run.sh config/train_shakespeare_char_fast.py
 Hardware: one CPU core
-Time: about 18 seconds (148,480 tokens)
-Result: 1.877 nats per character, median of 3 seeds (records/2026-11-21_recipe has the race against nanoGPT)
+Time: about 14 seconds (148,480 tokens)
+Result: 1.873 nats per character, median of 3 seeds (records/2026-11-29_recipe has the race against nanoGPT)
 
 The classic recipe takes 1.5 million tokens to 1.90 nats per character.
 """
