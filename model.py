@@ -18,7 +18,7 @@ from attention.decoding import Kept, stream
 from attention.heads import QueryKeyNorm, ValueMix, attend, extend_cache, merge_heads, padded, sizes, split_heads, stretch_of
 from configurator import GPTConfig
 from layers.base import BaseAttention, BaseMLP, whole
-from layers.basic import Learned, RMSNorm, as_stream, choose, hidden_scale, norm, tags_of, unit, zero_
+from layers.basic import Head, Learned, RMSNorm, as_stream, choose, hidden_scale, norm, tags_of, unit, zero_
 from layers.distillation import distilled
 from layers.losses import LOSSES, ChunkedCrossEntropy, likeliest
 from variants import UserError
@@ -191,7 +191,7 @@ class GPT(nn.Module):
         if not config.rope:
             self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
             self.transformer.wpe.tags = {'weight': 'embedding'}
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
         self.s_z = None if config.ngpt == 'none' else Learned((config.vocab_size,), config.ngpt_sz_init,
                                                               config.n_embd ** -0.5)
         self.transformer.wte.tags = {'weight': 'embedding'}

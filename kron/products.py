@@ -8,6 +8,7 @@ in = n q, r = terms, T tokens. FLOPs per token: A-first 2 r m q (n + p), B-first
 import torch
 
 from kron.lean import Materialised, broadcasts, computed_in, explicit, first_b, narrow, together
+from layers import few_rows
 
 # ---------------------------------------------------------------------------------------------------
 # rows: tokens and the other factor's axis outermost, the axis that is multiplied innermost
@@ -101,7 +102,7 @@ def b_blocks(x, A, B):
 
 def outer(x, A, B):
     """y = (A x) b^T for B = b (p, 1): a product and a broadcast."""
-    v = x @ A[0].t()                                                                        # (T, m)
+    v = few_rows.linear(x, A[0])                                                            # (T, m)
     return (v.unsqueeze(-1) * B.to(v.dtype).view(-1)).view(len(v), v.shape[1] * B.shape[1])
 
 
@@ -116,11 +117,13 @@ def b_inner(x, A, B):
         return b_blocks(x, A, B)
     if torch.is_grad_enabled() or broadcasts(x):
         return b_rows(x, A, B)                          # keeps less for backward
-    return (x.view(len(x), A.shape[2], B.shape[2]) @ B.view(-1)) @ A[0].t()                 # (T, n) @ (n, m)
+    return few_rows.linear(x.view(len(x), A.shape[2], B.shape[2]) @ B.view(-1), A[0])       # (T, n) by (m, n)
 
 
 def times_vector(A, v):
     """A v for one row v (1, n), (1, m), as m dot products: faster than a product where A comes from memory."""
+    if few_rows.in_blocks(v, A):
+        return few_rows.linear(v, A)
     return torch.linalg.vecdot(A, v).to(computed_in(v)).unsqueeze(0)
 
 

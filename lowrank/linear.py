@@ -3,8 +3,8 @@ import math
 
 import torch
 import torch.nn as nn
-from torch.nn import functional as F
 
+from layers import few_rows
 from layers.base import whole
 from layers.structured import Structured, loudest, no_autocast, options_numel, silenced
 from lowrank.svd import moved, seen, truncated_svd, two_sided_svd, whitened_svd
@@ -112,7 +112,7 @@ class LowRankLinear(Structured):
 
     def product(self, x, bias=None):
         """U (V x) + bias for x (..., in); never forms W."""
-        return F.linear(F.linear(x, self.V), self.U, bias)
+        return few_rows.linear(few_rows.linear(x, self.V), self.U, bias)
 
     def product_weight(self):
         """U V (out, in) in fp32 at least."""

@@ -1,8 +1,8 @@
 """A low-rank map with one factor partly an identity, W = U [I R] P: the same matrices, rank^2 fewer parameters."""
 import torch
 import torch.nn as nn
-from torch.nn import functional as F
 
+from layers import few_rows
 from layers.structured import no_autocast, pivoted, with_others
 from lowrank.linear import LowRankLinear
 
@@ -54,7 +54,7 @@ class PivotLinear(LowRankLinear):
         if x.shape[-1] != self.in_features:
             raise RuntimeError(f'x has {x.shape[-1]} features and not {self.in_features}')
         first, others = Reordered.apply(x, self.order).split((self.rank, self.in_features - self.rank), -1)
-        return F.linear(first + F.linear(others, self.R), self.U, bias)
+        return few_rows.linear(first + few_rows.linear(others, self.R), self.U, bias)
 
     def product_weight(self):
         """[U, U R] with its columns permuted back, (out, in), in fp32 at least."""
