@@ -8,7 +8,7 @@ Launch: python ablate.py config/ablation/scratch.py --jobs=2
 Then:   python ablate.py report out/scratch_equal_flops
 Data: python data/shakespeare_char/prepare.py
 Hardware: 2 CPU cores
-Time: about 25 minutes each, by an estimate: 48 runs of about a minute of one core
+Time: about 18 minutes each: 72 runs of about 25 seconds of one core
 Result: not run yet; under AdamW (records/2026-11-21_scratch) the narrow model was better than any structure by 0.04
 """
 base = 'config/kron_mlp_fast.py'
@@ -33,5 +33,5 @@ variants = {
 tasks = {
     'shakespeare_char': {'max_iters': 1000, 'lr_decay_iters': 1000, 'eval_interval': 1000},
 }
-search = {'muon_lr': [6e-3, 1.2e-2, 2.4e-2, 4.8e-2]}
-seeds = 3
+search = {'muon_lr': [6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2]}
+seeds = 5
