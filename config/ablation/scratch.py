@@ -1,14 +1,14 @@
 """Structured MLPs from scratch under Muon, beside dense models of the same number of parameters.
 
 All but `dense` and `kron, narrow` have 0.41M parameters, half of dense. The controls are `narrow` (n_embd 92) and `narrow
-hidden` (a quarter of the MLP's neurons). Every muon_lr runs with the first seed, the best with all.
+hidden` (a quarter of the MLP's neurons). Every muon_lr runs with the first seed, the best with all. All take the training
+FLOPs of 1,000 dense steps; config/ablation/budgets.py has equal tokens.
 
 Launch: python ablate.py config/ablation/scratch.py --jobs=2
-        python ablate.py config/ablation/scratch.py --equal=tokens --out_dir=out/scratch_equal_tokens --jobs=2
 Then:   python ablate.py report out/scratch_equal_flops
 Data: python data/shakespeare_char/prepare.py
 Hardware: 2 CPU cores
-Time: about 18 minutes each: 72 runs of about 25 seconds of one core
+Time: 18 minutes: 72 runs of about 25 seconds of one core
 Result: not run yet; under AdamW (records/2026-11-21_scratch) the narrow model was better than any structure by 0.04
 """
 base = 'config/kron_mlp_fast.py'
