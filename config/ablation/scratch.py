@@ -1,14 +1,14 @@
 """Structured MLPs from scratch under Muon, beside dense models of the same number of parameters.
 
-All but `dense` and `kron, narrow` have 0.41M parameters, half of dense. The controls are `narrow` (n_embd 92) and `narrow
-hidden` (a quarter of the MLP's neurons). Every muon_lr runs with the first seed, the best with all. All take the training
+All have 0.41M parameters, half of dense, but for `kron, narrow` with 0.27M. Its dense control is `narrow both` (n_embd 104
+and 104 neurons), those of the others are `narrow` (n_embd 92) and `narrow hidden` (a quarter of the neurons). Every muon_lr runs with the first seed, the best with all. All take the training
 FLOPs of 1,000 dense steps; config/ablation/budgets.py has equal tokens.
 
 Launch: python ablate.py config/ablation/scratch.py --jobs=2
 Then:   python ablate.py report out/scratch_equal_flops
 Data: python data/shakespeare_char/prepare.py
 Hardware: 2 CPU cores
-Time: 18 minutes: 72 runs of about 25 seconds of one core
+Time: 20 minutes: 81 runs of about 25 seconds of one core
 Result: not run yet; under AdamW (records/2026-11-21_scratch) the narrow model was better than any structure by 0.04
 """
 base = 'config/kron_mlp_fast.py'
@@ -23,6 +23,7 @@ variants = {
     'dense': {'linear': 'dense'},
     'narrow': {'linear': 'dense', 'n_embd': 92},
     'narrow hidden': {'linear': 'dense', 'mlp': 'relu2(128)'},
+    'narrow both': {'linear': 'dense', 'n_embd': 104, 'mlp': 'relu2(104)'},
     'kron': {'linear': _kron},
     'kron, narrow': {'linear': _narrow_kron, 'n_embd': 104},
     'low rank': {'linear': _low},
