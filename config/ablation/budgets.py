@@ -1,8 +1,9 @@
 """Is there a budget at which a structure wins? Two scans at equal parameters: tokens x1, x3, x10, and width x1, x2.
 
-All but `dense` and `kron, narrow` have 0.41M parameters, half of it; those of `x2` have 1.6M, half of the dense model of
-n_embd 256. The dense controls have a narrower residual stream (`narrow`) or a quarter of the hidden neurons (`narrow
-hidden`). Tokens are equal in a table; kron takes more FLOPs for them, which the table shows. The width is scanned at x3.
+All but `dense` have 0.41M parameters, half of it (`kron, narrow` and its control `narrow both` 0.27M); those of `x2` have
+1.6M, half of the dense model of n_embd 256. The dense controls have a narrower residual stream (`narrow`) or a quarter of
+the hidden neurons (`narrow hidden`). Tokens are equal in a table; kron takes more FLOPs for them, which the table shows.
+The width is scanned at tokens x3.
 
 Launch: python ablate.py config/ablation/budgets.py --jobs=2
 Then:   python ablate.py report out/budgets
@@ -25,6 +26,7 @@ variants = {
     'narrow': {'linear': 'dense', 'n_embd': 92},
     'kron': {'linear': _kron},
     'low rank': {'linear': {'h.*.mlp.*': 'lowrank(26)'}, 'muon_product': 'spectron'},
+    'narrow both': {'linear': 'dense', 'n_embd': 104, 'mlp': 'relu2(104)'},
     'kron, narrow': {'linear': _narrow_kron, 'n_embd': 104},
     'low rank, plain steps': {'linear': {'h.*.mlp.*': 'lowrank(26)'}},
     'low rank + kron': {'linear': _both},
@@ -32,9 +34,9 @@ variants = {
     'kron x2': {'linear': _wide_kron, 'n_embd': 256, 'n_head': 4},
     'low rank x2': {'linear': {'h.*.mlp.*': 'lowrank(52)'}, 'n_embd': 256, 'n_head': 4, 'muon_product': 'spectron'},
 }
-only = {'narrow': ['tokens x1', 'tokens x3'], 'narrow hidden x2': ['tokens x3'], 'kron x2': ['tokens x3'],
-        'low rank x2': ['tokens x3'], 'kron, narrow': ['tokens x3'], 'low rank, plain steps': ['tokens x3'],
-        'low rank + kron': ['tokens x3']}
+only = {'narrow': ['tokens x1', 'tokens x3'], 'narrow both': ['tokens x3'], 'kron, narrow': ['tokens x3'],
+        'low rank, plain steps': ['tokens x3'], 'low rank + kron': ['tokens x3'], 'narrow hidden x2': ['tokens x3'],
+        'kron x2': ['tokens x3'], 'low rank x2': ['tokens x3']}
 tasks = {
     'tokens x1': {'max_iters': 300, 'lr_decay_iters': 300, 'eval_interval': 300},
     'tokens x3': {'max_iters': 900, 'lr_decay_iters': 900, 'eval_interval': 900},
