@@ -55,73 +55,6 @@ class Crossed(Table):
                 for shown, row in self.rows.items()]
 
 
-def percent(part, whole):
-    return f'{100 * part / whole:.0f}%'
-
-
-def millions(part, whole):
-    digits = 1 if part > 1e7 else 2
-    return unbroken(f'{part / 1e6:.{digits}f}M ({percent(part, whole)})')
-
-
-def unbroken(text):
-    """The text with spaces at which no line ends."""
-    return text.replace(' ', '\N{NO-BREAK SPACE}')
-
-
-@dataclass
-class Answer:
-    """One row of the table on README.md's first screen: a variant beside the dense model of the same record."""
-    what: str
-    record: str
-    variant: str
-    dense: str
-    cost: str                           # the column of FLOPs
-    data: str
-    narrow: str = ''
-
-    def row(self, root):
-        record = Record(root, self.record)
-        (size, _, _), (whole, _, _) = (record.number(name, 'parameters') for name in (self.variant, self.dense))
-        (flops, _, _), (all_flops, _, _) = (record.number(name, self.cost) for name in (self.variant, self.dense))
-        mean, deviation, seeds = record.number(self.variant, 'validation loss')
-        narrow = f'{record.number(self.narrow, "validation loss")[0]:.3f}' if self.narrow else ''
-        return [self.what, millions(size, whole), percent(flops, all_flops), unbroken(f'{mean:.3f} ± {deviation:.3f}'),
-                f'{record.number(self.dense, "validation loss")[0]:.3f}', narrow, str(seeds), self.data]
-
-
-class Answers:
-    """The table of README.md's first screen, five rows."""
-    head = ['in place of a dense GPT', 'parameters', 'training FLOPs', 'validation loss', 'dense', 'narrow dense', 'seeds',
-            'data']
-    rows = [
-        Answer('Kronecker MLPs, as many steps', '2026-11-22_where_the_money_is', 'mlp 50%', 'dense', 'training FLOPs',
-               'Shakespeare', 'narrow 50%'),
-        Answer('Kronecker MLPs, as many FLOPs', '2026-11-21_scratch', 'kron', 'dense', 'training FLOPs', 'Shakespeare',
-               'narrow'),
-        Answer('Linformer attention, 1/8 of the cache', '2026-11-21_attention', 'linformer', 'llama', 'FLOPs per token',
-               'Shakespeare'),
-        Answer('growth from one block to six', '2026-11-21_growth', 'from 1 copy', 'dense', 'training FLOPs',
-               'Shakespeare'),
-    ]
-    smollm2 = '2026-11-29_smollm2'
-
-    def compressed(self, root):
-        """The last row: a pretrained model, whose loss is a perplexity."""
-        record, variant = Record(root, self.smollm2), 'neurons refined'
-        whole, dense = re.search(r'of ([\d,]+), perplexity ([\d.]+) on test', record.text).groups()
-        size, _, _ = record.number(variant, 'of the whole model', '50%')
-        healed, _, seeds = record.number(variant, 'healed', '50%')
-        return ['pretrained SmolLM2, its MLPs cut to 50%', millions(size, float(whole.replace(',', ''))), '',
-                unbroken(f'perplexity {healed:.1f}'), f'{float(dense):.1f}', '', str(seeds), 'Wikipedia prose']
-
-    def text(self, root, page):
-        names = dict.fromkeys([answer.record for answer in self.rows] + [self.smollm2])
-        said = 'the commands (half an hour to 3 hours each on two CPU cores, the last 10 hours)'
-        return '\n\n'.join([markdown(self.head, [answer.row(root) for answer in self.rows] + [self.compressed(root)]),
-                            folded([f'{Record(root, name).commands()[0]}    # {name}' for name in names], said)])
-
-
 BUDGETS = {name: name for name in ('75%', '50%', '25%')}
 SMOLLM2 = {
     'fewer hidden neurons, widths by curvature, `neurons`': 'neurons',
@@ -164,13 +97,20 @@ SMOLLM2 = {
 APPROXIMATIONS = '90 minutes on two CPU cores, the note alone 42'
 
 TABLES = {
-    'answers': Answers(),
+    'answers': Table('2026-11-29_scratch', {
+        'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token', 'validation loss': 'validation loss',
+        'beside dense': 'beside the baseline', '95% interval': '95 % interval'}, '20 minutes on two CPU cores', {
+            'dense': 'dense', 'dense, a quarter of the neurons': 'narrow hidden', 'low rank': 'low rank',
+            'Kronecker': 'kron', 'dense, `n_embd` 104, 104 neurons': 'narrow both',
+            'Kronecker, `n_embd` 104': 'kron, narrow'}, first='MLPs'),
     'kron_mlp': Table('2026-11-29_kron_mlp', {
         'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token', 'tokens': 'tokens',
         'validation loss': 'last val loss', 'beside dense': 'beside the baseline', '95% interval': '95 % interval'},
         '2 minutes a run on two CPU cores', {
             'dense': 'dense', 'MLPs `kron(256, 64)` from scratch': 'kron', 'the same from the dense model': 'from_dense'}),
-    'scratch': Table('2026-11-21_scratch', TRAINED, 'half an hour on two CPU cores'),
+    'scratch': Table('2026-11-29_scratch', {
+        **TRAINED, 'beside dense': 'beside the baseline', '95% interval': '95 % interval'}, '20 minutes on two CPU cores'),
+    'scratch_adamw': Table('2026-11-21_scratch', TRAINED, 'half an hour on two CPU cores'),
     'where': Table('2026-11-22_where_the_money_is', {**TRAINED, 'beside dense': 'beside the baseline',
                                                      'beside narrow dense': 'beside a narrow dense model'},
                    '50 minutes on one CPU core', {
@@ -225,6 +165,10 @@ TABLES = {
         'nanoGPT, s', 'ours, s', 'loss', 'ours, loss', 'wall x', 'CPU x', 'tokens x')},
                     '12 minutes on two CPU cores, after a clone of nanoGPT', first='threads'),
     'smollm2': Table('2026-11-29_smollm2', BUDGETS, '10 hours on two CPU cores, after two downloads', SMOLLM2),
+    'character_neurons': Table('2026-11-29_character_compression', {'zero-shot → healed': '25%'}, '35 minutes on one core', {
+        'a quarter of the neurons': 'hidden 128: neurons', 'the same, refined': 'hidden 128: neurons refined',
+        'kron(256, 64), `van_loan_normalised`': '256 x 64: nVL', 'kron(256, 64), `als_hessian`': '256 x 64: als_hessian',
+        'kron(32, 8, terms=32), `als_hessian`': '32 x 8: als_hessian'}, first='MLPs'),
     'character': Crossed('2026-11-22_character_compression', {
         '`van_loan_normalised`': 'nVL', '`als`': 'als', '`als_sequential`': 'als_sequential', '`als_hessian`': 'als_hessian',
         '`als_sequential_hessian`': 'als_sequential_hessian', 'the same on 98,304 tokens': 'als_sequential_hessian on 98k'},

@@ -24,47 +24,38 @@ def test_every_table_is_shown_once_at_least():
     assert shown == set(published.TABLES)
 
 
-@pytest.mark.parametrize('record, row, run', [
-    ('2026-11-22_where_the_money_is', 'mlp 50%', 'mlp 50%/learning_rate=0.008'),
-    ('2026-11-22_where_the_money_is', 'dense', '/dense/learning_rate=0.004'),
-    ('2026-11-22_where_the_money_is', 'narrow 50%', 'narrow 50%/learning_rate=0.008'),
-    ('2026-11-21_scratch', 'kron', '/kron/learning_rate=0.004'),
-    ('2026-11-21_scratch', 'dense', '/dense/learning_rate=0.004'),
-    ('2026-11-21_scratch', 'narrow', '/narrow/learning_rate=0.008'),
-    ('2026-11-21_scratch', 'low rank', '/low rank/learning_rate=0.004'),
-    ('2026-11-21_scratch', 'low rank + kron', '/low rank + kron/learning_rate=0.004'),
-    ('2026-11-21_attention', 'linformer', 'shakespeare_char/linformer/learning_rate=0.003'),
-    ('2026-11-21_attention', 'llama', 'shakespeare_char/llama/learning_rate=0.001'),
-    ('2026-11-21_growth', 'from 1 copy', '/from 1 copy/learning_rate=0.005'),
-    ('2026-11-21_growth', 'dense', '/dense/learning_rate=0.005'),
-    ('2026-11-21_kron_mlp', 'dense_mlp_1337', 'out/dense_mlp_'),
-    ('2026-11-21_kron_mlp', 'kron_mlp_from_dense_1337', 'out/kron_mlp_from_dense_'),
-])
-def test_what_readme_shows_is_what_the_logs_say(record, row, run):
-    """Loss, spread, seeds and parameters, from log.jsonl and env.json, which the tables do not read."""
-    column = 'last val loss' if record.endswith('kron_mlp') else 'validation loss'
-    folder, last = ROOT / 'records' / record, {}
+@pytest.mark.parametrize('row', published.TABLES['answers'].rows.values())
+def test_what_readme_shows_is_what_the_logs_say(row):
+    """Loss, spread, seeds, parameters and interval, from log.jsonl and env.json, which the tables do not read."""
+    record = published.TABLES['answers'].record
+    folder, found, losses, sizes = ROOT / 'records' / record, Record(ROOT, record), {}, set()
+    envs = json.loads((folder / 'env.json').read_text())
+    best = {name: f'/{name}/muon_lr={found.cell(name, "muon_lr")}_seed=' for name in (row, 'dense')}
     with open(folder / 'log.jsonl', encoding='utf-8') as file:
         for line in map(json.loads, file):
-            if run in line['run'] and 'val_loss' in line:
-                last[line['run']] = line['val_loss']
-    losses = list(last.values())
-    mean, deviation, seeds = Record(ROOT, record).number(row, column)
-    assert seeds == len(losses) == 3
-    assert mean == pytest.approx(statistics.mean(losses), abs=6e-5)
-    assert deviation == pytest.approx(statistics.stdev(losses), abs=6e-5)
-    sizes = {env['parameters'] for name, env in json.loads((folder / 'env.json').read_text()).items() if name in last}
-    assert sizes == {Record(ROOT, record).number(row, 'parameters')[0]}
+            for name, run in best.items():
+                if run in line['run'] and 'val_loss' in line:
+                    losses.setdefault(name, {})[line['run'].split('=')[-1]] = line['val_loss']
+                    sizes |= {envs[line['run']]['parameters']} if name == row else set()
+    mean, deviation, seeds = found.number(row, 'validation loss')
+    assert seeds == len(losses[row]) == len(losses['dense']) == 5 and sizes == {found.number(row, 'parameters')[0]}
+    assert mean == pytest.approx(statistics.mean(losses[row].values()), abs=6e-5)
+    assert deviation == pytest.approx(statistics.stdev(losses[row].values()), abs=6e-5)
+    if row != 'dense':
+        apart = [losses[row][seed] - losses['dense'][seed] for seed in losses[row]]
+        middle, half = statistics.mean(apart), 2.7764451 * statistics.stdev(apart) / 5 ** 0.5
+        assert found.cell(row, '95 % interval') == f'{middle - half:+.4f} to {middle + half:+.4f}'
 
 
-def test_smollm2_in_readme_is_what_its_log_says():
-    lines = [json.loads(line) for line in open(ROOT / 'records' / published.Answers.smollm2 / 'log.jsonl',
-                                                 encoding='utf-8')]
-    healed = [line['healed']['test']['perplexity'] for line in lines if line['kind'] == 'healed' and line['budget'] == '50%'
-              and line['variant'] == 'neurons refined']
-    dense = next(line for line in lines if line['variant'] == 'dense')
-    row = published.Answers().compressed(ROOT)
-    assert row[3].split() == ['perplexity', f'{healed[-1]:.1f}'] and row[4] == f'{dense["test"]["perplexity"]:.1f}'
+def test_perplexities_in_readme_are_those_of_the_record():
+    """Every number with one decimal of the paragraph on SmolLM2 is in its table, or the dense model's."""
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    said = re.findall(r'(?<![\d.])\d+\.\d(?!\d)', text[text.index('Fewer hidden neurons are'):text.index('## Compare')])
+    record = Record(ROOT, published.TABLES['smollm2'].record)
+    dense = re.search(r'perplexity ([\d.]+) on test', record.text)[1]
+    found = {f'{float(value):.1f}' for _, cells in published.TABLES['smollm2'].cells(record) for cell in cells
+             for value in re.findall(r'[\d.]+(?:e\+\d+)?', cell)}
+    assert len(said) > 5 and set(said) <= found | {f'{float(dense):.1f}'}
 
 
 def test_no_page_gives_half_ranges():
@@ -85,22 +76,22 @@ def copied(tmp_path):
 
 def test_a_changed_record_changes_pages_and_figures_and_back(copied, monkeypatch, capsys):
     monkeypatch.setattr(compare, 'ROOT', copied)
-    path = copied / 'records' / '2026-11-21_scratch' / 'README.md'
-    path.write_text(path.read_text().replace('1.8567 ± 0.0116', '1.7567 ± 0.0116'))
+    path = copied / 'records' / '2026-11-29_scratch' / 'README.md'
+    path.write_text(path.read_text().replace('1.7555 ± 0.0082', '1.7557 ± 0.0082'))
     with pytest.raises(SystemExit) as left:
         compare.publish([], compare.TablesConfig(check=True))
     assert left.value.code == 1
     said = capsys.readouterr().out.split('\n')
     assert [line.split(' ')[0] for line in said if line] == ['README.md', 'docs/results.md', 'docs/losses-light.svg',
                                                              'docs/losses-dark.svg']
-    assert '1.757' not in (copied / 'README.md').read_text()
+    assert '1.7557' not in (copied / 'README.md').read_text()
     compare.publish([], compare.TablesConfig())
-    assert '1.757' in (copied / 'README.md').read_text() and pages.stale(copied) == []
+    assert '1.7557' in (copied / 'README.md').read_text() and pages.stale(copied) == []
 
 
 def test_words_around_the_tables_stay(copied):
     page = copied / 'README.md'
-    page.write_text('Before.\n' + page.read_text().replace('| 2.051', '| 9.051') + '\nAfter.\n')
+    page.write_text('Before.\n' + page.read_text().replace('| 1.7555', '| 9.7555') + '\nAfter.\n')
     assert [str(path) for path in pages.write(copied)] == ['README.md']
     assert page.read_text() == 'Before.\n' + (ROOT / 'README.md').read_text() + '\nAfter.\n'
 
@@ -132,9 +123,9 @@ def test_the_figure_draws_the_records():
     circles = [(float(c.get('cx')), float(c.get('cy'))) for c in ET.fromstring(light).iter() if c.tag.endswith('circle')]
     lowest = max(circles, key=lambda place: place[1])
     scale = (figure.LOSS[1] - figure.LOSS[0]) / (figure.HEIGHT - figure.TOP - figure.BOTTOM)
-    assert figure.LOSS[1] - (lowest[1] - figure.TOP) * scale == pytest.approx(1.8138, abs=2e-4)     # narrow, equal FLOPs
+    assert figure.LOSS[1] - (lowest[1] - figure.TOP) * scale == pytest.approx(1.6535, abs=2e-4)     # narrow both
     width = figure.WIDTH - figure.LEFT - figure.RIGHT
-    span = (figure.FLOPS[1] / figure.FLOPS[0])
-    assert figure.FLOPS[0] * span ** ((lowest[0] - figure.LEFT) / width) == pytest.approx(3.964e12, rel=1e-3)
-    assert len(circles) == 8 and all(figure.LEFT < x < figure.WIDTH - figure.RIGHT for x, _ in circles)
+    span = (figure.SIZES[1] / figure.SIZES[0])
+    assert figure.SIZES[0] * span ** ((lowest[0] - figure.LEFT) / width) == pytest.approx(273835, rel=1e-3)
+    assert len(circles) == 6 and all(figure.LEFT < x < figure.WIDTH - figure.RIGHT for x, _ in circles)
     assert all(figure.TOP < y < figure.HEIGHT - figure.BOTTOM for _, y in circles)
