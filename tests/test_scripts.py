@@ -100,7 +100,7 @@ class Clone:
         self.folder, self.run_program, self.start_program = folder, run_program, start_program
         for name in ('run.sh', 'test.sh', 'venv.sh', 'pyproject.toml', 'configurator.py', 'configfile.py',
                      'commandline/__init__.py', 'commandline/bounds.py', 'commandline/checks.py', 'commandline/configs.py',
-                     'commandline/ends.py', 'commandline/help.py',
+                     'commandline/cores.py', 'commandline/ends.py', 'commandline/help.py',
                      'optimizers/schedules.py', 'variants.py', 'specs.py'):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
