@@ -62,6 +62,7 @@ SMOLLM2 = {
     'neurons, then 200 steps of refinement per block': 'neurons refined',
     '`pivot` on top, refined': 'neurons + pivot refined',
     'equal widths': 'neurons of equal widths',
+    'fitted layer by layer, `neurons_streamed`': 'neurons streamed',
     'chosen by leverage, `neurons_leverage`': 'neurons by leverage',
     'by norms, `neurons_norm`': 'neurons by norms',
     'by the Taylor term, `neurons_taylor`': 'neurons by Taylor',
