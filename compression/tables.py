@@ -157,9 +157,28 @@ def text(study, lines):
     return '\n\n'.join(parts)
 
 
+FAR = 50                                # times the dense perplexity: the end of the axis; what lies beyond is a number there
+
+
+def dots(axes, points, healed, end):
+    """The points (value, row) of one kind; those beyond `end` as arrows at the edge, with their values."""
+    style = {'mfc': 'none', 'mew': 1.4} if healed else {}
+    near = [(value, y) for value, y in points if value <= end]
+    if near:
+        axes.plot(*zip(*near), 's' if healed else 'o', color=palette.COLOURS[healed],
+                  label='healed' if healed else 'as compressed', **style)
+    for value, y in points:
+        if value > end:
+            axes.plot(end, y, '>', color=palette.COLOURS[healed], clip_on=False, label='beyond the axis', **style)
+            axes.annotate(f'{value:.3g}', (end, y), xytext=(-48 if healed else -6, 0), textcoords='offset points',
+                          fontsize=7, ha='right', va='center', color=palette.COLOURS[1] if healed else 'black')
+
+
 def plot(study, lines, path, figures='png'):
     """Test loss or perplexity (log), a panel per budget, a row per variant: filled as compressed, hollow once healed."""
     import math
+
+    from matplotlib import ticker
     found, unit = grouped(study, lines), in_nats(study)
 
     def level(name, budget, healed):
@@ -168,20 +187,24 @@ def plot(study, lines, path, figures='png'):
     names = [name for name in study.variants if name != DENSE and any(n == name for n, _ in found)]
     figure = palette.figure(3.7 + 3.5 * len(study.budgets), 1.6 + 0.22 * len(names))
     panels = figure.subplots(1, len(study.budgets), sharex=True, sharey=True, squeeze=False)
+    known = (DENSE, '') in found
+    end = (level(DENSE, '', False) + math.log(FAR) if unit else level(DENSE, '', False) * FAR) if known else math.inf
     for axes, budget in zip(panels[0], study.budgets):
-        for healed, style in ((False, {}), (True, {'mfc': 'none', 'mew': 1.4})):
-            points = [(level(name, budget, healed), y) for y, name in enumerate(names)
-                      if losses(found.get((name, budget), []), 'test', healed)]
-            if points:
-                label = 'healed' if healed else 'as compressed'
-                axes.plot(*zip(*points), 's' if healed else 'o', color=palette.COLOURS[healed], label=label, **style)
-        if (DENSE, '') in found:
+        for healed in (False, True):
+            dots(axes, [(level(name, budget, healed), y) for y, name in enumerate(names)
+                        if losses(found.get((name, budget), []), 'test', healed)], healed, end)
+        if known:
             axes.axvline(level(DENSE, '', False), color='black', lw=1, ls='--', label='dense')
         axes.set(title=f'{budget} of {study.sites}', xlabel='test loss, nats per token' if unit else 'test perplexity',
                  xscale='linear' if unit else 'log', ylim=(len(names) - 0.5, -0.5))
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.grid(alpha=0.25)
+        if not unit:
+            axes.xaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), minor_locator=ticker.NullLocator(),
+                           major_formatter=ticker.FormatStrFormatter('%g'))
+    if known and panels[0][0].get_xlim()[1] > end * 0.9:
+        panels[0][0].set_xlim(right=end)
     handles = {label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), fontsize=8, loc='outside lower center', ncols=3)
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc='outside lower center', ncols=4)
     figure.suptitle(study.title or 'compression')
     palette.save(figure, path, figures)

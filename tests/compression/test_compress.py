@@ -466,3 +466,12 @@ def test_a_record_holds_table_plot_results_and_machine(place, tmp_path, run, mon
     assert (folder / 'compression.png').exists() and (folder / 'report.html').exists()
     assert json.loads((folder / 'env.json').read_text())
     assert json.loads((folder / 'log.jsonl').read_text().splitlines()[0])['variant'] == 'als'
+
+
+def test_points_beyond_the_axis_are_arrows_with_their_values():
+    from compression import tables
+    from reporting import palette
+    axes = palette.figure(4, 3).subplots()
+    tables.dots(axes, [(25.0, 0), (4.3e5, 1)], False, 1000.0)
+    places = {line.get_marker(): [*zip(line.get_xdata(), line.get_ydata())] for line in axes.lines}
+    assert places == {'o': [(25.0, 0)], '>': [(1000.0, 1)]} and [text.get_text() for text in axes.texts] == ['4.3e+05']
