@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from layers.basic import Head
 from model import Block
 
 HALF = (torch.float16, torch.bfloat16)
@@ -78,14 +79,14 @@ class Product(torch.autograd.Function):
         return sum(g @ piece.float() for g, piece in zip(gradient.split(ROWS, -1), weight.split(ROWS))), None
 
 
-class WideHead(nn.Linear):
+class WideHead(Head):
     """A head in half precision with float32 logits; no gradient for its weight."""
 
     def forward(self, x):
         return Product.apply(x, self.weight)
 
 
-KINDS = {Block: WideBlock, nn.Embedding: WideEmbedding, nn.Linear: WideHead}
+KINDS = {Block: WideBlock, nn.Embedding: WideEmbedding, Head: WideHead}
 
 
 def widened(model):
