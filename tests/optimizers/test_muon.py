@@ -556,6 +556,7 @@ def worker(rank, world, folder):
     if world == 4:
         result['hsdp'] = fsdp_run(group, (2, 2))
     torch.save(result, f'{folder}/{rank}.pt')
+    dist.barrier()                                      # a rank that leaves early can bring the other down at its end
     dist.destroy_process_group()
 
 

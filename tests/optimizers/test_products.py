@@ -336,6 +336,7 @@ def worker(rank, world, folder):
             module = fully_shard(Pair(), mesh=dist.init_device_mesh('cpu', (world,)))
             result['fsdp', i, resume] = run(module, module, settings, resume)
     torch.save({str(key): value for key, value in result.items()}, f'{folder}/{rank}.pt')
+    dist.barrier()                                      # a rank that leaves early can bring the other down at its end
     dist.destroy_process_group()
 
 
