@@ -63,6 +63,7 @@ SMOLLM2 = {
     '`pivot` on top, refined': 'neurons + pivot refined',
     'equal widths': 'neurons of equal widths',
     'fitted layer by layer, `neurons_streamed`': 'neurons streamed',
+    'the same, refined': 'neurons streamed refined',
     'chosen by leverage, `neurons_leverage`': 'neurons by leverage',
     'by norms, `neurons_norm`': 'neurons by norms',
     'by the Taylor term, `neurons_taylor`': 'neurons by Taylor',
