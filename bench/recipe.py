@@ -187,14 +187,14 @@ def run(settings, part):
     asked = {name: getattr(settings, name) for name in ('config', 'full_config', 'baseline_iters', 'full', 'reserve',
                                                         'threads')} | {'text': os.path.basename(settings.text)}
     counts = [settings.threads] if settings.threads else sorted({1, torch.get_num_threads()})
+    free = 0 if settings.threads else counts[-1]        # the number that either side finds by itself: nothing is set
     result = {'part': 'recipe', 'settings': asked, 'rounds': earlier(settings, asked),
               'machine': machine(torch.device('cpu')) | {'processor': races.processor(), 'threads': counts}}
     with tempfile.TemporaryDirectory() as folder:
         parent = prepare(dataclasses.replace(settings, threads=1), folder)
         for threads, seed in itertools.product(counts, range(1337, 1337 + settings.seeds)):
             if (threads, seed) not in [(row['threads'], row['seed']) for row in result['rounds']]:
-                asked_for = threads if threads < counts[-1] else settings.threads     # 0: what either side takes
-                row = race(dataclasses.replace(settings, threads=asked_for), folder, parent, seed)
+                row = race(dataclasses.replace(settings, threads=0 if threads == free else threads), folder, parent, seed)
                 result['rounds'].append({'threads': threads, **row})
                 result['summary'] = races.summaries(result['rounds'])
                 keep(result, settings.json)

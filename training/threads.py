@@ -9,15 +9,17 @@ from growth import changes
 from training import parallel
 
 LARGE = 3e10                            # FLOPs of a micro-step, about half a second: threads help, and measuring takes long
-GAIN = 0.95                             # twice as many threads are taken where a step takes less than this share
+GAIN = 0.95                             # more threads are taken where a pass takes less than this share of the time
 REPEATS = 3
 
 
 def choose(config, model, job, fresh):
-    """Set the number of threads: config.threads, else on a CPU, for a fresh run alone on its machine, the fastest.
+    """Set the number of CPU threads: config.threads, else, for a fresh run of one process on a CPU, the fastest.
 
-    Into config.threads goes what was measured, so that a resumed run computes the same bits. Nothing is measured where
-    OMP_NUM_THREADS says it (torchrun and ablate.py do), with deterministic=True, or for steps that are long.
+    What was measured goes into config.threads, which checkpoints keep: a resumed run computes the same bits. Nothing is
+    measured where OMP_NUM_THREADS is set (torchrun and ablate.py set it), with deterministic=True, or where a micro-step has
+    LARGE FLOPs. config: the run's, changed in place; model: the GPT before it is wrapped; job: parallel.Job; fresh: whether
+    the run does not resume. Costs four passes per number tried, on a copy of the model.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -29,7 +31,7 @@ def choose(config, model, job, fresh):
 
 
 def measurable(config, model, job):
-    """Whether there is a choice, and it is worth a measurement."""
+    """Whether there is a choice of threads, and measuring it takes less than seconds."""
     free = job.device.type == 'cpu' and job.world_size == 1 and 'OMP_NUM_THREADS' not in os.environ
     batch_size, _ = parallel.split_batch(config, 1)
     flops = changes.training_flops(model) * batch_size * config.block_size

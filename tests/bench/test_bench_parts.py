@@ -683,6 +683,18 @@ def test_the_whole_time_becomes_steps(monkeypatch):
     assert found['within'] and found['given_s'] == 100.0
 
 
+@pytest.mark.parametrize('given, cores, asked', [(0, 2, [1, 0]), (0, 1, [0]), (2, 4, [2]), (1, 2, [1])])
+def test_the_race_leaves_the_last_number_of_threads_to_either_side(given, cores, asked, monkeypatch):
+    """0: no OMP_NUM_THREADS is set, so that the default of a user is measured."""
+    seen = []
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: cores)
+    monkeypatch.setattr(recipe, 'prepare', lambda settings, folder: folder)
+    monkeypatch.setattr(recipe, 'race', lambda settings, *rest: seen.append(settings.threads) or {'seed': rest[-1]})
+    monkeypatch.setattr(recipe.races, 'summaries', lambda rounds: [row['threads'] for row in rounds])
+    found = recipe.run(settings_of(recipe, f'--threads={given}', '--seeds=1'), None)
+    assert seen == asked and found['summary'] == ([given] if given else sorted({1, cores}))
+
+
 def test_the_summary_is_medians():
     side = {'wall_s': 1.0, 'cpu_s': 1.0, 'tokens': 5, 'val_loss': 2.0}
     rounds = [{'wall_ratio': r, 'cpu_ratio': r, 'tokens_ratio': r, 'parent': side, 'ours': side, 'reached': r != 9}
