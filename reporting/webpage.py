@@ -32,8 +32,8 @@ def text(value):
 
 
 def broken(words):
-    """Words as HTML, in which a line may break after + and _ rather than anywhere."""
-    return re.sub('([+_])', r'\1<wbr>', text(words))
+    """Words as HTML, in which a line may break after + and _, but not inside of 2.0e+12, rather than anywhere."""
+    return re.sub(r'(?<!\de)([+_])', r'\1<wbr>', text(words))
 
 
 # ----------------------------------------------------------------------------------------------------

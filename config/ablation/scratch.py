@@ -2,8 +2,8 @@
 
 All have 0.41M parameters, half of dense, but for `kron, narrow` with 0.27M. Its dense control is `narrow both` (n_embd 104
 and 104 neurons), those of the others are `narrow` (n_embd 92) and `narrow hidden` (a quarter of the neurons). Every muon_lr
-runs with the first seed, the best with all. All take the training FLOPs of 1,000 dense steps; config/ablation/budgets.py has
-equal tokens.
+runs with the first seed, the best with all. All take the training FLOPs of 1,000 steps of `kron`, 719 of dense;
+config/ablation/budgets.py has equal tokens.
 
 Launch: python ablate.py config/ablation/scratch.py --jobs=2
 Then:   python ablate.py report out/scratch_equal_flops

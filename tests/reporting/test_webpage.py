@@ -250,3 +250,8 @@ def test_the_address_keeps_the_switches_and_a_phone_is_wide_enough(tmp_path, fol
     assert found['x'] == 'tokens' and found['logy'] and found['smooth'] == '0.1' and found['rows'] == ['dense-2', 'dense-1']
     assert found['lines'] == 3 and found['wide'][0] <= found['wide'][1]
     assert found['mine'] == pytest.approx(drawing.smoothed(np.array([0.0, 1, 2, 5, 9]), np.array([3.0, 1, 2, 8, 1]), 2))
+
+
+def test_lines_break_in_names_and_not_in_numbers():
+    assert webpage.broken('lr=0.1_seed') == 'lr=0.1_<wbr>seed' and webpage.broken('low rank + kron') == 'low rank +<wbr> kron'
+    assert webpage.broken('2.045e+12 *') == '2.045e+12 *' and webpage.broken('grow+v') == 'grow+<wbr>v'
