@@ -145,12 +145,12 @@ def commands(folder):
 
 def made_by(folder):
     """The commands that made the runs of this folder and its report."""
-    return [*commands(folder), f'python ablate.py report {folder}']
+    return [*commands(folder), f'python ablate.py report {shlex.quote(folder)}']
 
 
 def remember(folder, arguments):
     """Keep the command for records, without secrets."""
-    command = shlex.join(['python', 'ablate.py', *masking.command(arguments)])
+    command = masking.shell(['python', 'ablate.py', *arguments])
     if command not in commands(folder):
         with open(os.path.join(folder, COMMANDS), 'a', encoding='utf-8') as file:
             file.write(command + '\n')

@@ -1,4 +1,6 @@
 """The report of a compression study as one self-contained HTML page: loss against parameters, the tables, what failed."""
+import shlex
+
 from compression.study import DENSE
 from compression.tables import grouped
 from reporting import curves, records, webpage
@@ -43,7 +45,7 @@ def page(study, title, lines, text, failed, env, folder):
     """The whole page; text: the report in Markdown; failed: lines of results.jsonl; env: the machine."""
     intro = f'{webpage.now()} · commit {webpage.commit(env)} · {len(lines)} trials. {study.note}'
     said = (f'{line["variant"]} {line["budget"]} seed={line["seed"]}: {line["words"]}' for line in failed)
-    commands = [*records.commands([{'env': env}]), f'python compress.py report {folder}']
+    commands = [*records.commands([{'env': env}]), f'python compress.py report {shlex.quote(folder)}']
     return webpage.page(title, intro, [
         webpage.failures(said), chart(study, lines),
         '<p class="note">Every point is a trial. The line is the Pareto front of all points shown. Hollow: healed.</p>',

@@ -78,5 +78,5 @@ def commands(place, command):
     """The command lines of the run and of the export, without secrets."""
     env = read_json(os.path.join(place, 'env.json')) if os.path.isfile(os.path.join(place, 'env.json')) else {}
     run = env.get('command') if isinstance(env, dict) else None
-    lines = [' '.join(masking.command([str(word) for word in run]))] if isinstance(run, list) else []
-    return '\n'.join(['```', *lines, ' '.join(masking.command(command)), '```'])
+    lines = [masking.shell(run)] if isinstance(run, list) else []
+    return '\n'.join(['```', *lines, masking.shell(command), '```'])

@@ -92,13 +92,18 @@ def command(words):
     return found
 
 
+def shell(words):
+    """A command line of these words, masked, as a shell reads it."""
+    return shlex.join(command(words))
+
+
 def line(words):
     """A command line as a shell reads it, masked; one without a secret stays letter by letter."""
     try:
         parts = shlex.split(words)
     except ValueError:                                  # a quote that does not end
         return text(words)
-    return words if command(parts) == parts else shlex.join(command(parts))
+    return words if command(parts) == parts else shell(parts)
 
 
 def inside(value, name=''):

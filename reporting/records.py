@@ -126,8 +126,8 @@ def origin(run):
 
 
 def commands(runs):
-    """The command lines that the runs were started with, without secrets."""
-    return [' '.join(masking.command(run['env'].get('command', []))) for run in runs]
+    """The command lines that the runs were started with, as a shell reads them, without secrets."""
+    return [masking.shell(run['env'].get('command', [])) for run in runs]
 
 
 def write_record(folder, title, note, runs, text=None, lines=None):

@@ -30,6 +30,7 @@ NOT_RUN = {
     r'^bash test\.sh|^pytest|tests\.reliability': 'runs the tests, of which this is one',
     r'out/small|--to=exported$': 'needs the pretrained model of a command before it',
     r'ablate\.py report|compress\.py report|recovery out/(growth|finish)': 'needs a finished study, which takes hours',
+    r'compare\.py out/pair': 'needs the runs of a table below it',
     r'compare\.py .*--watch': 'goes on until Ctrl-C',
     r'bench\.py (precision|step)': 'takes minutes to hours at the sizes that it measures',
 }

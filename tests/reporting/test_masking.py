@@ -1,6 +1,7 @@
 """Secrets in command lines, diffs and records: masked, while plain code and numbers stay readable."""
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +107,10 @@ def test_a_record_of_an_older_run_is_masked_and_listed(tmp_path):
     said = records.listing(tmp_path)
     assert all(f'  {name}, ' in said for name in ('README.md', 'config.json', 'env.json', 'log.jsonl'))
     assert 'uncommitted changes of the code, secrets masked: 2' in said and env['command'][-1] == '--wandb_api_key=hunter2'
+
+
+def test_a_command_line_is_one_that_a_shell_reads():
+    words = ['python', 'compress.py', '--only=dense,hidden 128*,a: b', '--wandb_key=abcdef0123456789abcdef']
+    shown, = records.commands([{'env': {'command': words}}])
+    assert shlex.split(shown)[:3] == words[:3] and 'abcdef' not in shown
+    assert masking.shell(['python', 'train.py', '--seed=1']) == 'python train.py --seed=1'
