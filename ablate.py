@@ -186,13 +186,16 @@ def main_run(arguments):
 # ----------------------------------------------------------------------------------------------------
 # the report
 
-def report(folder, part='', figures='png'):
-    """(grid, found runs, text, names of the files) of the finished runs in a grid's folder; writes the files there."""
+def report(folder, part='', figures='png', title=''):
+    """(grid, found runs, text, names of the files) of the finished runs in a grid's folder; writes the files there.
+
+    part, figures: see Grid; title: of page and text, default the grid's or the folder's name.
+    """
     from ablation import results
     from reporting.written import understood
     with understood(folder):
         grid = results.read_grid(folder, part)
-        grid.figures = grid.figures if figures == 'png' else figures
+        grid.figures, grid.title = grid.figures if figures == 'png' else figures, title or grid.title
         return report_of(grid, folder)
 
 
@@ -232,8 +235,9 @@ def write_record(grid, found, text, files, options):
     runs = [run for searched in found.values() for group in searched.values() for run in group]
     pictures = [name for name in files if name.endswith('.png')]
     shown = '\n\n'.join([text, *(f'![{name[:-4]}]({name})' for name in pictures)])
-    records.write_record(folder, options.title or options.record.replace('_', ' '),
-                         f'{claims.words(sum(rows, []), options.claim)} {options.note}', runs, shown, made_by(grid.out_dir))
+    note = f'{claims.words(sum(rows, []), options.claim)} {options.note}'
+    title = grid.title or options.record.replace('_', ' ')
+    records.write_record(folder, title, note, runs, shown, made_by(grid.out_dir))
     write_json(os.path.join(folder, 'grid.json'), masking.inside(configurator.as_dict(grid)))
     for name in [PAGE, *pictures]:
         shutil.copy(os.path.join(grid.out_dir, name), folder)
@@ -246,7 +250,7 @@ def main_report(arguments):
         raise UserError('name the folder of a grid: python ablate.py report DIR')
     options = configurator.load([f'--part={a[7:]}' if a.startswith('--axes=') else a for a in arguments[1:]], Grid,
                                 'python ablate.py report DIR [--axes=NAME] [--record=NAME --claim= --title= --note=]')
-    grid, found, text, files = report(arguments[0], options.part, options.figures)
+    grid, found, text, files = report(arguments[0], options.part, options.figures, options.title)
     print(text)
     print(f'\nwritten to {os.path.join(arguments[0], PAGE)}, {TEXT} and {len(files) - 2} plots')
     if options.record:

@@ -292,14 +292,17 @@ def main_run(arguments):
 # ----------------------------------------------------------------------------------------------------
 # the report
 
-def report(folder, figures='png'):
-    """(study, text) of the results in a study's folder; writes report.md, report.html and the plot there."""
+def report(folder, figures='png', title=''):
+    """(study, text) of the results in a study's folder; writes report.md, report.html and the plot there.
+
+    figures: see Study; title: of page and text, default the study's or the folder's name.
+    """
     from compression import tables  # needs torch, which is told before anything is read
     from reporting.written import read_settings, understood
     study = read_settings(os.path.join(folder, 'study.json'), Study, 'name the out_dir of a study')
     with understood(folder):
         check(study)
-        study.figures = study.figures if figures == 'png' else figures
+        study.figures, study.title = study.figures if figures == 'png' else figures, title or study.title
         return report_of(study, folder, tables)
 
 
@@ -342,7 +345,8 @@ def write_record(study, text, options):
     run = {'folder': os.path.basename(os.path.normpath(study.out_dir)), 'config': configurator.as_dict(study),
            'env': read_json(os.path.join(study.out_dir, 'env.json')),
            'lines': read_log(os.path.join(study.out_dir, RESULTS))}
-    title, shown = options.title or study.title or options.record, f'{text}\n\n![parameters and perplexity]({PLOT})'
+    shown = f'{text}\n\n![parameters and perplexity]({PLOT})'
+    title = study.title or options.record.replace('_', ' ')
     records.write_record(folder, title, options.note or study.note, [run], shown, records.commands([run]))
     for name in (PLOT, PAGE):
         shutil.copy(os.path.join(study.out_dir, name), folder)
@@ -354,7 +358,7 @@ def main_report(arguments):
     if not arguments or arguments[0].startswith('-'):
         raise UserError('name the folder of a study: python compress.py report DIR')
     options = configurator.load(arguments[1:], Study, 'python compress.py report DIR [--record=NAME --title= --note=]')
-    study, text = report(arguments[0], options.figures)
+    study, text = report(arguments[0], options.figures, options.title)
     print(text)
     print(f'\nwritten to {os.path.join(arguments[0], PAGE)}, {TABLE} and {PLOT}')
     if options.record:

@@ -8,11 +8,11 @@ import os
 import re
 import statistics
 
+from reporting.hardware import DIFF
 from reporting.significance import paired, welch
 from variants import UserError
 
 SEEDS = 3                               # per row of a claim, at least
-CUT = 200_000                           # characters of env.json's diff; a longer one is cut there
 HARDWARE = 'device', 'gpu', 'cpu', 'cpus', 'threads', 'world_size', 'platform'
 REMEDY = 'or record the runs without a claim: --claim=none'
 HEAD = 'beside the baseline', '95 % interval', 'p, Welch', 'p, paired'
@@ -94,8 +94,8 @@ def check_code(run):
     if not isinstance(diff, str) or env.get('dirty') and not diff:
         raise UserError(f'{where}: the working tree had uncommitted changes and env.json does not hold them; commit and '
                         f'train again, {REMEDY}', 'claim')
-    if len(diff) >= CUT:
-        raise UserError(f'{where}: its uncommitted changes are longer than the {CUT:,} characters that env.json keeps; '
+    if len(diff) >= DIFF:
+        raise UserError(f'{where}: its uncommitted changes are longer than the {DIFF:,} characters that env.json keeps; '
                         f'commit and train again, {REMEDY}', 'claim')
 
 

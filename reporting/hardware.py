@@ -14,6 +14,7 @@ import torch
 from reporting import masking
 from variants import UserError
 
+DIFF = 200_000                          # characters of env.json's diff of the code; a longer one is cut there
 # TFLOP/s of dense matrix products by the makers' data sheets and architecture papers (of figures "with sparsity", half):
 # NVIDIA's for each data-centre part, its Ampere, Ada and Blackwell papers for GeForce (with sums in fp32), AMD's for
 # MI300X. float32 is TF32 from Ampere on, which parallel.start turns on; V100 and T4 have neither TF32 nor bf16, and on
@@ -161,7 +162,7 @@ def changes():
     parts = [git('diff', 'HEAD'), *(git('diff', '--no-index', '--', os.devnull, name) for name in new)]
     text = '\n'.join(filter(None, parts))
     return {'dirty': sorted([*git('diff', 'HEAD', '--name-only').splitlines(), *new]),
-            'diff': masking.text(text[:400_000])[:200_000]}
+            'diff': masking.text(text[:2 * DIFF])[:DIFF]}
 
 
 def processor():

@@ -167,7 +167,7 @@ def failures(lines):
 def page(title, intro, parts, reload=0):
     """The whole page; parts: HTML. reload: seconds after which it loads itself again, while runs go on; 0 = never."""
     style, script = ((WEB / 'page.css').read_text(encoding='utf-8'),
-                     '\n'.join((WEB / name).read_text(encoding='utf-8') for name in ('page.js', 'chart.js')))
+                     '\n'.join((WEB / name).read_text(encoding='utf-8') for name in ('page.js', 'chart.js', 'pointing.js')))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '

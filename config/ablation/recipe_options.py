@@ -4,10 +4,10 @@ Launch: python ablate.py config/ablation/recipe_options.py --jobs=2
 Then:   python ablate.py report out/recipe_options
 Data: python data/shakespeare_char/prepare.py
 Hardware: 2 CPU cores
-Time: 12 minutes: 65 runs of about 12 seconds of one core each
+Time: 17 minutes: 91 runs of about 20 seconds of one core each
 Result: not run yet
 
-Every option has the best of three values of muon_lr on its first seed. 290 steps of a small model say little about 3,250 of
+Every option has the best of five values of muon_lr on its first seed. 290 steps of a small model say little about 3,250 of
 GPT-2's size: a row here is no claim about the speed run.
 """
 base = 'config/train_shakespeare_char_fast.py'
@@ -31,5 +31,5 @@ variants = {
 tasks = {
     'shakespeare_char': {'target_val_loss': 0.0},
 }
-search = {'muon_lr': [1.2e-2, 2.4e-2, 4.8e-2]}
+search = {'muon_lr': [6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2]}
 seeds = 3

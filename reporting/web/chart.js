@@ -1,5 +1,5 @@
 "use strict";
-// One chart in SVG, from the JSON in its figure:
+// What a chart shows, in SVG, from the JSON in its figure (pointing.js: what it does under a pointer and keys):
 //   xs      {name: title} of the x axes that one can choose
 //   y       title of the y axis
 //   kinds   [{label, width, opacity, dots, hollow, smooth, on}]: what is drawn, and whether at first
@@ -43,19 +43,13 @@ function smoothed(xs, ys, width) {                      // exponential mean over
   });
 }
 
-class Chart {
+class Drawing {
   constructor(figure, index) {
     this.spec = JSON.parse(figure.querySelector("script").textContent);
     this.figure = figure; this.index = index;
     this.bar = make("div", { class: "controls" }, figure);
     this.setUpControls();
-    this.svg = make("svg", { height: HEIGHT, role: "img", "aria-label": this.spec.y }, figure);
-    this.tip = make("div", { class: "tip", hidden: "" }, figure);
-    this.svg.addEventListener("pointermove", event => this.move(event));
-    this.svg.addEventListener("pointerleave", () => { this.from = null; this.forget(); });
-    this.svg.addEventListener("pointerdown", event => { this.from = event.pointerType === "mouse" ? this.at(event) : null; this.move(event); });
-    this.svg.addEventListener("pointerup", event => this.release(event));
-    this.svg.addEventListener("dblclick", () => this.zoom(""));
+    this.svg = make("svg", { height: HEIGHT, tabindex: 0, role: "application", "aria-label": this.spec.y + ", arrow keys read the values" }, figure);
     document.addEventListener("rows", () => this.draw());
     new ResizeObserver(() => this.draw()).observe(figure);
   }
@@ -119,7 +113,7 @@ class Chart {
   }
 
   draw() {
-    this.forget();
+    this.before();
     this.width = this.figure.clientWidth;
     if (!this.width) return;
     this.svg.replaceChildren();
@@ -207,70 +201,4 @@ class Chart {
   }
 
   inside(p) { return p.px >= LEFT - 5 && p.px <= this.width - RIGHT + 5 && p.py >= TOP - 5 && p.py <= HEIGHT - BOTTOM + 5; }
-
-  // ---- hover and zoom
-  at(event) { const box = this.svg.getBoundingClientRect(); return [event.clientX - box.left, event.clientY - box.top]; }
-
-  forget() {
-    this.tip.hidden = true;
-    this.svg.querySelectorAll(".cross, .band").forEach(mark => mark.remove());
-    this.svg.querySelectorAll(".near").forEach(line => line.classList.remove("near"));
-  }
-
-  move(event) {
-    const [x, y] = this.at(event);
-    this.forget();
-    if (this.from && Math.hypot(x - this.from[0], y - this.from[1]) > 6) {
-      const [a, b] = this.from;
-      make("rect", { class: "band", x: Math.min(a, x), y: Math.min(b, y), width: Math.abs(x - a), height: Math.abs(y - b) }, this.svg);
-      return;
-    }
-    let near = null, least = 60 ** 2;
-    for (const p of this.points || []) {
-      const far = (p.px - x) ** 2 + (p.py - y) ** 2;
-      if (far < least && this.inside(p)) [near, least] = [p, far];
-    }
-    if (near) this.tell(near, x, y);
-  }
-
-  tell(near, x, y) {                                    // the point's own values, and the others' at the same place
-    const { curve, i, line, px } = near, { spec, tip } = this;
-    line.classList.add("near");
-    make("path", { class: "cross", d: `M${px},${TOP}V${HEIGHT - BOTTOM}` }, this.svg);
-    tip.replaceChildren();
-    const say = (a, b, kind) => { const row = make("div", { class: kind || "" }, tip); make("span", {}, row, a); make("span", {}, row, b); };
-    make("b", {}, tip, curve.names?.[i] ?? curve.series.name);
-    say(spec.kinds.length > 1 ? curve.kind.label + (curve.raw ? ", smoothed" : "") : spec.y, curve.ys[i].toFixed(4));
-    for (const [name, title] of Object.entries(spec.xs)) if (curve.all[name]?.[i] != null) say(title, short(curve.all[name][i]), "soft");
-    const others = spec.front ? [] : this.beside(near).slice(0, 8);
-    if (others.length) make("div", { class: "soft" }, tip, "beside it");
-    for (const p of others) say(p.curve.series.name, p.curve.ys[p.i].toFixed(4));
-    tip.hidden = false;
-    const left = x + 16 + tip.offsetWidth > this.width ? Math.max(0, x - 16 - tip.offsetWidth) : x + 16;
-    const down = this.svg.getBoundingClientRect().top - this.figure.getBoundingClientRect().top;
-    tip.style.left = left + "px"; tip.style.top = down + Math.max(0, y - tip.offsetHeight / 2) + "px";
-  }
-
-  beside(near) {                                        // the nearest point in x of every other curve of this kind, by value
-    const found = new Map();
-    for (const p of this.points) {
-      if (p.curve.kind !== near.curve.kind || p.curve === near.curve) continue;
-      const far = Math.abs(p.px - near.px), known = found.get(p.curve);
-      if (far < 25 && (!known || far < Math.abs(known.px - near.px))) found.set(p.curve, p);
-    }
-    const close = [...found.values()].sort((a, b) => Math.abs(a.py - near.py) - Math.abs(b.py - near.py)).slice(0, 8);
-    return close.sort((a, b) => a.curve.ys[a.i] - b.curve.ys[b.i]);
-  }
-
-  release(event) {
-    const [x, y] = this.at(event), from = this.from;
-    this.from = null;
-    if (!from || Math.abs(x - from[0]) < 12 || Math.abs(y - from[1]) < 12) return;
-    const back = (log, [low, high], share) => log ? low * (high / low) ** share : low + (high - low) * share;
-    const across = v => back(this.logX.checked, this.span.x, (v - LEFT) / (this.width - RIGHT - LEFT));
-    const along = v => back(this.logY.checked, this.span.y, (HEIGHT - BOTTOM - v) / (HEIGHT - BOTTOM - TOP));
-    this.zoom([across(Math.min(x, from[0])), across(Math.max(x, from[0])), along(Math.max(y, from[1])), along(Math.min(y, from[1]))].map(v => v.toPrecision(6)).join(","));
-  }
-
-  zoom(range) { state.set("zoom" + this.index, range, ""); this.draw(); }
 }

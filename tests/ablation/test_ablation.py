@@ -425,8 +425,10 @@ def test_a_record_names_the_commands_that_made_it(reported, tmp_path, monkeypatc
     monkeypatch.setattr(ablate, 'ROOT', str(tmp_path))
     for word in ('--jobs=2', '--pick=a b', '--jobs=2'):
         ablate.remember(str(folder), ['config/ablation/x.py', word])
-    ablate.main_report([str(folder), '--record=tried', '--claim=none'])
-    lines = next((tmp_path / 'records').glob('*_tried/README.md')).read_text().splitlines()
+    ablate.main_report([str(folder), '--record=tried', '--claim=none', '--title=What was tried'])
+    record = next((tmp_path / 'records').glob('*_tried'))
+    lines = (record / 'README.md').read_text().splitlines()
+    assert lines[0] == '# What was tried' and '<h1>What was tried</h1>' in (record / 'report.html').read_text()
     assert [line.strip() for line in lines if 'ablate.py config' in line] == [
         'python ablate.py config/ablation/x.py --jobs=2', "python ablate.py config/ablation/x.py '--pick=a b'"]
 

@@ -236,6 +236,36 @@ def test_switching_sorting_filtering_in_chromium(tmp_path, folders):
 
 
 @needs_chromium
+def test_arrow_keys_read_the_values_that_a_pointer_finds(tmp_path, folders):
+    found = visit(page_of(tmp_path, folders), '''
+      const svg = document.querySelector("figure svg"), tip = document.querySelector(".tip");
+      const press = key => svg.dispatchEvent(new KeyboardEvent("keydown", { key, cancelable: true }));
+      const step = () => /steps([0-9]+)/.exec(tip.textContent)?.[1], name = () => tip.querySelector("b")?.textContent;
+      document.querySelector("[name=kind0_0]").click();
+      svg.focus();
+      const out = { focus: document.activeElement === svg, role: tip.getAttribute("role"), before: tip.hidden };
+      press("ArrowRight"); out.first = [step(), name()];
+      press("ArrowRight"); out.second = [step(), name()];
+      out.kept = press("a"); out.taken = press("ArrowLeft"); out.back = [step(), name()];
+      out.beside = tip.textContent.includes("beside it");
+      const value = () => +/val loss([0-9.]+)/.exec(tip.textContent)[1];
+      for (let i = 0; i < 5; i++) press("ArrowUp");
+      out.column = [];
+      for (let i = 0; i < 5; i++) { out.column.push([name(), value(), step()]); press("ArrowDown"); }
+      press("Escape"); out.after = tip.hidden;
+      press("ArrowLeft"); out.last = step();
+      svg.blur(); out.left = tip.hidden;
+      return out;''')
+    assert found['focus'] and found['role'] == 'status' and found['before'] and found['after'] and found['left']
+    assert found['back'] == found['first'] != found['second'] and found['second'][1] == found['first'][1]
+    assert int(found['second'][0]) > int(found['first'][0]) and int(found['last']) >= int(found['second'][0])
+    assert found['kept'] and not found['taken'], 'an arrow key moves the page, or another key does not'
+    names, values, steps = zip(*found['column'])
+    assert found['beside'] and len(set(names)) > 1 and list(values) == sorted(values, reverse=True)
+    assert set(steps) == {found['first'][0]}
+
+
+@needs_chromium
 def test_the_address_keeps_the_switches_and_a_phone_is_wide_enough(tmp_path, folders):
     more = [write_run(tmp_path / 'out' / f'more-{i}', seed=i, n_layer=3) for i in (7, 8)]
     found = visit(page_of(tmp_path, folders + more, start={'x': 'time', 'log': 'y', 'smooth': 0.1}), '''
