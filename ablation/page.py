@@ -70,7 +70,7 @@ def section(grid, found, rows, task, pruned, folder, pictures):
         parts += ['<h3>Trials of the rank search, one seed</h3>',
                   webpage.markdown(tables.trials_table(grid, found, pruned, task))]
     if grid.search:
-        parts += ['<h3>The search, one seed</h3>', webpage.markdown(tables.searched_table(grid, found, task))]
+        parts += [f'<h3>{tables.search_heading(grid)}</h3>', webpage.markdown(tables.searched_table(grid, found, task))]
     return '\n'.join(parts)
 
 

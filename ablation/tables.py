@@ -111,13 +111,20 @@ def table(grid, rows):
     return markdown([head for head, _, _ in shape], [[text(row) for _, text, _ in shape] for row in rows])
 
 
+def search_heading(grid):
+    return f'The search, {"every" if grid.every_seed else "one"} seed'
+
+
 def searched_table(grid, found, task):
-    """Every searched value's loss on the first seed, so that a value at the edge of its range shows."""
+    """Every searched value's loss, on the first seed or on all, so that a value at the edge of its range shows."""
+    def cell(losses):
+        return spread(losses) if grid.every_seed else f'{losses[0]:.4f}'
+
     mine = {variant: searched for (t, variant), searched in found.items()
             if t == task and not any(name in dict(values) for values in searched for name in grid.ranks)}
     choices = list(dict.fromkeys(values for searched in mine.values() for values in searched))
     head = ['variant', *(', '.join(f'{name} {shown(value)}' for name, value in values) for values in choices)]
-    return markdown(head, [[variant, *(f'{results.last_losses(searched[values])[0]:.4f}' if values in searched else '-'
+    return markdown(head, [[variant, *(cell(results.last_losses(searched[values])) if values in searched else '-'
                                        for values in choices)] for variant, searched in mine.items()])
 
 
@@ -159,7 +166,7 @@ def task_text(grid, found, rows, task, pruned):
     if grid.ranks:
         parts += ['### Trials of the rank search, one seed', trials_table(grid, found, pruned, task)]
     if grid.search:
-        parts.append('The search, on one seed:\n\n' + searched_table(grid, found, task))
+        parts += [f'### {search_heading(grid)}', searched_table(grid, found, task)]
     return '\n\n'.join(parts)
 
 

@@ -1,13 +1,13 @@
 """Whether muon_lr transfers over rank and width for low-rank products, with plain Muon and with Spectron's steps.
 
 Every matrix of the block is low rank: ranks 8, 16, 32 at n_embd 128, and n_embd 64, 128, 256 at a rank of n_embd / 8
-(`rank 16` is `width 128`). Every muon_lr runs with both seeds, so that losses_muon_lr.png shows whole curves.
+(`rank 16` is `width 128`). Every muon_lr runs with all seeds, so that losses_muon_lr.png shows whole curves.
 
 Launch: python ablate.py config/ablation/product_steps.py --jobs=2
 Then:   python ablate.py report out/product_steps
 Data: python data/shakespeare_char/prepare.py
 Hardware: 2 CPU cores
-Time: about half an hour, by an estimate from 14 of the 132 runs
+Time: about 25 minutes: 198 runs of 8 to 25 seconds of one core each
 Result: not run yet as a whole; rank 16, 250 steps, one seed: plain 2.076, 2.033, 2.042, 2.142, 2.208 from 0.006 to 0.096,
 with Spectron's steps 2.287, 2.187, 2.109, 2.060, 2.062
 """
@@ -32,4 +32,4 @@ tasks = {
     '': {'max_iters': 250, 'lr_decay_iters': 250, 'eval_interval': 250},
 }
 search = {'muon_lr': [6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2, 0.192]}
-seeds = 2
+seeds = 3

@@ -13,7 +13,7 @@ optuna = pytest.importorskip('optuna')
 import ablate
 import configurator
 from ablation import axes, cost, effects, plots, ranks, results, runner, study, tables
-from ablation.grid import Run, first_runs, run_at, settings_of
+from ablation.grid import Run, first_runs, later_runs, run_at, settings_of
 from ablation.plan import Plan
 from model import GPT
 from tests.reporting.browser import needs_chromium, visit
@@ -442,6 +442,22 @@ def test_a_failed_run_stands_in_the_report(reported):
     assert f'- {broken.parent.name} seed=1337: out of <memory>' in text.partition('### Failed')[2]
     html = (folder / 'report.html').read_text()
     assert 'out of &lt;memory&gt;' in html and '<memory>' not in html
+
+
+def test_every_searched_value_has_all_seeds_where_a_grid_says_so(plan, tmp_path):
+    text = RANKS.replace("({v})", "(4)").replace("({mlp})", "(6)").replace("ranks = {'v': [1, 15], 'mlp': [1, 25]}\n", '')
+    made = plan(text.replace('budget = 0.6\ntrials = 6\n', 'every_seed = True\nseeds = 2\n'))
+    (tmp_path / 'out' / 'grid.json').parent.mkdir(exist_ok=True)
+    (tmp_path / 'out' / 'grid.json').write_text(json.dumps(configurator.as_dict(made.grid)))
+    runs = first_runs(made.grid)
+    later = later_runs(made.grid, runs, lambda run: None)
+    assert [run.seed for run in later] == [1, 1] and {run.searched for run in later} == {run.searched for run in runs}
+    for run in (*runs, *later):
+        pretend(made, run, 2 + 100 * dict(run.searched)['learning_rate'] + 0.2 * (run.seed == 1))
+    text = ablate.report(str(tmp_path / 'out'))[2]
+    assert '### The search, every seed' in text
+    assert '| low rank | 2.2000 ± 0.1414 (n=2) | 2.4000 ± 0.1414 (n=2) |' in text
+    assert '<h3>The search, every seed</h3>' in (tmp_path / 'out' / 'report.html').read_text()
 
 
 def test_a_part_of_the_grid_is_reported_alone(reported):
