@@ -1,6 +1,6 @@
 """Which muon_lr each structure of the MLPs wants, with plain steps of Muon and with Spectron's steps of the product.
 
-Every muon_lr runs with all seeds, so that losses_muon_lr.png and the table of the search show whole curves with their spread.
+Every muon_lr runs with all seeds: losses_muon_lr.png and the table of the search show whole curves with their spread.
 
 Launch: python ablate.py config/ablation/muon_rates.py --jobs=2
 Then:   python ablate.py report out/muon_rates
