@@ -31,20 +31,50 @@ class Table:
         return [(shown, [record.cell(label, column, self.part) for column in self.columns.values()])
                 for shown, label in rows.items()]
 
+    def records(self, root):
+        return [Record(root, self.record)]
+
+    def head(self):
+        return [self.first, *self.columns]
+
     def text(self, root, page):
         """The table, the record's link and its commands, for a page."""
-        record = Record(root, self.record)
-        lines, seeds = [], []
-        for shown, found in self.cells(record):
+        records, lines, seeds = self.records(root), [], []
+        for shown, found in self.cells(*records):
             lines.append([shown, *(re.sub(r' \(n=\d+\)', '', cell) for cell in found)])
             seeds.append(re.findall(r'\(n=(\d+)\)', ' '.join(found)))
-        head = [self.first, *self.columns]
+        head = self.head()
         if any(seeds) and not any('→' in cell for line in lines for cell in line):
             head.append('seeds')
             lines = [[*line, n[0] if n else '1'] for line, n in zip(lines, seeds)]
         spread = '; ± is the standard deviation over seeds' if any('±' in cell for line in lines for cell in line) else ''
-        return '\n\n'.join([markdown(head, lines), f'From {link(self.record, page)}{spread}.',
-                            folded(record.commands(), f'the commands ({self.takes})')])
+        commands = [command for record in records for command in record.commands()]
+        return '\n\n'.join([markdown(head, lines), f'From {" and ".join(link(r.name, page) for r in records)}{spread}.',
+                            folded(commands, f'the commands ({self.takes})')])
+
+
+@dataclass
+class Joined(Table):
+    """A table that ends with a column for each of some parts of a second record, where that has the row.
+
+    second: its name; scanned: its column; parts: {heading shown: part}; as_there: {label in the first record: label in it}.
+    """
+    second: str = ''
+    scanned: str = 'validation loss'
+    parts: dict = field(default_factory=dict)
+    as_there: dict = field(default_factory=dict)
+
+    def records(self, root):
+        return [Record(root, self.record), Record(root, self.second)]
+
+    def head(self):
+        return [*super().head(), *self.parts]
+
+    def cells(self, record, second):
+        more = {label: [second.cell(there, self.scanned, part) if there in second.table(part) else ''
+                        for part in self.parts.values()]
+                for label, there in ((label, self.as_there.get(label, label)) for label in self.rows.values())}
+        return [(shown, [*found, *more[self.rows[shown]]]) for shown, found in super().cells(record)]
 
 
 class Crossed(Table):

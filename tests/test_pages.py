@@ -173,12 +173,9 @@ def clean(tmp_path):
     listing = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
     names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0')
     for name in filter(None, names):
-        if (ROOT / name).is_file() and not name.startswith('records/2'):
+        if (ROOT / name).is_file():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / name)
-    for folder in (ROOT / 'records').glob('2*'):
-        (tmp_path / 'records' / folder.name).mkdir()
-        shutil.copy(folder / 'README.md', tmp_path / 'records' / folder.name)
     (tmp_path / '.venv' / 'bin').mkdir(parents=True)
     (tmp_path / '.venv' / 'bin' / 'python').write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     (tmp_path / '.venv' / 'bin' / 'python').chmod(0o755)
