@@ -8,18 +8,9 @@ import time
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from decomposition import calibrate
 from decomposition.calibrate import Stats
-
-
-class Watched(list):
-    """Batches that show a progress bar during a loop."""
-
-    def __iter__(self):
-        return iter(tqdm(list(super().__iter__()), unit='batch', leave=False, desc='calibration',
-                         disable=not sys.stderr.isatty()))
 
 
 def beginning(text, tokens):
@@ -48,9 +39,9 @@ class Calibration:
     """
 
     def __init__(self, model, sites, text, folder, name, identity, gradient_tokens=0, memory=calibrate.MEMORY):
-        self.model, self.sites, self.text, self.folder, self.name = model, list(sites), Watched(text), folder, name
+        self.model, self.sites, self.text, self.folder, self.name = model, list(sites), list(text), folder, name
         self.gains, self.cpu_s = {}, 0.0                # gains: of compression.sizes, which follow from these statistics
-        self.short, self.memory = Watched(beginning(text, gradient_tokens)) if gradient_tokens else None, memory
+        self.short, self.memory = beginning(text, gradient_tokens) if gradient_tokens else None, memory
         self.identity = json.dumps([identity, self.sites, *[gradient_tokens] * bool(gradient_tokens)], sort_keys=True)
 
     def path(self, gradients):
@@ -61,7 +52,7 @@ class Calibration:
         if batches is not self.text or set(sites) - set(self.sites):
             yield from calibrate.passes(model, sites, batches, gradients)
             return
-        calibrate.check_enough(self.model, sites, list(batches))
+        calibrate.check_enough(self.model, sites, batches)
         if not self.there(gradients) and not self.gather(gradients):
             yield from calibrate.passes(self.model, sites, self.text, gradients)
             return

@@ -12,6 +12,7 @@ import torch
 from data.loader import Loader
 from decomposition import wide
 from decomposition.moments import Moments, Stats
+from decomposition.progress import with_bar
 from variants import UserError
 
 BATCH_TOKENS = 4096
@@ -182,7 +183,7 @@ def run(model, hooks, batches, gradients, blocks):
         if blocks[-1] + 1 < len(model.transformer.h):
             hooks.before(model.transformer.h[blocks[-1] + 1], stop)
         with torch.no_grad():
-            for x, _ in batches:
+            for x, _ in with_bar(batches, 'calibration', 'batch'):
                 with contextlib.suppress(Reached):
                     model(x.to(device))
         return
@@ -193,7 +194,7 @@ def run(model, hooks, batches, gradients, blocks):
         for p in wanted:
             p.requires_grad_(False)
         with torch.enable_grad():
-            for x, y in batches:
+            for x, y in with_bar(batches, 'calibration with gradients', 'batch'):
                 _, loss = model(x.to(device), y.to(device))
                 (loss * y.numel()).backward()           # of the summed loss, whatever the batch's size
     finally:

@@ -5,13 +5,12 @@ The other one may be a source of pretrained/sources.py, which is checked against
 import contextlib
 import functools
 import os
-import sys
 
 import torch
-from tqdm import tqdm
 
 import configurator
 from decomposition import narrow, wide
+from decomposition.progress import with_bar
 from decomposition.sites import Decomposition, Work, fillable, runnable, structure, tensors_of
 from model import GPT
 from pretrained import gpt2, sources
@@ -122,9 +121,7 @@ def initialise(model, source_config, source_state, method='van_loan', progress=N
             raise UserError(f'{site} is a mixture in the source ({sources[site].spec}) and not the same here; take its mlp',
                             'mlp')
     todo = [site for site in sites if site not in rows]
-    bar = tqdm(work.walk(todo), total=len(todo), unit='site', desc='decompose', leave=False,
-               disable=not todo or not sys.stderr.isatty())
-    for site, stats in bar:
+    for site, stats in with_bar(work.walk(todo), 'decompose', 'site', len(todo)):
         with one_line(site):
             rows[site] = slim.pop(site, {}) | work.fill(site, sources.pop(site), stats)
         if progress and (rows[site]['error'] or 'units' in rows[site]):

@@ -10,6 +10,7 @@ import torch
 import variants
 from decomposition import sequential, units
 from decomposition.cuts import cut_of, cut_passes, cuts_of, predict, rows_of
+from decomposition.progress import with_bar
 from layers.sums import SEQUENTIAL, STREAMED
 from lowrank.svd import with_ridge
 from variants import UserError
@@ -93,7 +94,8 @@ def narrowed(model, config, state, how, runnable):
     source, here = how.dense or runnable(config, state, how.device), next(model.parameters()).device
     slim, state, cuts, rows = parts(model, source), dict(state), {}, {}
     target = dataclasses.replace(config, mlp=model.config.mlp, attention=model.config.attention)
-    for part, stats, place in walk(source, slim, how, runnable, config, state):
+    todo = walk(source, slim, how, runnable, config, state)
+    for part, stats, place in with_bar(todo, 'narrow', 'part', len(slim)):
         tensors, found, rows[part.site] = narrow_part(part, stats, how)
         cuts |= found
         state |= {f'transformer.{part.name}.{name}': t.to(here) for name, t in tensors.items()}

@@ -10,15 +10,14 @@ error weighted by the curvature of the loss are ours.
 import contextlib
 import dataclasses
 import math
-import sys
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from checkpoints.digest import of_tensors
 from decomposition import calibrate
 from decomposition.calibrate import Hooks, Moments
+from decomposition.progress import with_bar
 from decomposition.sequential import Streams
 from decomposition.stored import Store
 from layers.losses import Losses
@@ -63,9 +62,8 @@ def refine(dense, model, batches, how, folder=None, say=None, write=True):
     place = folder and Store(folder, identity(dense, model, batches, how), write)
     root = None if how.error == 'mse' else roots(dense, batches, place)
     streams, rows = Streams(dense, model, [*train, *held]), []
-    bar = tqdm(range(len(model.transformer.h)), unit='block', desc='refine', leave=False, disable=not sys.stderr.isatty())
     with Hooks(dense, model):
-        for index in bar:
+        for index in with_bar(range(len(model.transformer.h)), 'refine', 'block'):
             before = list(streams.streams[0])
             streams.move(0)                             # the dense stream after the block is the target
             block = Block(streams, before, len(train), how, root and root[index])

@@ -1,6 +1,5 @@
 """Calibration, layer-by-layer fitting, pruning and reports: numpy, autograd and whole models are the oracles."""
 import dataclasses
-import io
 import sys
 
 import numpy as np
@@ -14,6 +13,7 @@ from decomposition.calibrate import Moments, Stats
 from decomposition.initialise import initialise
 from decomposition.sites import Decomposition, prune, runnable
 from model import GPT, CausalSelfAttention
+from tests.screen import Screen
 from tests.tiny import make_data
 from variants import UserError
 
@@ -334,13 +334,18 @@ def test_pruning_comes_before_the_method():
     assert torch.equal(model.sites()[site].dense_weight(), expected)
 
 
-@pytest.mark.parametrize('rules, shown', [({}, False), (RULES, True)])
-def test_on_a_terminal_a_bar_appears_only_where_there_is_something_to_decompose(monkeypatch, rules, shown):
-    """Not '0site [00:00, ?site/s]' before a sample."""
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-    source, model = random_model(), GPT(dataclasses.replace(CONFIG, linear=rules)).double()
-    monkeypatch.setattr(sys, 'stderr', Terminal())
-    initialise(model, source.config, source.state_dict())
-    assert ('site' in sys.stderr.getvalue()) == shown
+NARROW = {'mlp': {'h.*': 'gelu(32)'}}
+
+
+@pytest.mark.parametrize('changes, method, bars', [
+    ({}, 'van_loan', []), ({'linear': RULES}, 'van_loan', ['decompose']),
+    ({'linear': RULES}, 'svd_whitened,als', ['calibration', 'decompose']),
+    (NARROW, 'neurons', ['calibration with gradients', 'narrow'])])
+def test_on_a_terminal_a_bar_appears_only_for_what_there_is_to_do(monkeypatch, changes, method, bars):
+    """Not '0site [00:00, ?site/s]' before a sample; and no minutes without a word."""
+    source, model = random_model(), GPT(dataclasses.replace(CONFIG, **changes)).double()
+    screen = Screen(120)
+    monkeypatch.setattr(sys, 'stderr', screen)
+    initialise(model, source.config, source.state_dict(), how=Decomposition(method, text(8)))
+    seen = {line.partition(':')[0] for lines in screen.seen for line in lines}
+    assert seen == set(bars) and not screen.lines()
