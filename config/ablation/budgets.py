@@ -9,7 +9,7 @@ Launch: python ablate.py config/ablation/budgets.py --jobs=2
 Then:   python ablate.py report out/budgets
 Data: python data/shakespeare_char/prepare.py
 Hardware: 2 CPU cores
-Time: about 50 minutes: 126 runs of 10 to 90 seconds of one core each
+Time: about 50 minutes: 147 runs of 10 to 90 seconds of one core each
 Result: not run yet
 """
 base = 'config/kron_mlp_fast.py'
@@ -42,5 +42,5 @@ tasks = {
     'tokens x3': {'max_iters': 900, 'lr_decay_iters': 900, 'eval_interval': 900},
     'tokens x10': {'max_iters': 3000, 'lr_decay_iters': 3000, 'eval_interval': 3000},
 }
-search = {'muon_lr': [6e-3, 1.2e-2, 2.4e-2, 4.8e-2]}
+search = {'muon_lr': [3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2]}
 seeds = 3
