@@ -77,10 +77,10 @@ def by_seed(runs):
 
 
 def best_of(searched):
-    """(values, runs) of the best searched values on the first seed; of the confirmed ones, where there are any."""
+    """(values, runs) of the searched values with the lowest mean loss, among those that ran with the most seeds."""
     most = max(len(runs) for runs in searched.values())
     several = {values: runs for values, runs in searched.items() if len(runs) == most}
-    return min(several.items(), key=lambda item: last_losses(item[1])[0])
+    return min(several.items(), key=lambda item: statistics.fmean(last_losses(item[1])))
 
 
 def config_of(run):
