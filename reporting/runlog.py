@@ -210,16 +210,20 @@ class RunLog:
                 thing.close()
 
     def close(self, words):
-        """Close the files, draw loss.png, and say where it is and why the run ends."""
+        """Close the files, draw loss.png if there are losses, and say where it is and why the run ends."""
         if self.bar is not None:
             self.bar.close()
         if self.file:
-            config = self.config
             self.file.close()
-            self.outlets.attempt('loss.png', lambda: losses.draw(config.out_dir, read_log(os.path.join(
-                config.out_dir, 'log.jsonl')), config.figures))
-            if 'loss.png' not in self.outlets.warned:
-                self.job.say(f'loss curves: {os.path.join(config.out_dir, "loss.png")}')
+            if self.progress['step'] or self.progress['evaluated'] is not None:         # there are losses
+                self.draw()
         if words:
             self.job.say(words)
         self.outlets.close()
+
+    def draw(self):
+        folder = self.config.out_dir
+        self.outlets.attempt('loss.png', lambda: losses.draw(folder, read_log(os.path.join(folder, 'log.jsonl')),
+                                                             self.config.figures))
+        if 'loss.png' not in self.outlets.warned:
+            self.job.say(f'loss curves: {os.path.join(folder, "loss.png")}')

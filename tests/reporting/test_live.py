@@ -55,6 +55,13 @@ def strange(screen, *patterns):
     return {line for lines in screen.seen for line in lines if not any(p.fullmatch(line) for p in whole)}
 
 
+def test_a_model_that_is_only_made_has_no_curves(data, tmp_path, monkeypatch):
+    screen = terminal(monkeypatch)
+    run(data, tmp_path, '--max_iters=0', '--eval_first=False')
+    assert [*tmp_path.glob('ckpt_*.pt')] and not (tmp_path / 'loss.png').exists()
+    assert len(screen.lines()) == 1                     # the model's, and no bar is left
+
+
 def test_every_line_of_the_screen_is_one_thing_and_the_history_stays(data, tmp_path, monkeypatch):
     screen = terminal(monkeypatch)
     monkeypatch.setattr(live, 'EVERY', 0.0)             # every step is drawn
