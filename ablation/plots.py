@@ -167,7 +167,8 @@ def search_plot(found, setting, task):
 
 def draw(grid, found, rows, task, pruned, folder):
     """All plots of a task, in the formats of grid.figures: [(file name of the png, title)]."""
-    prefix, words = (f'{task}_', f'{task}: ') if len(grid.tasks) > 1 else ('', '')
+    several = len(grid.tasks) > 1                       # a link holds no blank
+    prefix, words = (f'{task}_'.replace(' ', '_'), f'{task}: ') if several else ('', '')
     made = [(f'pareto_{cost}', f'loss against {label}', front(rows, cost, f'{words}loss against {label}'))
             for cost, label in COSTS.items()]
     made.append(('losses', 'losses, over seeds', losses(rows, f'{words}all variants')))

@@ -12,10 +12,26 @@ TRAINED = {'parameters': 'parameters', 'training FLOPs': 'training FLOPs', 'vali
 
 
 @dataclass
+class At:
+    """A column of another table: of another part of the record, or of another record. Rows that it lacks are empty there.
+
+    rows: {label in the table's own record: label here} where they differ.
+    """
+    column: str
+    part: str
+    record: str = ''
+    rows: dict = field(default_factory=dict)
+
+    def cell(self, record, label):
+        label = self.rows.get(label, label)
+        return record.cell(label, self.column, self.part) if label in record.table(self.part) else ''
+
+
+@dataclass
 class Table:
     """Rows and columns of one table of a record.
 
-    columns: {heading shown: heading in the record}; rows: {label shown: label in the record}, {} for all as they are;
+    columns: {heading shown: heading in the record, or At}; rows: {label shown: label in the record}, {} for all as they are;
     part: the heading above the table; takes: what the commands take, said where they are folded.
     """
     record: str
@@ -25,17 +41,17 @@ class Table:
     part: str = ''
     first: str = 'variant'
 
-    def cells(self, record):
+    def cells(self, record, *others):
         """[(label shown, its cells)]"""
-        rows = self.rows or {label: label for label in record.table(self.part)}
-        return [(shown, [record.cell(label, column, self.part) for column in self.columns.values()])
+        rows, known = self.rows or {label: label for label in record.table(self.part)}, {r.name: r for r in others}
+        return [(shown, [column.cell(known.get(column.record, record), label) if isinstance(column, At)
+                         else record.cell(label, column, self.part) for column in self.columns.values()])
                 for shown, label in rows.items()]
 
     def records(self, root):
-        return [Record(root, self.record)]
-
-    def head(self):
-        return [self.first, *self.columns]
+        """The record of the rows, then others of which columns are."""
+        others = [column.record for column in self.columns.values() if isinstance(column, At) and column.record]
+        return [Record(root, name) for name in dict.fromkeys([self.record, *others])]
 
     def text(self, root, page):
         """The table, the record's link and its commands, for a page."""
@@ -43,7 +59,7 @@ class Table:
         for shown, found in self.cells(*records):
             lines.append([shown, *(re.sub(r' \(n=\d+\)', '', cell) for cell in found)])
             seeds.append(re.findall(r'\(n=(\d+)\)', ' '.join(found)))
-        head = self.head()
+        head = [self.first, *self.columns]
         if any(seeds) and not any('→' in cell for line in lines for cell in line):
             head.append('seeds')
             lines = [[*line, n[0] if n else '1'] for line, n in zip(lines, seeds)]
@@ -51,30 +67,6 @@ class Table:
         commands = [command for record in records for command in record.commands()]
         return '\n\n'.join([markdown(head, lines), f'From {" and ".join(link(r.name, page) for r in records)}{spread}.',
                             folded(commands, f'the commands ({self.takes})')])
-
-
-@dataclass
-class Joined(Table):
-    """A table that ends with a column for each of some parts of a second record, where that has the row.
-
-    second: its name; scanned: its column; parts: {heading shown: part}; as_there: {label in the first record: label in it}.
-    """
-    second: str = ''
-    scanned: str = 'validation loss'
-    parts: dict = field(default_factory=dict)
-    as_there: dict = field(default_factory=dict)
-
-    def records(self, root):
-        return [Record(root, self.record), Record(root, self.second)]
-
-    def head(self):
-        return [*super().head(), *self.parts]
-
-    def cells(self, record, second):
-        more = {label: [second.cell(there, self.scanned, part) if there in second.table(part) else ''
-                        for part in self.parts.values()]
-                for label, there in ((label, self.as_there.get(label, label)) for label in self.rows.values())}
-        return [(shown, [*found, *more[self.rows[shown]]]) for shown, found in super().cells(record)]
 
 
 class Crossed(Table):
@@ -126,6 +118,7 @@ SMOLLM2 = {
     'kron(288, 1536), `prune`': 'prune',
 }
 
+SIX_RATES = {rate: f'muon_lr {rate}' for rate in ('0.006', '0.012', '0.024', '0.048', '0.096', '0.192')}
 APPROXIMATIONS = '90 minutes on two CPU cores, the note alone 42'
 
 TABLES = {
@@ -142,6 +135,12 @@ TABLES = {
             'dense': 'dense', 'MLPs `kron(256, 64)` from scratch': 'kron', 'the same from the dense model': 'from_dense'}),
     'scratch': Table('2026-11-29_scratch', {
         **TRAINED, 'beside dense': 'beside the baseline', '95% interval': '95 % interval'}, '20 minutes on two CPU cores'),
+    'product_steps': Table('2026-11-29_product_steps', SIX_RATES, '25 minutes on two CPU cores', {
+        f'{size}, {step}': f'{size} {step}' for size in ('rank 8', 'rank 16', 'rank 32', 'width 64', 'width 256')
+        for step in ('plain', 'spectron')}, part='The search, every seed', first='all matrices low rank'),
+    'recipe_options': Table('2026-11-29_recipe_options', {
+        'muon_lr': 'muon_lr', 'validation loss': 'validation loss', 'beside the recipe': 'beside the baseline',
+        '95% interval': '95 % interval'}, '17 minutes on two CPU cores'),
     'scratch_adamw': Table('2026-11-21_scratch', TRAINED, 'half an hour on two CPU cores'),
     'where': Table('2026-11-22_where_the_money_is', {**TRAINED, 'beside dense': 'beside the baseline',
                                                      'beside narrow dense': 'beside a narrow dense model'},

@@ -144,6 +144,14 @@ def test_links_lead_to_files_and_headings(page):
     assert not wrong
 
 
+@pytest.mark.parametrize('record', sorted(path.parent.name for path in (ROOT / 'records').glob('*/README.md')))
+def test_pictures_and_links_of_records_are_there(record):
+    """Also those that a blank in a name would end: ](a b.png) is no link."""
+    folder = ROOT / 'records' / record
+    targets = re.findall(r'\]\(([^)#]+)', (folder / 'README.md').read_text(encoding='utf-8'))
+    assert not [name for name in targets if '://' not in name and (' ' in name or not (folder / name).exists())]
+
+
 def test_readme_is_short():
     lines = (ROOT / 'README.md').read_text(encoding='utf-8').splitlines()
     assert len(lines) <= 150
