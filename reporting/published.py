@@ -118,13 +118,22 @@ SMOLLM2 = {
     'kron(288, 1536), `prune`': 'prune',
 }
 
+
+
+def text_of(words, rows=None):
+    """Columns of the losses after some text, of the scan over tokens. rows: see At."""
+    rows = {'low rank': 'low rank, plain steps'} if rows is None else rows
+    return {f'{count}k{words}': At('validation loss', f'tokens x{times}', '2026-11-29_budgets', rows)
+            for times, count in ((1, 154), (3, 461), (10, '1,536'))}
+
+
 SIX_RATES = {rate: f'muon_lr {rate}' for rate in ('0.006', '0.012', '0.024', '0.048', '0.096', '0.192')}
 APPROXIMATIONS = '90 minutes on two CPU cores, the note alone 42'
 
 TABLES = {
     'answers': Table('2026-11-29_scratch', {
-        'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token', 'validation loss': 'validation loss',
-        'beside dense': 'beside the baseline', '95% interval': '95 % interval'}, '20 minutes on two CPU cores', {
+        'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token', 'loss at equal FLOPs': 'validation loss',
+        'beside dense, 95% interval': '95 % interval', **text_of(' tokens, 3 seeds')}, '90 minutes on two CPU cores', {
             'dense': 'dense', 'dense, a quarter of the neurons': 'narrow hidden', 'low rank': 'low rank',
             'Kronecker': 'kron', 'dense, `n_embd` 104, 104 neurons': 'narrow both',
             'Kronecker, `n_embd` 104': 'kron, narrow'}, first='MLPs'),
@@ -135,6 +144,9 @@ TABLES = {
             'dense': 'dense', 'MLPs `kron(256, 64)` from scratch': 'kron', 'the same from the dense model': 'from_dense'}),
     'scratch': Table('2026-11-29_scratch', {
         **TRAINED, 'beside dense': 'beside the baseline', '95% interval': '95 % interval'}, '20 minutes on two CPU cores'),
+    'budgets': Table('2026-11-29_budgets', {
+        'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token', **text_of(' tokens', {}),
+        'at 461k, beside fewer neurons': At('95 % interval', 'tokens x3')}, '70 minutes on two CPU cores', part='tokens x3'),
     'product_steps': Table('2026-11-29_product_steps', SIX_RATES, '25 minutes on two CPU cores', {
         f'{size}, {step}': f'{size} {step}' for size in ('rank 8', 'rank 16', 'rank 32', 'width 64', 'width 256')
         for step in ('plain', 'spectron')}, part='The search, every seed', first='all matrices low rank'),

@@ -10,7 +10,8 @@ Then:   python ablate.py report out/budgets
 Data: python data/shakespeare_char/prepare.py
 Hardware: 2 CPU cores
 Time: about 70 minutes: 161 runs of 10 to 90 seconds of one core each
-Result: not run yet
+Result: no budget makes a structure win; beside fewer neurons kron is 0.051, 0.046 and 0.022 behind at x1, x3 and x10, low
+rank 0.042, 0.027 and 0.023: records/2026-11-29_budgets
 """
 base = 'config/kron_mlp_fast.py'
 baseline = 'narrow hidden'
