@@ -47,6 +47,31 @@ def test_what_readme_shows_is_what_the_logs_say(row):
         assert found.cell(row, '95 % interval') == f'{middle - half:+.4f} to {middle + half:+.4f}'
 
 
+def test_losses_after_equal_text_in_readme_are_what_the_logs_say():
+    """The columns that the first table takes from another record, by their logs."""
+    table, seen = published.TABLES['answers'], {}
+    of_rows, of_text = table.records(ROOT)
+    with open(ROOT / 'records' / of_text.name / 'log.jsonl', encoding='utf-8') as file:
+        for line in map(json.loads, file):
+            run, _, seed = line['run'].rpartition('_seed=')
+            if 'val_loss' in line:
+                seen.setdefault(run, {})[seed] = line['val_loss']
+    count = 0
+    for (_, label), (_, cells) in zip(table.rows.items(), table.cells(of_rows, of_text), strict=True):
+        for column, cell in zip(table.columns.values(), cells, strict=True):
+            if isinstance(column, published.At) and cell:
+                variant = 'low rank, plain steps' if label == 'low rank' else label
+                rate = of_text.cell(variant, 'muon_lr', column.part)
+                losses = [*seen[f'out/budgets/{column.part}/{variant}/muon_lr={rate}'].values()]
+                assert cell == f'{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f} (n=3)', (label, column.part)
+                count += 1
+    assert count == 14
+    first, last = (of_text.number('kron', 'beside the baseline', f'tokens x{times}')[0] for times in (1, 10))
+    low, high = map(float, of_text.cell('kron', '95 % interval', 'tokens x10').split(' to '))
+    said = re.sub(r'\s+', ' ', (ROOT / 'README.md').read_text(encoding='utf-8'))
+    assert f'narrows from {first:.3f} to {last:.3f} (95% interval {low:.3f} to {high:+.3f})' in said
+
+
 def test_perplexities_in_readme_are_those_of_the_record():
     """Every number with one decimal of the paragraph on SmolLM2 is in its table, or the dense model's."""
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
