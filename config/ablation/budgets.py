@@ -9,7 +9,7 @@ Launch: python ablate.py config/ablation/budgets.py --jobs=2
 Then:   python ablate.py report out/budgets
 Data: python data/shakespeare_char/prepare.py
 Hardware: 2 CPU cores
-Time: about 70 minutes: 161 runs of 10 to 90 seconds of one core each
+Time: about 80 minutes: 182 runs of 10 to 90 seconds of one core each
 Result: no budget makes a structure win; beside fewer neurons kron is 0.051, 0.046 and 0.022 behind at x1, x3 and x10, low
 rank 0.042, 0.027 and 0.023: records/2026-11-29_budgets
 """
@@ -26,6 +26,7 @@ variants = {
     'narrow hidden': {'linear': 'dense', 'mlp': 'relu2(128)'},
     'narrow': {'linear': 'dense', 'n_embd': 92},
     'kron': {'linear': _kron},
+    'kron, spectron': {'linear': _kron, 'muon_product': 'spectron'},
     'low rank': {'linear': {'h.*.mlp.*': 'lowrank(26)'}, 'muon_product': 'spectron'},
     'narrow both': {'linear': 'dense', 'n_embd': 104, 'mlp': 'relu2(104)'},
     'kron, narrow': {'linear': _narrow_kron, 'n_embd': 104},
