@@ -147,6 +147,8 @@ TABLES = {
     'budgets': Table('2026-11-29_budgets', {
         'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token', **text_of(' tokens', {}),
         'at 461k, beside fewer neurons': At('95 % interval', 'tokens x3')}, '70 minutes on two CPU cores', part='tokens x3'),
+    'muon_rates': Table('2026-11-29_muon_rates', {rate: SIX_RATES[rate] for rate in list(SIX_RATES)[:5]},
+                        '20 minutes on two CPU cores', part='The search, every seed', first='MLPs'),
     'product_steps': Table('2026-11-29_product_steps', SIX_RATES, '25 minutes on two CPU cores', {
         f'{size}, {step}': f'{size} {step}' for size in ('rank 8', 'rank 16', 'rank 32', 'width 64', 'width 256')
         for step in ('plain', 'spectron')}, part='The search, every seed', first='all matrices low rank'),

@@ -7,7 +7,8 @@ Then:   python ablate.py report out/muon_rates
 Data: python data/shakespeare_char/prepare.py
 Hardware: 2 CPU cores
 Time: about 20 minutes: 150 runs of 15 seconds of one core each
-Result: not run yet
+Result: plain steps want dense's 0.024 for kron and abba, half of it for pivot and lowrank; Spectron's 0.024 to 0.048
+for all: records/2026-11-29_muon_rates
 """
 base = 'config/kron_mlp_fast.py'
 baseline = 'dense'
