@@ -34,15 +34,18 @@ variants = {
     'low rank + kron': {'linear': _both},
     'narrow hidden x2': {'linear': 'dense', 'n_embd': 256, 'n_head': 4, 'mlp': 'relu2(256)'},
     'kron x2': {'linear': _wide_kron, 'n_embd': 256, 'n_head': 4},
+    'kron, narrow, spectron': {'linear': _narrow_kron, 'n_embd': 104, 'muon_product': 'spectron'},
+    'kron x2, spectron': {'linear': _wide_kron, 'n_embd': 256, 'n_head': 4, 'muon_product': 'spectron'},
     'low rank x2': {'linear': {'h.*.mlp.*': 'lowrank(52)'}, 'n_embd': 256, 'n_head': 4, 'muon_product': 'spectron'},
 }
 only = {'narrow': ['tokens x1', 'tokens x3'], 'narrow both': ['tokens x3'], 'kron, narrow': ['tokens x3'],
         'low rank + kron': ['tokens x3'], 'narrow hidden x2': ['tokens x3'],
-        'kron x2': ['tokens x3'], 'low rank x2': ['tokens x3']}
+        'kron x2': ['tokens x3'], 'kron, narrow, spectron': ['tokens x3'],
+        'kron x2, spectron': ['tokens x3'], 'low rank x2': ['tokens x3']}
 tasks = {
     'tokens x1': {'max_iters': 300, 'lr_decay_iters': 300, 'eval_interval': 300},
     'tokens x3': {'max_iters': 900, 'lr_decay_iters': 900, 'eval_interval': 900},
     'tokens x10': {'max_iters': 3000, 'lr_decay_iters': 3000, 'eval_interval': 3000},
 }
-search = {'muon_lr': [3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2]}
+search = {'muon_lr': [3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2]}
 seeds = 3

@@ -9,7 +9,7 @@ Launch: python ablate.py config/ablation/scratch.py --jobs=2
 Then:   python ablate.py report out/scratch_equal_flops
 Data: python data/shakespeare_char/prepare.py
 Hardware: 2 CPU cores
-Time: 20 minutes: 81 runs of about 25 seconds of one core
+Time: 25 minutes: 99 runs of about 25 seconds of one core
 Result: fewer neurons are best, 0.046 below dense (records/2026-11-29_scratch; under AdamW: records/2026-11-21_scratch)
 """
 base = 'config/kron_mlp_fast.py'
@@ -27,6 +27,8 @@ variants = {
     'narrow both': {'linear': 'dense', 'n_embd': 104, 'mlp': 'relu2(104)'},
     'kron': {'linear': _kron},
     'kron, narrow': {'linear': _narrow_kron, 'n_embd': 104},
+    'kron, spectron': {'linear': _kron, 'muon_product': 'spectron'},
+    'kron, narrow, spectron': {'linear': _narrow_kron, 'n_embd': 104, 'muon_product': 'spectron'},
     'low rank': {'linear': _low},
     'low rank, spectron': {'linear': _low, 'muon_product': 'spectron'},
     'low rank + kron': {'linear': {'h.*.mlp.c_fc': 'lowrank(13) + kron(128, 32, terms=2)',
