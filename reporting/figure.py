@@ -16,7 +16,7 @@ RECORD = '2026-11-29_scratch'
 # label: (colour on light pages, on dark ones, the rows of the record by size)
 LINES = {
     'dense': ('#57606a', '#9198a1', ('narrow both', 'narrow hidden', 'dense')),
-    'Kronecker MLPs': ('#cf222e', '#ff7b72', ('kron, narrow', 'kron')),
+    'Kronecker MLPs': ('#cf222e', '#ff7b72', ('kron, narrow', 'kron, spectron')),
     'low-rank MLPs': ('#8250df', '#bc8cff', ('low rank',)),
 }
 THEMES = {'light': ('#1f2328', '#d1d9e0', 0), 'dark': ('#e6edf3', '#3d444d', 1)}        # text, grid, which colour of LINES

@@ -133,9 +133,9 @@ APPROXIMATIONS = '90 minutes on two CPU cores, the note alone 42'
 TABLES = {
     'answers': Table('2026-11-29_scratch', {
         'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token', 'loss at equal FLOPs': 'validation loss',
-        'beside dense, 95% interval': '95 % interval', **text_of(' tokens, 3 seeds')}, '90 minutes on two CPU cores', {
+        'beside dense, 95% interval': '95 % interval', **text_of(' tokens, 3 seeds')}, '2 hours on two CPU cores', {
             'dense': 'dense', 'dense, a quarter of the neurons': 'narrow hidden', 'low rank': 'low rank',
-            'Kronecker': 'kron', 'dense, `n_embd` 104, 104 neurons': 'narrow both',
+            'Kronecker': 'kron, spectron', 'dense, `n_embd` 104, 104 neurons': 'narrow both',
             'Kronecker, `n_embd` 104': 'kron, narrow'}, first='MLPs'),
     'kron_mlp': Table('2026-11-29_kron_mlp', {
         'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token', 'tokens': 'tokens',
@@ -146,7 +146,7 @@ TABLES = {
         **TRAINED, 'beside dense': 'beside the baseline', '95% interval': '95 % interval'}, '20 minutes on two CPU cores'),
     'budgets': Table('2026-11-29_budgets', {
         'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token', **text_of(' tokens', {}),
-        'at 461k, beside fewer neurons': At('95 % interval', 'tokens x3')}, '70 minutes on two CPU cores', part='tokens x3'),
+        'at 461k, beside fewer neurons': At('95 % interval', 'tokens x3')}, '90 minutes on two CPU cores', part='tokens x3'),
     'muon_rates': Table('2026-11-29_muon_rates', {rate: SIX_RATES[rate] for rate in list(SIX_RATES)[:5]},
                         '20 minutes on two CPU cores', part='The search, every seed', first='MLPs'),
     'product_steps': Table('2026-11-29_product_steps', SIX_RATES, '25 minutes on two CPU cores', {

@@ -66,8 +66,8 @@ def test_losses_after_equal_text_in_readme_are_what_the_logs_say():
                 assert cell == f'{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f} (n=3)', (label, column.part)
                 count += 1
     assert count == 14
-    first, last = (of_text.number('kron', 'beside the baseline', f'tokens x{times}')[0] for times in (1, 10))
-    low, high = map(float, of_text.cell('kron', '95 % interval', 'tokens x10').split(' to '))
+    first, last = (of_text.number('kron, spectron', 'beside the baseline', f'tokens x{times}')[0] for times in (1, 10))
+    low, high = map(float, of_text.cell('kron, spectron', '95 % interval', 'tokens x10').split(' to '))
     said = re.sub(r'\s+', ' ', (ROOT / 'README.md').read_text(encoding='utf-8'))
     assert f'narrows from {first:.3f} to {last:.3f} (95% interval {low:.3f} to {high:+.3f})' in said
 
@@ -102,21 +102,21 @@ def copied(tmp_path):
 def test_a_changed_record_changes_pages_and_figures_and_back(copied, monkeypatch, capsys):
     monkeypatch.setattr(compare, 'ROOT', copied)
     path = copied / 'records' / '2026-11-29_scratch' / 'README.md'
-    path.write_text(path.read_text().replace('1.7555 ± 0.0082', '1.7557 ± 0.0082'))
+    path.write_text(path.read_text().replace('1.7292 ± 0.0055', '1.7294 ± 0.0055'))
     with pytest.raises(SystemExit) as left:
         compare.publish([], compare.TablesConfig(check=True))
     assert left.value.code == 1
     said = capsys.readouterr().out.split('\n')
     assert [line.split(' ')[0] for line in said if line] == ['README.md', 'docs/results.md', 'docs/losses-light.svg',
                                                              'docs/losses-dark.svg']
-    assert '1.7557' not in (copied / 'README.md').read_text()
+    assert '1.7294' not in (copied / 'README.md').read_text()
     compare.publish([], compare.TablesConfig())
-    assert '1.7557' in (copied / 'README.md').read_text() and pages.stale(copied) == []
+    assert '1.7294' in (copied / 'README.md').read_text() and pages.stale(copied) == []
 
 
 def test_words_around_the_tables_stay(copied):
     page = copied / 'README.md'
-    page.write_text('Before.\n' + page.read_text().replace('| 1.7555', '| 9.7555') + '\nAfter.\n')
+    page.write_text('Before.\n' + page.read_text().replace('| 1.7292', '| 9.7292') + '\nAfter.\n')
     assert [str(path) for path in pages.write(copied)] == ['README.md']
     assert page.read_text() == 'Before.\n' + (ROOT / 'README.md').read_text() + '\nAfter.\n'
 
