@@ -10,7 +10,8 @@ Then:   python ablate.py report out/scratch_equal_flops
 Data: python data/shakespeare_char/prepare.py
 Hardware: 2 CPU cores
 Time: 25 minutes: 99 runs of about 25 seconds of one core
-Result: fewer neurons are best, 0.046 below dense, kron by Spectron's steps level with it (records/2026-11-29_scratch; under AdamW: records/2026-11-21_scratch)
+Result: fewer neurons are best, 0.046 below dense, low rank 0.010 below, kron by Spectron's steps level with it
+(records/2026-11-29_scratch; under AdamW: records/2026-11-21_scratch)
 """
 base = 'config/kron_mlp_fast.py'
 baseline = 'dense'
