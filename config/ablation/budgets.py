@@ -10,8 +10,8 @@ Then:   python ablate.py report out/budgets
 Data: python data/shakespeare_char/prepare.py
 Hardware: 2 CPU cores
 Time: about 90 minutes: 224 runs of 10 to 90 seconds of one core each
-Result: no budget makes a structure win; beside fewer neurons kron by Spectron's steps is 0.039, 0.017 and 0.005 behind at x1,
-x3 and x10 (level there), low rank 0.042, 0.027 and 0.023: records/2026-11-29_budgets
+Result: no budget makes a structure win; beside fewer neurons kron by Spectron's steps is 0.039, 0.017 and 0.005 behind
+at x1, x3 and x10 (level there), low rank 0.042, 0.027 and 0.023: records/2026-11-29_budgets
 """
 base = 'config/kron_mlp_fast.py'
 baseline = 'narrow hidden'
