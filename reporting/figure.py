@@ -10,6 +10,7 @@ from reporting.tables import Record
 FOLDER = 'docs'
 WIDTH, HEIGHT = 640, 370
 LEFT, RIGHT, TOP, BOTTOM = 62, 80, 40, 60                  # margins around the axes
+APART, NEAR = 21, 150                                       # of labels whose lines end within NEAR pixels in x
 SIZES, LOSS = (2.4e5, 8.9e5), (1.64, 1.78)                  # what the axes span
 RECORD = '2026-11-29_scratch'
 
@@ -62,14 +63,21 @@ def axes(text, grid):
             words(10, 24, 'validation loss, nats per character', text)]
 
 
-def mark(label, values, colour):
+def heights(found):
+    """{label: y} of the labels at the right ends of the lines, apart where they would touch."""
+    placed = {}
+    for y, x, label in sorted((y_of(values[-1][1]), x_of(values[-1][0]), label) for label, values in found.items()):
+        placed[label] = max([y, *(other + APART for other, at in placed.values() if abs(at - x) < NEAR)]), x
+    return {label: y for label, (y, _) in placed.items()}
+
+
+def mark(label, values, colour, height):
     """One line of the figure: points with their spread over seeds, joined, and its label at the right end."""
     places = [(x_of(size), y_of(loss), y_of(loss - half) - y_of(loss)) for size, loss, half in values]
     parts = [line(x1, y1, x2, y2, colour, 2) for (x1, y1, _), (x2, y2, _) in zip(places, places[1:])]
     for x, y, half in places:
         parts += [line(x, y - half, x, y + half, colour, 2), f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>']
-    x, y, _ = places[-1]
-    return [*parts, words(x + 12, y + 6, label, colour)]
+    return [*parts, words(places[-1][0] + 12, height + 6, label, colour)]
 
 
 def svg(root, theme):
@@ -77,9 +85,9 @@ def svg(root, theme):
     text, grid, which = THEMES[theme]
     found = points(root)
     title = 'Validation loss against parameters of small GPTs on Shakespeare at equal training FLOPs, five seeds each'
-    parts, told = axes(text, grid), []
+    parts, told, high = axes(text, grid), [], heights(found)
     for label, values in found.items():
-        parts += mark(label, values, LINES[label][which])
+        parts += mark(label, values, LINES[label][which], high[label])
         told.append(f'{label}: {", ".join(f"{loss:.3f} with {size:,.0f} parameters" for size, loss, _ in values)}')
     told = '; '.join(told)
     return '\n'.join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '

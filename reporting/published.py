@@ -135,7 +135,7 @@ TABLES = {
         'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token', 'loss at equal FLOPs': 'validation loss',
         'beside dense, 95% interval': '95 % interval', **text_of(' tokens, 3 seeds')}, '2 hours on two CPU cores', {
             'dense': 'dense', 'dense, a quarter of the neurons': 'narrow hidden', 'low rank': 'low rank',
-            'Kronecker': 'kron, spectron', 'dense, `n_embd` 104, 104 neurons': 'narrow both',
+            "Kronecker, Spectron's steps": 'kron, spectron', 'dense, `n_embd` 104, 104 neurons': 'narrow both',
             'Kronecker, `n_embd` 104': 'kron, narrow'}, first='MLPs'),
     'kron_mlp': Table('2026-11-29_kron_mlp', {
         'parameters': 'parameters', 'FLOPs per token': 'FLOPs per token', 'tokens': 'tokens',

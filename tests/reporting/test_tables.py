@@ -69,7 +69,7 @@ def test_losses_after_equal_text_in_readme_are_what_the_logs_say():
     first, last = (of_text.number('kron, spectron', 'beside the baseline', f'tokens x{times}')[0] for times in (1, 10))
     low, high = map(float, of_text.cell('kron, spectron', '95 % interval', 'tokens x10').split(' to '))
     said = re.sub(r'\s+', ' ', (ROOT / 'README.md').read_text(encoding='utf-8'))
-    assert f'narrows from {first:.3f} to {last:.3f} (95% interval {low:.3f} to {high:+.3f})' in said
+    assert f'gap to it narrows from {first:.3f} to {last:.3f} (95% interval {low:.3f} to {high:+.3f})' in said
 
 
 def test_perplexities_in_readme_are_those_of_the_record():
