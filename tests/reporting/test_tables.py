@@ -154,3 +154,8 @@ def test_the_figure_draws_the_records():
     assert figure.SIZES[0] * span ** ((lowest[0] - figure.LEFT) / width) == pytest.approx(273835, rel=1e-3)
     assert len(circles) == 6 and all(figure.LEFT < x < figure.WIDTH - figure.RIGHT for x, _ in circles)
     assert all(figure.TOP < y < figure.HEIGHT - figure.BOTTOM for _, y in circles)
+
+
+def test_labels_of_the_figure_do_not_touch():
+    high = figure.heights({'a': [(4.1e5, 1.7, 0)], 'b': [(4.2e5, 1.699, 0)], 'c': [(8e5, 1.7, 0)]})
+    assert high['a'] == high['c'] == figure.y_of(1.7) and high['b'] == high['a'] + figure.APART
