@@ -167,8 +167,9 @@ def search_plot(found, setting, task):
 
 def draw(grid, found, rows, task, pruned, folder):
     """All plots of a task, in the formats of grid.figures: [(file name of the png, title)]."""
-    several = len(grid.tasks) > 1                       # a link holds no blank
-    prefix, words = (f'{task}_'.replace(' ', '_'), f'{task}: ') if several else ('', '')
+    several = len(grid.tasks) > 1
+    prefix = f'{task}_'.replace(' ', '_') if several else ''            # a Markdown link ends at a blank
+    words = f'{task}: ' if several else ''
     made = [(f'pareto_{cost}', f'loss against {label}', front(rows, cost, f'{words}loss against {label}'))
             for cost, label in COSTS.items()]
     made.append(('losses', 'losses, over seeds', losses(rows, f'{words}all variants')))
